@@ -1,0 +1,178 @@
+"""The typed configuration of a run: dataclasses, YAML files under ``configs/`` and dotted overrides.
+
+Every field has its unit and meaning below it; ``--help`` of ``mvat_dist.train`` prints the same
+words. Precedence: command line over ``--config FILE`` over these defaults.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mvat_dist.students import Size
+
+SAMPLE_RATE = 16_000
+"""Hz. MANNER is defined at this rate; `mvat_dist.pack` converts every corpus to it."""
+
+Method = Literal["none", "output", "mvat", "mvat+output"]
+
+
+@dataclass
+class DataConfig:
+    """What is read, and how a training segment is made from it."""
+
+    train: str = "shards/dns"
+    """Folder written by `mvat_dist.pack`: a corpus with training subsets."""
+    valid: str = ""
+    """Folder of one packed pairs subset for validation; empty: the subset `valid` of `train`."""
+    mode: Literal["auto", "sources", "pairs"] = "auto"
+    """`sources` mixes clean speech and noise on the fly, `pairs` reads mixtures made before;
+    `auto` prefers sources where the corpus has them."""
+    segment_seconds: float = 4.0
+    """Length of one training segment in seconds."""
+    stride_seconds: float = 0.0
+    """Pairs mode: hop in seconds of a fixed grid of segments, each visited once an epoch;
+    0 takes one random crop of every utterance an epoch instead."""
+    snr_db: tuple[float, float] = (-5.0, 20.0)
+    """Sources mode: lowest and highest signal-to-noise ratio in dB, drawn uniformly."""
+    level_dbfs: tuple[float, float] = (-35.0, -15.0)
+    """Sources mode: lowest and highest RMS level of the mixture in dBFS, drawn uniformly."""
+    reverb_probability: float = 0.3
+    """Sources mode: share of segments whose speech is convolved with a room impulse response."""
+    tempo_probability: float = 0.2
+    """Share of segments whose tempo is changed (pitch kept)."""
+    tempo_range: tuple[float, float] = (0.9, 1.1)
+    """Lowest and highest tempo factor; above 1 is faster."""
+    gain_db: tuple[float, float] = (0.0, 0.0)
+    """Pairs mode: range in dB of a random gain applied to noisy and clean alike."""
+    remix_probability: float = 0.0
+    """Pairs mode: share of segments whose noise is exchanged for that of another pair."""
+    workers: int = 2
+    """Reader processes per rank; 0 reads in the training process."""
+
+
+@dataclass
+class DistilConfig:
+    """What the student learns from the teacher (arXiv 2208.10367)."""
+
+    method: Method = "mvat"
+    """`none` trains alone; `output` adds the distance to the teacher's output; `mvat` adds
+    multi-view attention transfer; `mvat+output` adds both."""
+    weight: float = 1.0
+    """Lambda: factor of the attention-transfer loss."""
+    output_weight: float = 1.0
+    """Factor of the output-distillation loss."""
+    beta_channel: float = 1.0
+    """Factor of the channel view's maps; 0 switches the view off."""
+    beta_global: float = 1.0
+    """Factor of the global view's maps; 0 switches the view off."""
+    beta_local: float = 1.0
+    """Factor of the local view's maps; 0 switches the view off."""
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the running mean of the gradient and of its square. `onecycle` moves the first
+    between 0.95 and 0.85 instead, against the learning rate (Smith and Topin, 2017)."""
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    """Decoupled weight decay; 0 makes AdamW equal Adam, the authors' choice."""
+    schedule: Literal["onecycle", "cosine", "constant"] = "onecycle"
+    """Learning rate over the run's steps."""
+    warmup_fraction: float = 0.3
+    """Share of the steps in which the learning rate rises to its peak."""
+    clip_norm: float = 5.0
+    """Largest 2-norm of a student's gradient; 0 does not clip."""
+
+
+@dataclass
+class EngineConfig:
+    """How DeepSpeed runs each student."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """What ZeRO partitions over ranks: 0 nothing (fastest at 1 to 25 M parameters), 1 optimiser
+    state, 2 and gradients, 3 and parameters."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`bf16` is torch.autocast with fp32 weights, BatchNorm and losses; `auto` is bf16 on a GPU
+    that supports it and fp32 elsewhere."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    sync_batchnorm: bool = False
+    """Normalise over the micro-batches of all ranks (CUDA only)."""
+    freeze_batchnorm: bool = False
+    """Keep BatchNorm's running statistics and normalise with them, as when fine-tuning."""
+
+
+@dataclass
+class TrainConfig:
+    """How long, how much at a time, and what is kept."""
+
+    steps: int = 100_000
+    """Optimiser steps of the whole run."""
+    batch: int = 32
+    """Segments per optimiser step over all ranks: part of the science, kept when ranks change."""
+    micro_batch: int = 4
+    """Most segments per rank and forward pass; smaller where the batch does not divide."""
+    validate_every: int = 1_000
+    """Optimiser steps between validations; the last step always validates."""
+    save_every: int = 1_000
+    """Optimiser steps between checkpoints; the last step always saves."""
+    keep: int = 2
+    """Complete checkpoints kept besides each student's best."""
+    max_skipped: int = 100
+    """Consecutive steps with a non-finite loss after which a student is given up."""
+
+
+@dataclass
+class ValidConfig:
+    """Validation on held-out clips."""
+
+    clips: int = 64
+    """Most clips scored at a validation; 0 scores all."""
+    max_seconds: float = 10.0
+    """Longest part of a clip that is scored, in seconds."""
+    best: Literal["pesq_wb", "stoi", "si_sdr"] = "pesq_wb"
+    """Score (higher is better) that picks each student's best checkpoint."""
+
+
+@dataclass
+class TrackConfig:
+    """Weights & Biases; the JSONL record in the run folder is written with or without it."""
+
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """`auto`: WANDB_MODE where it is set, else online where credentials exist, else offline."""
+    project: str = "mvat_dist"
+    entity: str = ""
+    every: int = 10
+    """Optimiser steps between two rows of the record."""
+
+
+@dataclass
+class Config:
+    """Everything that `mvat_dist.train` needs to know."""
+
+    student: str = "all"
+    """Comma-separated names from the table of sizes (or from `sizes`), or `all`."""
+    teacher: str = ""
+    """A run folder, a student folder in one, or a checkpoint of the authors; not used by method `none`."""
+    sizes: dict[str, Size] = field(default_factory=dict)
+    """Sizes of your own, by name."""
+    data: DataConfig = field(default_factory=DataConfig)
+    distil: DistilConfig = field(default_factory=DistilConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    valid: ValidConfig = field(default_factory=ValidConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+    seed: int = 0
+    """Seed of the initial weights and of the order and mixing of the data."""
+    runs: str = "runs"
+    """Folder in which the run's own folder is made."""
+    name: str = ""
+    """Name of the run folder; empty: what is trained plus a hash of what matters."""
+    resume: Literal["auto", "must", "never"] = "auto"
+    """`auto` goes on where a checkpoint is found, `must` fails without one, `never` refuses one."""

@@ -1,0 +1,168 @@
+"""Read a `Config` from YAML files and the command line, check it, and write it back.
+
+The parsing is jsonargparse's; this module adds the nearest known name to a refused key and the
+checks that need no data, so that a login node can say no before a job waits in the queue.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from argparse import RawDescriptionHelpFormatter
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+
+from mvat_dist import students
+from mvat_dist.config import SAMPLE_RATE, Config
+from mvat_dist.errors import UserError, nearest
+
+EXAMPLE = """example:
+  python -m mvat_dist.train --config configs/distil.yaml --student manner-s-5.3gf \\
+      --teacher runs/teacher --distil.weight 0.5 --data.train shards/dns
+"""
+
+UNIMPORTANT = (
+    "runs",
+    "name",
+    "resume",
+    "data.workers",
+    "engine.zero_stage",
+    "engine.device",
+    "train.micro_batch",
+    "train.keep",
+    "track",
+)
+"""Keys that change where and how a run is computed, not what: they are no part of its identity."""
+
+
+class _HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """jsonargparse's help, with the example's line breaks kept."""
+
+
+def parser(prog: str) -> ArgumentParser:
+    """The parser of every command that takes a `Config`."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    made = ArgumentParser(
+        prog=prog,
+        description="Train a fleet of students beside one teacher, or a teacher alone.",
+        epilog=EXAMPLE,
+        exit_on_error=False,
+        allow_abbrev=False,
+        formatter_class=_HelpFormatter,
+    )
+    made.add_argument("--config", action="config", help="YAML file with any of the keys below")
+    made.add_class_arguments(Config)
+    return made
+
+
+def parse(argv: list[str] | None, prog: str = "python -m mvat_dist.train") -> Config:
+    """The checked configuration for a command line.
+
+    Raises:
+        UserError: an unknown key (the nearest names are shown), a wrong type, an unreadable file
+            or values that contradict each other.
+    """
+    made = parser(prog)
+    try:
+        parsed = made.instantiate(made.parse_args(argv))
+    except SystemExit:
+        raise  # --help and --print_config
+    except Exception as error:
+        raise UserError(_readable(str(error), made)) from error
+    config = Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)})
+    check(config)
+    return config
+
+
+def _readable(message: str, made: ArgumentParser) -> str:
+    """One line from jsonargparse's message, with the nearest keys where a key is unknown."""
+    line = re.sub(r"\s+", " ", message).strip()
+    known = [option.lstrip("-") for action in made._actions for option in action.option_strings]
+    if unknown := re.search(r"unrecognized arguments: --([\w.+-]+)", line):
+        line += f"; did you mean {nearest(unknown.group(1), known)}?"
+    elif unknown := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", line):
+        line += f"; did you mean {nearest('.'.join(unknown.groups()), known)}?"
+    return f"configuration: {line}"
+
+
+def check(config: Config) -> None:
+    """Refuse values that contradict each other, before anything is read or written.
+
+    Raises:
+        UserError: with the key at fault and the fix.
+    """
+    students.select(config.student, config.sizes)
+    distil, train, optim, data = config.distil, config.train, config.optim, config.data
+    if distil.method != "none" and not config.teacher:
+        raise UserError(
+            f"--distil.method {distil.method} needs a teacher: give --teacher RUN_OR_CHECKPOINT, "
+            "or train without one with --distil.method none"
+        )
+    if "mvat" in distil.method and not any(betas(config).values()):
+        raise UserError(
+            "every view is switched off: give one of --distil.beta_channel, _global, _local above 0"
+        )
+    positive = {
+        "train.steps": train.steps,
+        "train.batch": train.batch,
+        "train.micro_batch": train.micro_batch,
+        "train.validate_every": train.validate_every,
+        "train.save_every": train.save_every,
+        "train.keep": train.keep,
+        "train.max_skipped": train.max_skipped,
+        "track.every": config.track.every,
+        "optim.lr": optim.lr,
+        "data.segment_seconds": data.segment_seconds,
+    }
+    for key, value in positive.items():
+        if value <= 0:
+            raise UserError(f"--{key} is {value}: it must be above 0")
+    if not 0 <= optim.warmup_fraction <= 1:
+        raise UserError(f"--optim.warmup_fraction is {optim.warmup_fraction}: it is a share from 0 to 1")
+    # The largest analysis window of the spectral loss: 2048 samples, reflected at both ends.
+    if data.segment_seconds * SAMPLE_RATE < 2048:
+        raise UserError(f"--data.segment_seconds is {data.segment_seconds}: the spectral loss needs 0.128 s")
+
+
+def betas(config: Config) -> dict[students.View, float]:
+    """Factor of each view in the attention-transfer loss."""
+    distil = config.distil
+    return {"channel": distil.beta_channel, "global": distil.beta_global, "local": distil.beta_local}
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """Plain nested values, as they stand in a YAML file."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return plain
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML that ``--config`` reads back."""
+    return yaml.safe_dump(as_dict(config), sort_keys=False)
+
+
+def science(config: Config) -> dict[str, Any]:
+    """The configuration without the `UNIMPORTANT` keys, flat: what makes a run this run."""
+    flat: dict[str, Any] = {}
+
+    def visit(prefix: str, value: Any) -> None:
+        if prefix in UNIMPORTANT:
+            return
+        if isinstance(value, dict) and prefix != "sizes":
+            for key, inner in value.items():
+                visit(f"{prefix}.{key}" if prefix else key, inner)
+        else:
+            flat[prefix] = value
+
+    visit("", as_dict(config))
+    return flat
+
+
+def identity(config: Config) -> str:
+    """Eight hexadecimal digits that are equal for two configurations of the same science."""
+    canonical = json.dumps(science(config), sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:8]

@@ -1,0 +1,60 @@
+"""A user's mistake becomes one clear line and exit code 2; everything else keeps its traceback."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import sys
+from collections.abc import Callable, Iterable
+
+EXIT_USER_ERROR = 2
+
+# Conditions of the machine that the user, not a developer, has to mend.
+_MACHINE_ERRORS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "operation not permitted",
+}
+
+
+class UserError(Exception):
+    """Something the user can mend. The message says what is wrong, where, and what to do."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``'a', 'b'``: the known names most like `name`; all of them when they are few and none is near."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    if not close:
+        close = known if len(known) <= 12 else difflib.get_close_matches(name, known, n=3, cutoff=0.0)
+    return ", ".join(repr(one) for one in close)
+
+
+def exit_code(
+    main: Callable[[list[str] | None], None], argv: list[str] | None = None, *, quiet: bool = False
+) -> int:
+    """Run ``main(argv)`` as a command and return the process's exit code.
+
+    0 on success, 2 (with one line on stderr) for a `UserError` and for a full, read-only or
+    forbidden disk, 130 for Ctrl-C. Any other exception is a defect and propagates. `quiet` keeps
+    the line back: of many ranks that meet the same mistake, one says it.
+    """
+    try:
+        main(argv)
+    except UserError as error:
+        if not quiet:
+            print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except OSError as error:
+        if error.errno not in _MACHINE_ERRORS:
+            raise
+        where = f" at {error.filename}" if error.filename else ""
+        reason = _MACHINE_ERRORS[error.errno]
+        print(f"error: {reason}{where}: free space or choose another place", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0

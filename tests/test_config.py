@@ -1,0 +1,89 @@
+"""The configuration: every shipped file loads, overrides win, mistakes are answered with the right name."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mvat_dist import configfile, rundir
+from mvat_dist.errors import UserError
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+ALONE = ["--distil.method", "none"]
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
+def test_shipped_files_load(file: Path) -> None:
+    config = configfile.parse(["--config", str(file), "--teacher", "somewhere"])
+    again = configfile.to_yaml(config)
+    assert again
+
+
+def test_precedence_and_types(tmp_path: Path) -> None:
+    file = tmp_path / "my config.yaml"
+    file.write_text("distil: {method: none}\noptim: {lr: 2e-4}\ndata: {snr_db: [0, 5]}\n")
+    config = configfile.parse(["--config", str(file), "--optim.lr=5e-05", "--engine.zero_stage", "2"])
+    assert config.optim.lr == 5e-5
+    assert config.data.snr_db == (0.0, 5.0)
+    assert config.engine.zero_stage == 2
+    assert config.optim.weight_decay == 0.0
+
+
+def test_resolved_yaml_reads_back(tmp_path: Path) -> None:
+    config = configfile.parse([*ALONE, "--sizes", "{tiny: {kind: small, hidden: 8}}", "--student", "tiny"])
+    file = tmp_path / "config.yaml"
+    file.write_text(configfile.to_yaml(config))
+    assert configfile.parse(["--config", str(file)]) == config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--distil.wieght=0.5"], "distil.weight"),
+        (["--optim", "{lr: 1, beta: 2}"], "optim.betas"),
+        ([*ALONE, "--student", "manner-s-5gf"], "manner-s-5.3gf"),
+        ([*ALONE, "--train.steps", "many"], "train.steps"),
+        ([*ALONE, "--train.batch", "0"], "above 0"),
+        (["--config", "no/such.yaml", *ALONE], "no/such.yaml"),
+        ([], "needs a teacher"),
+        ([*ALONE, "--student", "manner-b,manner-b"], "twice"),
+        ([*ALONE, "--name", "../elsewhere"], "plain folder name"),
+        (
+            ["--teacher", "x", "--distil", "{beta_channel: 0, beta_global: 0, beta_local: 0}"],
+            "switched off",
+        ),
+    ],
+)
+def test_mistakes_are_answered_in_one_line(arguments: list[str], words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        rundir.run_folder(configfile.parse(arguments))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_identity_is_the_science() -> None:
+    base = configfile.parse(ALONE)
+    same = configfile.parse([*ALONE, "--data.workers", "7", "--runs", "x", "--engine.zero_stage", "1"])
+    other = configfile.parse([*ALONE, "--optim.lr", "0.01"])
+    assert configfile.identity(base) == configfile.identity(same) != configfile.identity(other)
+    assert rundir.run_name(base).startswith("none-all-")
+
+
+def test_a_folder_is_not_shared_by_two_experiments(tmp_path: Path) -> None:
+    run = rundir.RunDir(tmp_path / "run")
+    run.create(configfile.parse(ALONE))
+    run.create(configfile.parse([*ALONE, "--data.workers", "5"]))
+    with pytest.raises(UserError, match=r"optim.lr: 0.001 -> 0.01"):
+        run.create(configfile.parse([*ALONE, "--optim.lr", "0.01"]))
+
+
+def test_the_ground_needs_no_torch() -> None:
+    """A login node lists sizes and checks a configuration in a blink."""
+    code = (
+        "import sys; import mvat_dist.configfile, mvat_dist.rundir, mvat_dist.ranks, mvat_dist.students;"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,16 @@
+"""What a student minimises: the enhancement loss, output distillation and attention transfer."""
+
+from mvat_dist.losses.enhancement import EnhancementLoss, OutputLoss
+from mvat_dist.losses.mvat import energy_map, mvat_loss, shared_blocks
+from mvat_dist.losses.objective import Lesson, Objective, Prepared
+
+__all__ = [
+    "EnhancementLoss",
+    "Lesson",
+    "Objective",
+    "OutputLoss",
+    "Prepared",
+    "energy_map",
+    "mvat_loss",
+    "shared_blocks",
+]

@@ -1,0 +1,100 @@
+"""A student's whole loss: L = L_enhance + mu * L_output + lambda * L_MVAT, by the chosen method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mvat_dist.config import DistilConfig
+from mvat_dist.losses.enhancement import EnhancementLoss, OutputLoss, OutputTargets, Targets
+from mvat_dist.losses.mvat import Maps, energy_map, mvat_loss, shared_blocks
+from mvat_dist.students import Size, View, ViewKey
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What the teacher says of one batch; carries no gradient."""
+
+    maps: Maps
+    """Energy maps (B, T_b) by (side, level, view)."""
+    output: Tensor | None
+    """Enhanced waveform (B, T), where a method asks for it."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything of one batch that is the same for every student."""
+
+    targets: Targets
+    output: OutputTargets | None
+    maps: Maps
+
+
+class Objective:
+    """The loss of one student beside one teacher."""
+
+    def __init__(self, config: DistilConfig, student: Size, teacher: Size | None) -> None:
+        """Choose the terms.
+
+        Raises:
+            UserError: attention transfer, but the two networks have no multi-view block in common.
+        """
+        self._config = config
+        self._enhancement, self._output = EnhancementLoss(), OutputLoss()
+        self._betas: dict[View, float] = {
+            "channel": config.beta_channel,
+            "global": config.beta_global,
+            "local": config.beta_local,
+        }
+        self.keys: list[ViewKey] = []
+        """(side, level, view) of every attention-transfer term, in the network's order."""
+        if "mvat" in config.method:
+            assert teacher is not None, "the configuration's check asks for a teacher"
+            blocks = shared_blocks(student, teacher)
+            self.keys = [(*block, view) for block in blocks for view, beta in self._betas.items() if beta]
+        self.terms: tuple[str, ...] = (
+            "loss",
+            "enhance",
+            *(["output"] if "output" in config.method else []),
+            *(["mvat"] if self.keys else []),
+            *(_term_name(key) for key in self.keys),
+        )
+        """Names of what a call returns."""
+
+    def prepare(self, noisy: Tensor, clean: Tensor, lesson: Lesson | None) -> Prepared:
+        """Targets of one batch (B, T), made once for all students of a fleet."""
+        output = lesson.output if lesson else None
+        return Prepared(
+            targets=self._enhancement.prepare(noisy, clean),
+            output=None if output is None else self._output.prepare(output),
+            maps=lesson.maps if lesson else {},
+        )
+
+    def __call__(
+        self, estimate: Tensor, views: Mapping[ViewKey, Tensor], prepared: Prepared
+    ) -> dict[str, Tensor]:
+        """Every term of `terms`, each (); ``loss`` is the sum to minimise, lower is better.
+
+        Args:
+            estimate: the student's output (B, T).
+            views: its view features (B, n, T_b).
+            prepared: from `prepare`, of this or another student's objective of the same fleet.
+        """
+        found = {"enhance": self._enhancement(estimate, prepared.targets)}
+        total = found["enhance"]
+        if prepared.output is not None:
+            found["output"] = self._output(estimate, prepared.output)
+            total = total + self._config.output_weight * found["output"]
+        if self.keys:
+            maps = {key: energy_map(views[key]) for key in self.keys}
+            found["mvat"], terms = mvat_loss(maps, prepared.maps, self._betas)
+            found |= {_term_name(key): term for key, term in terms.items()}
+            total = total + self._config.weight * found["mvat"]
+        return {"loss": total, **found}
+
+
+def _term_name(key: ViewKey) -> str:
+    side, level, view = key
+    return f"mvat/{side}/{level}/{view}"

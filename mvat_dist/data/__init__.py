@@ -1,0 +1,1 @@
+"""Corpora, shards, and the stream of training segments made from them."""

@@ -1,0 +1,139 @@
+"""Held-out noisy and clean clips, from a packed subset or from a plain folder."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol, overload
+
+import soundfile
+
+from mvat_dist.config import SAMPLE_RATE
+from mvat_dist.data.corpora import Pair, list_dns
+from mvat_dist.data.inspection import UnusableError, read_piece
+from mvat_dist.data.mixing import Audio
+from mvat_dist.data.shards import MANIFEST, Field, ShardSet
+from mvat_dist.errors import UserError
+
+LENGTH_TOLERANCE = SAMPLE_RATE // 100
+"""Samples by which the halves of a plain pair may differ (10 ms, as for `mvat_dist.pack`)."""
+
+
+class Clip(NamedTuple):
+    """One held-out clip."""
+
+    key: str
+    """Key of the shard, or path of the noisy file relative to the folder."""
+    noisy: Audio
+    """(T,) float32 at 16 kHz."""
+    clean: Audio
+    """(T,) float32 at 16 kHz."""
+
+
+class _Clips(Protocol):
+    keys: list[str]
+
+    def read(self, index: int, frames: int | None) -> tuple[Audio, Audio]:
+        """At most the first `frames` samples of noisy and clean."""
+
+
+class ValidationClips(Sequence[Clip]):
+    """Clips in the order of their keys, read when they are asked for."""
+
+    def __init__(self, folder: Path | str, *, limit: int = 0, max_seconds: float = 0.0) -> None:
+        """Find the clips; reads no audio.
+
+        Args:
+            folder: a packed subset of pairs, or a folder with ``noisy`` and ``clean`` side by side in it or
+                below it, matched by ``fileid_N`` or by equal names; WAV or FLAC at any rate.
+            limit: most clips; the same ones every time, spread over all of them. The smaller of two limits
+                takes a part of what the larger one takes. 0 takes all.
+            max_seconds: only this much of the start of each clip is read; 0 reads all of it.
+
+        Raises:
+            UserError: no such folder, or no pairs in it.
+        """
+        folder = Path(folder)
+        self._clips: _Clips = _Packed(folder) if (folder / MANIFEST).is_file() else _Plain(folder)
+        self._frames = round(max_seconds * SAMPLE_RATE) or None
+        # In the order of a hash: the first ones in the order of the keys would all be of one speaker.
+        spread = sorted(range(len(self._clips.keys)), key=lambda index: _hash(self._clips.keys[index]))
+        chosen = spread[: limit or None]
+        self._chosen = sorted(chosen, key=lambda index: self._clips.keys[index])
+        self.keys = [self._clips.keys[index] for index in self._chosen]
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    @overload
+    def __getitem__(self, index: int) -> Clip: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Clip]: ...
+    def __getitem__(self, index: int | slice) -> Clip | list[Clip]:
+        """Read one clip, or several.
+
+        Raises:
+            UserError: a file or shard that cannot be read, or halves of different length.
+        """
+        if isinstance(index, slice):
+            return [self[one] for one in range(*index.indices(len(self)))]
+        noisy, clean = self._clips.read(self._chosen[index], self._frames)
+        return Clip(self.keys[index], noisy, clean)
+
+
+def _hash(key: str) -> bytes:
+    return hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+
+
+class _Packed:
+    """Pairs in shards."""
+
+    def __init__(self, folder: Path) -> None:
+        self._pairs = ShardSet.open(folder)
+        if self._pairs.kind != "pairs" or len(self._pairs) == 0:
+            raise UserError(
+                f"{folder} holds {len(self._pairs)} utterances of kind {self._pairs.kind}: scoring needs a "
+                "packed subset with pairs, such as valid or test_*"
+            )
+        self.keys = self._pairs.keys
+
+    def read(self, index: int, frames: int | None) -> tuple[Audio, Audio]:
+        fields: tuple[Field, Field] = ("noisy", "clean")
+        noisy, clean = (self._pairs.read(index, field, 0, frames) for field in fields)
+        return noisy, clean
+
+
+class _Plain:
+    """Pairs of files."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        listing = list_dns(folder)
+        self._pairs: list[Pair] = listing.pairs
+        if not self._pairs:
+            raise UserError(
+                f"{folder} has no pairs of noisy and clean recordings: put them into the folders noisy and "
+                "clean side by side, with equal names or names ending in the same fileid_N"
+            )
+        self.keys = [pair.noisy for pair in self._pairs]
+
+    def read(self, index: int, frames: int | None) -> tuple[Audio, Audio]:
+        pair = self._pairs[index]
+        noisy, clean = self._read(pair.noisy), self._read(pair.clean)
+        if abs(noisy.size - clean.size) > LENGTH_TOLERANCE:
+            raise UserError(
+                f"{self._folder / pair.noisy} has {noisy.size} samples at 16 kHz, {pair.clean} {clean.size}: "
+                "the halves of a pair must be equally long"
+            )
+        length = min(noisy.size, clean.size, frames or noisy.size)
+        return noisy[:length], clean[:length]
+
+    def _read(self, name: str) -> Audio:
+        path = self._folder / name
+        try:
+            return read_piece(path, 0, soundfile.info(path).frames, first_channel=False)
+        except soundfile.LibsndfileError as error:
+            raise UserError(f"{path} does not open as audio ({error}): replace or remove it") from error
+        except UnusableError as error:
+            raise UserError(f"{path} is not usable ({error.detail}): replace or remove it") from error

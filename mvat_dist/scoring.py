@@ -1,0 +1,254 @@
+"""Score many pairs in child processes, and survive the clips that end one.
+
+PESQ's C code can end its process, and a rank must outlive it. So every score is computed in a child,
+which reports each metric as it is done: when a child dies, the metric it was computing becomes a
+failed score with the reason, and a new child goes on with the rest.
+
+The children are plain interpreters, not `multiprocessing` ones: those import the parent's main module
+again, and with it torch and DeepSpeed (seconds, and half a gigabyte each). They need no guard in the
+caller's script and inherit nothing of a process group. A child ignores the signals that Slurm and a
+terminal send to all processes of a job, and ends when its parent does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+import numpy as np
+
+from mvat_dist.metrics import METRICS, Audio, Score
+
+SECONDS_LIMIT = 300.0
+"""Longest time for one metric of one clip, in seconds: far above what any takes on a busy machine."""
+
+_READY = b"ready"
+_SERVE = "from mvat_dist.scoring import serve; serve({})"
+_BLOCKED = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One estimate and its clean reference, float (T,) at 16 kHz."""
+
+    estimate: Audio
+    clean: Audio
+
+
+@dataclass
+class _Task:
+    """A pair and how far its scores have come."""
+
+    number: int
+    pair: Pair
+    left: list[str]
+    scores: dict[str, Score] = field(default_factory=dict)
+
+    def done(self, score: Score) -> None:
+        """Record the score of the metric that was being computed."""
+        self.scores[self.left.pop(0)] = score
+
+
+class _Child:
+    """One scoring process and the task it works on."""
+
+    def __init__(self) -> None:
+        self.connection, theirs = Pipe()
+        # A blocked mask outlives exec, so there is no moment at which a job's signal ends the child.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-c", _SERVE.format(theirs.fileno())],
+                env=_child_environment(),
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            # The child's end must be open in the child alone, or its death would go unnoticed.
+            theirs.close()
+        self.ready = False
+        self.task: _Task | None = None
+        self.deadline = 0.0
+
+    def assign(self, task: _Task, seconds: float) -> None:
+        """Send `task`; a child that has died in the meantime is found by `receive`."""
+        self.task = task
+        self.deadline = time.monotonic() + seconds
+        try:
+            self.connection.send_bytes(json.dumps(task.left).encode())
+            for audio in (task.pair.estimate, task.pair.clean):
+                self.connection.send_bytes(np.ascontiguousarray(audio, np.float32).tobytes())
+        except OSError:
+            pass
+
+    def receive(self, seconds: float) -> bool:
+        """Take one report of the child; False when it has died."""
+        try:
+            message = self.connection.recv_bytes()
+        except (EOFError, OSError):
+            return False
+        if message == _READY:
+            self.ready = True
+        elif self.task is not None:
+            self.task.done(Score(*json.loads(message)))
+        self.deadline = time.monotonic() + seconds
+        return True
+
+    def end(self) -> int:
+        """Kill the child if it still runs; its exit code, negative for a signal."""
+        self.process.kill()
+        self.connection.close()
+        return self.process.wait()
+
+
+def _child_environment() -> dict[str, str]:
+    # One thread each: the children themselves are the parallelism.
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    path = os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)
+    return {**os.environ, **threads, "PYTHONPATH": path}
+
+
+def available_processes() -> int:
+    """How many children the CPUs of this process can feed."""
+    return len(os.sched_getaffinity(0))
+
+
+def score_pairs(
+    pairs: Iterable[Pair],
+    metrics: Sequence[str],
+    *,
+    processes: int = 0,
+    progress: Callable[[int], object] | None = None,
+    seconds_limit: float = SECONDS_LIMIT,
+) -> list[dict[str, Score]]:
+    """Every metric of every pair, in the order of `pairs`.
+
+    Args:
+        pairs: consumed as the children get free, so that a generator which runs a network computes
+            the next estimate while the last ones are scored. At most two pairs per child are held.
+        metrics: names from `METRICS`.
+        processes: number of children; 0 takes one per available CPU.
+        progress: called with 1 after each finished pair.
+        seconds_limit: time for one metric of one pair; a child that takes longer is ended.
+
+    Raises:
+        RuntimeError: children cannot start (the interpreter's own message is on stderr).
+    """
+    pool = _Pool(processes or available_processes(), seconds_limit)
+    tasks = (_Task(number, pair, list(metrics)) for number, pair in enumerate(pairs))
+    scores: dict[int, dict[str, Score]] = {}
+    try:
+        for task in pool.run(tasks):
+            scores[task.number] = task.scores
+            if progress is not None:
+                progress(1)
+    finally:
+        pool.end()
+    return [scores[number] for number in range(len(scores))]
+
+
+class _Pool:
+    """Children that are started when there is work for them and replaced when they die."""
+
+    def __init__(self, size: int, seconds_limit: float) -> None:
+        self.size = size
+        self.seconds_limit = seconds_limit
+        self.children: list[_Child] = []
+        self.waiting: deque[_Task] = deque()
+
+    def run(self, tasks: Iterator[_Task]) -> Iterator[_Task]:
+        """Yield tasks as they are finished."""
+        exhausted = False
+        while True:
+            if not exhausted and len(self.waiting) < self.size:
+                task = next(tasks, None)
+                if task is None:
+                    exhausted = True
+                else:
+                    self.waiting.append(task)
+            self._assign()
+            busy = any(child.task for child in self.children)
+            if exhausted and not busy:
+                return
+            if busy:
+                yield from self._collect(block=exhausted or len(self.waiting) >= self.size)
+
+    def _assign(self) -> None:
+        while self.waiting:
+            idle = next((child for child in self.children if child.task is None), None)
+            if idle is None:
+                if len(self.children) >= self.size:
+                    return
+                idle = _Child()
+                self.children.append(idle)
+            idle.assign(self.waiting.popleft(), self.seconds_limit)
+
+    def _collect(self, *, block: bool) -> Iterator[_Task]:
+        """Take the reports that have come; when `block`, wait for one or for a deadline."""
+        busy = {child.connection: child for child in self.children if child.task}
+        next_deadline = min(child.deadline for child in busy.values())
+        reported = wait(list(busy), max(0.0, next_deadline - time.monotonic()) if block else 0)
+        for connection, child in busy.items():
+            alive = child.receive(self.seconds_limit) if connection in reported else True
+            if not alive or time.monotonic() > child.deadline:
+                self._bury(child, timed_out=alive)
+            task = child.task
+            if task is not None and not task.left:
+                child.task = None
+                yield task
+
+    def _bury(self, child: _Child, *, timed_out: bool) -> None:
+        """Give the metric that ended `child` a failed score, and put the rest of its task first in line."""
+        self.children.remove(child)
+        code = child.end()
+        # A Python error before the first clip would come back for every clip; a signal may hit anyone.
+        if not child.ready and code > 0:
+            raise RuntimeError(f"a scoring process could not start (exit code {code}); its message is above")
+        task = child.task
+        assert task is not None
+        reason = f"took more than {self.seconds_limit:g} s" if timed_out else f"scorer died ({_cause(code)})"
+        task.done(Score(None, reason))
+        if task.left:
+            child.task = None
+            self.waiting.appendleft(task)
+
+    def end(self) -> None:
+        for child in self.children:
+            child.end()
+
+
+def _cause(code: int) -> str:
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+
+def serve(descriptor: int) -> None:
+    """A child's whole life: score what comes through the inherited pipe until the parent closes it."""
+    connection = Connection(descriptor)
+    connection.send_bytes(_READY)
+    while True:
+        try:
+            names = json.loads(connection.recv_bytes())
+            estimate, clean = (np.frombuffer(connection.recv_bytes(), np.float32) for _ in range(2))
+            for name in names:
+                score = _score(name, estimate, clean)
+                connection.send_bytes(json.dumps([score.value, score.failure]).encode())
+        except (EOFError, OSError):
+            return  # the parent is done, or gone
+
+
+def _score(name: str, estimate: Audio, clean: Audio) -> Score:
+    try:
+        return METRICS[name].compute(estimate, clean)
+    except Exception as error:  # a metric's package may raise anything; one clip must not end the run
+        return Score(None, f"{type(error).__name__}: {error}")

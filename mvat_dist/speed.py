@@ -1,0 +1,66 @@
+"""What a network costs to run: parameters, multiply-accumulates and measured time. Lower is better."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from mvat_dist import students
+from mvat_dist.config import SAMPLE_RATE
+from mvat_dist.models import Manner
+
+COST_SECONDS = 4.0
+"""Length of the clip on which MACs are counted and time is measured: attention is quadratic in the
+length, so a cost per second means nothing without it."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of one network. Lower is better in all of it."""
+
+    parameters: int
+    gmac_at_4_s: float
+    """10^9 multiply-accumulates for one clip of `COST_SECONDS`."""
+    real_time_factor: float
+    """Processing time over audio duration, on one thread of this machine."""
+
+
+def cost(model: Manner) -> Cost:
+    """Count and measure `model`, which must be on the CPU and in eval mode."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    macs = students.macs(model.size, round(COST_SECONDS * SAMPLE_RATE))
+    return Cost(parameters, macs / 1e9, real_time_factor(model))
+
+
+@torch.no_grad()
+def real_time_factor(model: torch.nn.Module, seconds: float = COST_SECONDS, runs: int = 5) -> float:
+    """Processing time over audio duration of one pass over `seconds` of noise; below 1 keeps up with speech.
+
+    Wall-clock median of `runs` passes on one CPU thread, after one that is not counted (it allocates
+    and picks kernels). The whole clip is one pass, so this is throughput, not the latency of a stream.
+    """
+    samples = round(seconds * SAMPLE_RATE)
+    noise = 0.1 * torch.randn(1, samples, generator=torch.Generator().manual_seed(0))
+    times = []
+    with _one_thread():
+        model(noise)
+        for _ in range(runs):
+            started = time.perf_counter()
+            model(noise)
+            times.append(time.perf_counter() - started)
+    return statistics.median(times) / seconds
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,138 @@
+"""Score networks on held-out clips: one row per clip and network.
+
+Used by the trainer between steps and by `mvat_dist.evaluate`. The clips are dealt out over the ranks,
+because one rank that scores alone keeps the others waiting until their collective times out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from mvat_dist.config import SAMPLE_RATE
+from mvat_dist.metrics import Score
+from mvat_dist.scoring import Pair, score_pairs
+from mvat_dist.summary import NOISY, Row
+
+Audio = npt.NDArray[np.float32]
+Clip = tuple[str, Audio, Audio]
+"""Key, noisy (T,), clean (T,), as `mvat_dist.data.validation` has them."""
+Gather = Callable[[list[Row]], list[list[Row]]]
+"""Collects every rank's rows on every rank, as ``torch.distributed.all_gather_object`` does."""
+
+
+class Clips(Protocol):
+    """Held-out pairs by position."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Clip: ...
+
+
+def validate(
+    models: Mapping[str, nn.Module],
+    clips: Clips,
+    metrics: Sequence[str],
+    *,
+    device: torch.device,
+    noisy: bool = False,
+    processes: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
+    gather: Gather = lambda rows: [rows],
+    progress: Callable[[int], object] | None = None,
+) -> list[Row]:
+    """One row per clip and model, in the order of `clips` and `models`, equal on every rank.
+
+    Args:
+        models: networks on `device` that map (1, T) to (1, T), outside any engine: ranks run them for
+            different numbers of clips. They are put into eval mode for the while and get back the mode
+            of each of their modules.
+        clips: the same on every rank; rank r takes clips r, r + world_size, ...
+        metrics: names from `mvat_dist.metrics.METRICS`.
+        device: where the networks are.
+        noisy: score the noisy input too, as the first model, called `NOISY`.
+        processes: scoring children of this rank; 0 takes one per available CPU.
+        rank, world_size: this process and their number.
+        gather: needed with more than one rank; called once, by all of them.
+        progress: called with 1 after each scored row of this rank.
+    """
+    rows: list[Row] = []
+    with _evaluating(models.values()):
+        estimates = _estimates(models, clips, device, noisy=noisy, rank=rank, world_size=world_size)
+        scores = score_pairs(_pairs(estimates, rows), metrics, processes=processes, progress=progress)
+    for row, scored in zip(rows, scores, strict=True):
+        _fill(row, scored)
+    names = [NOISY, *models]
+    gathered = [row for one_rank in gather(rows) for row in one_rank]
+    return sorted(gathered, key=lambda row: (row["index"], names.index(row["model"])))
+
+
+def _pairs(estimates: Iterator[tuple[Row, Pair]], rows: list[Row]) -> Iterator[Pair]:
+    """The pairs alone; their rows are put into `rows` on the way."""
+    for row, pair in estimates:
+        rows.append(row)
+        yield pair
+
+
+def _estimates(
+    models: Mapping[str, nn.Module],
+    clips: Clips,
+    device: torch.device,
+    *,
+    noisy: bool,
+    rank: int,
+    world_size: int,
+) -> Iterator[tuple[Row, Pair]]:
+    """This rank's share of clips through every model."""
+    for index in range(rank, len(clips), world_size):
+        key, mixture, clean = clips[index]
+        about = {
+            "index": index,
+            "key": key,
+            "duration_s": round(len(clean) / SAMPLE_RATE, 4),
+            "snr_db": _snr(mixture, clean),
+        }
+        if noisy:
+            yield {**about, "model": NOISY}, Pair(mixture, clean)
+        for name, model in models.items():
+            yield {**about, "model": name}, Pair(enhance(model, mixture, device), clean)
+
+
+@torch.no_grad()
+def enhance(model: nn.Module, noisy: Audio, device: torch.device) -> Audio:
+    """One pass of `model` over one whole clip (T,); the estimate (T,) in fp32 on the CPU."""
+    estimate = model(torch.from_numpy(noisy)[None].to(device))[0]
+    array: Audio = estimate.float().cpu().numpy()
+    return array
+
+
+@contextmanager
+def _evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Eval mode inside; afterwards every module's own mode, for parts may be frozen in eval mode."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _snr(noisy: Audio, clean: Audio) -> float | None:
+    """10 log10(sum clean^2 / sum (noisy - clean)^2) in dB; None where either sum is zero."""
+    speech, noise = (float(np.square(signal, dtype=np.float64).sum()) for signal in (clean, noisy - clean))
+    return round(10 * math.log10(speech / noise), 2) if speech and noise else None
+
+
+def _fill(row: Row, scores: Mapping[str, Score]) -> None:
+    row.update({name: score.value for name, score in scores.items()})
+    row["failure"] = {name: score.failure for name, score in scores.items() if score.failure} or None

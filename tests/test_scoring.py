@@ -1,0 +1,150 @@
+"""Scores from child processes: equal to those computed here, and robust against children that die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from mvat_dist.metrics import METRICS, Score
+from mvat_dist.scoring import Pair, score_pairs
+from tests.signals import bursts, noise_at, syllables
+
+CLEAN = syllables(1.5)
+PAIRS = [Pair(CLEAN + noise_at(CLEAN, snr), CLEAN) for snr in (0, 5, 10, 15, 20)]
+CROWDED = Pair(bursts(60, 60.0), bursts(60, 60.0))
+"""More utterances than the PESQ code has room for: handed to it, they end the process."""
+FAST = ["si_sdr", "stoi"]
+
+
+def own_children() -> set[int]:
+    """Process ids of this process's children."""
+    listed = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
+    return {int(pid) for pid in listed.split()}
+
+
+@pytest.fixture
+def scorers() -> Callable[[], set[int]]:
+    """Tells the children that were started since the test began; other tests may have left some of theirs."""
+    before = own_children()
+    return lambda: own_children() - before
+
+
+def test_scores_are_those_computed_here_in_the_order_of_the_pairs(scorers):
+    names = list(METRICS)
+    expected = [{name: METRICS[name].compute(pair.estimate, pair.clean) for name in names} for pair in PAIRS]
+    ticks: list[int] = []
+    scores = score_pairs(PAIRS, names, processes=2, progress=ticks.append)
+    assert [list(one) for one in scores] == [names] * len(PAIRS)
+    for found, wanted in zip(scores, expected, strict=True):
+        # ESTOI adds noise of 1e-16 to its spectra.
+        assert {n: s.value for n, s in found.items()} == pytest.approx(
+            {n: s.value for n, s in wanted.items()}
+        )
+    assert ticks == [1] * len(PAIRS)
+    assert scorers() == set()
+
+
+def test_failures_come_back_with_their_reasons():
+    pairs = [Pair(CLEAN * 0, CLEAN), Pair(CLEAN[:100], CLEAN[:100]), Pair(CLEAN[:50], CLEAN), CROWDED]
+    scores = score_pairs(pairs, ["pesq_wb"], processes=1)
+    reasons = [
+        "silent estimate",
+        "shorter than 0.25 s",
+        f"shapes differ: estimate (50,), reference ({CLEAN.size},)",
+        "longer than 20 s",
+    ]
+    assert [one["pesq_wb"] for one in scores] == [Score(None, reason) for reason in reasons]
+
+
+def signalling(pairs: list[Pair], sent: signal.Signals, scorers: Callable[[], set[int]]) -> Iterator[Pair]:
+    """The pairs; while the first one is scored, every child gets a signal."""
+    yield pairs[0]
+    (child,) = scorers()
+    os.kill(child, sent)
+    yield from pairs[1:]
+
+
+@pytest.mark.parametrize("kill", [signal.SIGSEGV, signal.SIGKILL])
+def test_a_crash_costs_one_score_of_one_pair(kill, scorers):
+    # The parent goes on when the child has read the whole first pair, which then takes PESQ a while.
+    long = syllables(15.0)
+    scores = score_pairs(
+        signalling([Pair(long, long), *PAIRS], kill, scorers), ["pesq_wb", "si_sdr"], processes=1
+    )
+    assert scores[0] == {"pesq_wb": Score(None, f"scorer died ({kill.name})"), "si_sdr": Score(100.0)}
+    assert len(scores) == 1 + len(PAIRS)
+    assert all(score.failure is None for one in scores[1:] for score in one.values())
+
+
+def test_a_child_that_hangs_is_ended(scorers):
+    names = ["si_sdr", "pesq_wb"]
+    scores = score_pairs(signalling(PAIRS, signal.SIGSTOP, scorers), names, processes=1, seconds_limit=3.0)
+    assert scores[0]["si_sdr"] == Score(None, "took more than 3 s")
+    assert scores[0]["pesq_wb"].failure is None
+    assert all(score.failure is None for one in scores[1:] for score in one.values())
+
+
+@pytest.mark.parametrize("to_job", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+def test_signals_of_slurm_and_of_the_terminal_do_not_reach_the_children(to_job, scorers):
+    scores = score_pairs(signalling(PAIRS, to_job, scorers), FAST, processes=2)
+    assert all(score.failure is None for one in scores for score in one.values())
+
+
+def test_an_error_of_the_caller_ends_the_children(scorers):
+    def broken():
+        yield PAIRS[0]
+        raise LookupError("the clip is gone")
+
+    with pytest.raises(LookupError, match="the clip is gone"):
+        score_pairs(broken(), FAST, processes=2)
+    assert scorers() == set()
+
+
+def test_children_that_cannot_start_are_an_error(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(RuntimeError, match="could not start"):
+        score_pairs(PAIRS, FAST, processes=1)
+
+
+def test_pairs_are_taken_as_the_children_get_free():
+    taken = 0
+    lead = []
+
+    def counting():
+        nonlocal taken
+        for pair in PAIRS * 4:
+            taken += 1
+            yield pair
+
+    finished = []
+
+    def progress(count: int) -> None:
+        finished.append(count)
+        lead.append(taken - len(finished))
+
+    score_pairs(counting(), ["si_sdr"], processes=2, progress=progress)
+    assert len(finished) == 20
+    assert max(lead) <= 4  # one at work and one waiting for each child
+
+
+def test_works_from_a_script_without_a_main_guard_in_a_path_with_spaces(tmp_path):
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    script = folder / "score.py"
+    script.write_text(
+        "import numpy as np\n"
+        "from mvat_dist.scoring import Pair, score_pairs\n"
+        "x = np.random.default_rng(0).standard_normal(16000)\n"
+        "print(score_pairs([Pair(x, x)], ['si_sdr'], processes=1))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, str(script)]
+    ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert ran.stdout.strip() == "[{'si_sdr': Score(value=100.0, failure=None)}]"
+    assert ran.stderr == ""

@@ -1,0 +1,210 @@
+"""One DeepSpeed engine per student, and the few places where ZeRO's stages differ, hidden here.
+
+What the rest of the package may rely on, at every ZeRO stage: gradients of several `backward` calls
+add up until `step`; a step whose gradient is not finite on any rank is skipped on every rank; weights
+and optimiser state can be read and written whole, by parameter name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import deepspeed
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_get_local_optimizer_state,
+    safe_set_full_optimizer_state,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor, nn
+
+from mvat_dist.config import EngineConfig, OptimConfig
+from mvat_dist.schedule import Hyperparameters
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's running means of the gradient and of its square, one tensor per parameter."""
+
+
+class GuardedAdamW(torch.optim.AdamW):
+    """AdamW that clips, and that skips a step whose gradient is not finite.
+
+    Used at ZeRO stage 0, where DeepSpeed hands the step straight to the optimiser. Gradients are
+    all-reduced before it, so one rank's NaN is every rank's and all skip alike. DeepSpeed reads
+    `overflow` and `_global_grad_norm` from its optimisers; its own ZeRO optimisers do the same.
+    """
+
+    def __init__(self, parameters: Iterator[nn.Parameter], clip_norm: float, **options: Any) -> None:
+        super().__init__(parameters, **options)
+        self.clip_norm = clip_norm
+        self.overflow = False
+        self._global_grad_norm = 0.0
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # a closure is never used
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        self._global_grad_norm = float(norm)
+        self.overflow = not bool(torch.isfinite(norm))
+        if self.overflow:
+            return
+        if self.clip_norm > 0 and self._global_grad_norm > self.clip_norm:
+            torch._foreach_mul_(gradients, self.clip_norm / self._global_grad_norm)
+        super().step(closure)
+
+
+def deepspeed_config(
+    engine: EngineConfig,
+    optim: OptimConfig,
+    *,
+    parameters: int,
+    micro_batch: int,
+    accumulation: int,
+    precision: Literal["fp32", "bf16"],
+) -> dict[str, Any]:
+    """The configuration that DeepSpeed gets, derived from ours so that nothing is said twice."""
+    # DeepSpeed's default bucket of 5e8 elements costs 2 GB a student; these networks have 1 to 25 M.
+    bucket = 2 * parameters
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        # step() ends the accumulation: with the managed kind, ZeRO 1 and 2 keep only the last of
+        # several backward calls where the number of micro-batches is not the configured one.
+        "managed_gradient_accumulation": False,
+        # Always written: DeepSpeed's default clips at 1.0. At stage 0 GuardedAdamW clips.
+        "gradient_clipping": optim.clip_norm if engine.zero_stage > 0 else 0.0,
+        "zero_optimization": {
+            "stage": engine.zero_stage,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+            "overlap_comm": False,
+            "contiguous_gradients": engine.zero_stage > 1,
+        },
+        # Casts operations, not weights: DeepSpeed's bf16 mode casts weights and breaks BatchNorm.
+        "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16"},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31 - 1,
+        "wall_clock_breakdown": False,
+    }
+
+
+class StudentEngine:
+    """A student network inside its DeepSpeed engine."""
+
+    def __init__(
+        self, module: nn.Module, config: dict[str, Any], optim: OptimConfig, device: torch.device
+    ) -> None:
+        self.device = device
+        options: dict[str, Any] = {
+            "lr": optim.lr,
+            "betas": optim.betas,
+            "eps": optim.eps,
+            "weight_decay": optim.weight_decay,
+        }
+        self.zero_stage: int = config["zero_optimization"]["stage"]
+        parameters = module.parameters()
+        optimizer: torch.optim.AdamW
+        if self.zero_stage == 0:
+            optimizer = GuardedAdamW(parameters, optim.clip_norm, **options)
+        else:
+            optimizer = torch.optim.AdamW(parameters, **options)
+        self._engine, *_ = deepspeed.initialize(model=module.to(device), optimizer=optimizer, config=config)
+        self.module: nn.Module = self._engine.module
+        self._buffers = dict(self.module.named_buffers())
+
+    def __call__(self, noisy: Tensor, *, return_views: bool) -> Any:
+        """The student's forward in train mode: (B, T) -> (B, T) or (B, T) and its view features."""
+        return self._engine(noisy, return_views=return_views)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of one micro-batch's `loss`, divided by the micro-batches of a step."""
+        self._engine.backward(loss)
+
+    def step(self, now: Hyperparameters) -> bool:
+        """Reduce the gradients over the ranks, clip and update; False if the step was skipped."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"], group["betas"] = now.lr, (now.beta1, group["betas"][1])
+        self._engine.step()
+        return bool(self._engine.was_step_applied())
+
+    @property
+    def gradient_norm(self) -> float:
+        """2-norm of the last step's gradient before clipping; not finite where the step was skipped."""
+        return float(self._engine.get_global_grad_norm() or 0.0)
+
+    def copy_buffers(self) -> dict[str, Tensor]:
+        """A copy of the BatchNorm statistics."""
+        return {name: buffer.clone() for name, buffer in self._buffers.items()}
+
+    def restore_buffers(self, saved: dict[str, Tensor]) -> None:
+        """Put back a copy made by `copy_buffers`."""
+        for name, buffer in self._buffers.items():
+            buffer.copy_(saved[name])
+
+    def weights(self) -> dict[str, Tensor]:
+        """Whole fp32 weights and buffers by name, on the CPU. Every rank must call it."""
+        whole = {}
+        for name, parameter in self.module.named_parameters():
+            value = safe_get_full_fp32_param(parameter) if self.zero_stage == 3 else parameter
+            whole[name] = value.detach().float().cpu().clone()
+        whole |= {name: buffer.detach().cpu().clone() for name, buffer in self._buffers.items()}
+        return whole
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Whole moments as ``exp_avg.NAME`` and the update count ``step``. Every rank must call it."""
+        states = self._engine.basic_optimizer.state
+        if not states:  # before the first update
+            return {}
+        whole = {"step": torch.as_tensor(next(iter(states.values()))["step"]).cpu().clone()}
+        for name, parameter in self.module.named_parameters():
+            for key in MOMENTS:
+                value = (
+                    states[parameter][key]
+                    if self.zero_stage == 0
+                    else safe_get_full_optimizer_state(parameter, key)
+                )
+                whole[f"{key}.{name}"] = value.detach().cpu().clone()
+        return whole
+
+    def load_optimizer_state(self, whole: dict[str, Tensor]) -> None:
+        """Continue from `optimizer_state` of any ZeRO stage and number of ranks."""
+        if not whole:
+            return
+        states = self._engine.basic_optimizer.state
+        if self.zero_stage == 0:
+            for name, parameter in self.module.named_parameters():
+                moments = {key: whole[f"{key}.{name}"].to(self.device, copy=True) for key in MOMENTS}
+                states[parameter] = {"step": whole["step"].clone(), **moments}
+            return
+        self._create_zero_states()
+        for name, parameter in self.module.named_parameters():
+            for key in MOMENTS:
+                self._set_moment(parameter, key, whole[f"{key}.{name}"].to(self.device))
+        for state in states.values():
+            state["step"].copy_(whole["step"])
+
+    def _set_moment(self, parameter: nn.Parameter, key: str, whole: Tensor) -> None:
+        if self.zero_stage < 3:
+            safe_set_full_optimizer_state(parameter, whole, key)
+            return
+        # DeepSpeed 0.19.8 cuts the whole value into equal parts without the padding that its own
+        # partitions have, and fails wherever the ranks do not divide the size: cut it here.
+        length = safe_get_local_optimizer_state(parameter, key).numel()
+        ranks = torch.distributed.get_world_size()
+        padded = nn.functional.pad(whole.flatten(), (0, length * ranks - whole.numel()))
+        mine = padded[torch.distributed.get_rank() * length :][:length]
+        safe_set_local_optimizer_state(parameter, mine, key)
+
+    def _create_zero_states(self) -> None:
+        """Make ZeRO allocate its partitions of the moments, which it does at the first update.
+
+        An update with a learning rate of 0 and a zero gradient changes no weight; the buffers that
+        its forward moves are put back.
+        """
+        buffers = self.copy_buffers()
+        silence = torch.zeros(2, 2048, device=self.device)
+        self.backward(0.0 * self(silence, return_views=False).sum())
+        self.step(Hyperparameters(lr=0.0, beta1=0.9))
+        self.restore_buffers(buffers)

@@ -1,0 +1,57 @@
+"""What a run was computed with: versions, host, ranks and command line."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import subprocess
+import sys
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+
+from mvat_dist.files import write_json
+from mvat_dist.ranks import Ranks
+
+_PACKAGES = ("mvat_dist", "torch", "deepspeed", "submitit", "webdataset", "wandb", "pesq", "pystoi", "numpy")
+# Only names that say how a run was started; the rest of the environment may hold secrets.
+_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+    "SLURM_JOB_ID",
+    "SLURM_JOB_NODELIST",
+    "SLURM_RESTART_COUNT",
+)
+
+
+def record(path: Path, ranks: Ranks) -> None:
+    """Write the environment of this start to `path` as JSON."""
+    write_json(
+        path,
+        {
+            "command": sys.argv,
+            "host": socket.gethostname(),
+            "platform": platform.platform(),
+            "python": platform.python_version(),
+            "packages": {name: metadata.version(name) for name in _PACKAGES},
+            "commit": _commit(),
+            "ranks": asdict(ranks),
+            "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+        },
+    )
+
+
+def _commit() -> str | None:
+    """The source tree's git commit, with ``+changes`` where it differs; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty=+changes"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip()

@@ -1,0 +1,153 @@
+"""The distillation step: one batch, one teacher, many students.
+
+Per micro-batch there is one teacher forward and one set of target spectra; then every student's own
+forward, loss and backward. At the end of the step each student reduces its gradients and updates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from mvat_dist import schedule
+from mvat_dist.checkpoint import StudentState
+from mvat_dist.collectives import average_batchnorm, sum_in_place
+from mvat_dist.config import Config
+from mvat_dist.data.stream import Batch
+from mvat_dist.engine import StudentEngine
+from mvat_dist.losses import Objective, Prepared
+from mvat_dist.students import Size
+from mvat_dist.teacher import LiveTeacher
+from mvat_dist.timing import Stopwatch
+
+
+class Meter:
+    """Sums and counts of loss terms since the last row of the record, the same on every rank."""
+
+    def __init__(self, keys: Sequence[str], device: torch.device) -> None:
+        self.keys = tuple(keys)
+        self.step = torch.zeros(len(self.keys) + 1, dtype=torch.float64, device=device)
+        """This rank's sums over the open step; the last entry counts items."""
+        self.row = torch.zeros_like(self.step)
+        """All ranks' sums since the last row."""
+
+    def add(self, terms: Mapping[str, Tensor], items: int) -> None:
+        """Count one micro-batch of `items` segments with the given mean terms."""
+        means = torch.stack([terms[key].detach().double() for key in self.keys])
+        self.step[:-1] += items * means
+        self.step[-1] += items
+
+    def close_step(self) -> None:
+        """Add the step's sums, already summed over the ranks, to the row's."""
+        self.row += self.step
+        self.step.zero_()
+
+    def take_row(self) -> dict[str, float]:
+        """Mean of every term since the last row; starts a new row."""
+        *sums, items = self.row.tolist()
+        self.row.zero_()
+        return {key: total / items if items else math.nan for key, total in zip(self.keys, sums, strict=True)}
+
+
+@dataclass
+class Progress:
+    """What a student has been through."""
+
+    updates: int = 0
+    """Steps that changed the weights."""
+    skipped: int = 0
+    """Steps left out because the gradient was not finite."""
+    skipped_in_a_row: int = 0
+    given_up: bool = False
+    """True after too many skipped steps in a row: the student stays as it is, the others go on."""
+    best: float | None = None
+    """Best validation score so far (higher is better)."""
+
+
+class Student:
+    """One student: its network in an engine, its loss and its progress."""
+
+    def __init__(self, name: str, size: Size, engine: StudentEngine, objective: Objective) -> None:
+        self.name = name
+        self.size = size
+        self.engine = engine
+        self.objective = objective
+        self.meter = Meter(objective.terms, engine.device)
+        self.progress = Progress()
+
+    def learn(self, noisy: Tensor, prepared: Prepared) -> None:
+        """Forward, loss and backward on one micro-batch (B, T)."""
+        estimate, views = self.engine(noisy, return_views=True)
+        terms = self.objective(estimate, views, prepared)
+        self.engine.backward(terms["loss"])
+        self.meter.add(terms, len(noisy))
+
+    def update(self, now: schedule.Hyperparameters, statistics: dict[str, Tensor], max_skipped: int) -> None:
+        """Apply the step's gradient, or undo the step's traces if it is not finite on some rank."""
+        progress = self.progress
+        if self.engine.step(now):
+            progress.updates += 1
+            progress.skipped_in_a_row = 0
+            return
+        self.engine.restore_buffers(statistics)
+        self.meter.step.zero_()
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1
+        progress.given_up = progress.skipped_in_a_row >= max_skipped
+
+    def state(self) -> StudentState:
+        """Everything needed to go on. Every rank must call it."""
+        progress = {**asdict(self.progress), "row": self.meter.row.tolist()}
+        return StudentState(self.engine.weights(), self.engine.optimizer_state(), progress)
+
+    def restore(self, state: StudentState) -> None:
+        """Continue from `state`; the weights were given to the engine when it was made."""
+        self.engine.load_optimizer_state(state.optimizer)
+        progress = dict(state.progress)
+        self.meter.row.copy_(torch.tensor(progress.pop("row"), dtype=torch.float64))
+        self.progress = Progress(**progress)
+
+
+class Fleet:
+    """Students that learn side by side from the same batches and the same teacher."""
+
+    def __init__(self, students: Iterable[Student], teacher: LiveTeacher | None, config: Config) -> None:
+        self.students = list(students)
+        self.teacher = teacher
+        if teacher:
+            teacher.wanted_maps = {key for student in self.students for key in student.objective.keys}
+            teacher.wants_output = "output" in config.distil.method
+        self.config = config
+        self.stopwatch = Stopwatch()
+
+    @property
+    def learning(self) -> list[Student]:
+        """Students that have not been given up."""
+        return [student for student in self.students if not student.progress.given_up]
+
+    def step(self, micro_batches: Sequence[Batch], step: int) -> schedule.Hyperparameters:
+        """Optimiser step `step`, counted from 0, of every student on this rank's micro-batches."""
+        now = schedule.at(step, self.config.train.steps, self.config.optim)
+        learning, clock = self.learning, self.stopwatch
+        statistics = [student.engine.copy_buffers() for student in learning]
+        for batch in micro_batches:
+            noisy, clean = (one.to(learning[0].engine.device) for one in (batch.noisy, batch.clean))
+            with clock.section("teacher"):
+                lesson = self.teacher(noisy) if self.teacher else None
+            with clock.section("students"):
+                prepared = learning[0].objective.prepare(noisy, clean, lesson)
+                for student in learning:
+                    student.learn(noisy, prepared)
+        with clock.section("update"):
+            for student, before in zip(learning, statistics, strict=True):
+                student.update(now, before, self.config.train.max_skipped)
+        with clock.section("communication"):
+            sum_in_place([student.meter.step for student in learning])
+            average_batchnorm(student.engine.module for student in learning)
+        for student in learning:
+            student.meter.close_step()
+        return now

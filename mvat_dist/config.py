@@ -123,6 +123,9 @@ class TrainConfig:
     """Optimiser steps between checkpoints; the last step always saves."""
     keep: int = 2
     """Complete checkpoints kept besides each student's best."""
+    batchnorm_momentum: float = 0.0
+    """Share of the newest batch in BatchNorm's running statistics; 0 keeps the network's own (0.01 in
+    most places), which need some 500 steps to forget their start: shorter runs want 0.1."""
     max_skipped: int = 100
     """Consecutive steps with a non-finite loss after which a student is given up."""
 

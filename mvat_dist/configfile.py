@@ -121,6 +121,8 @@ def check(config: Config) -> None:
     for key, value in positive.items():
         if value <= 0:
             raise UserError(f"--{key} is {value}: it must be above 0")
+    if not 0 <= train.batchnorm_momentum <= 1:
+        raise UserError(f"--train.batchnorm_momentum is {train.batchnorm_momentum}: it is a share from 0 to 1")
     if not 0 <= optim.warmup_fraction <= 1:
         raise UserError(f"--optim.warmup_fraction is {optim.warmup_fraction}: it is a share from 0 to 1")
     # The largest analysis window of the spectral loss: 2048 samples, reflected at both ends.

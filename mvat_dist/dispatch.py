@@ -1,0 +1,231 @@
+"""Start a run once: a second start of the same run finds the first one and does nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from mvat_dist import launch, slurmjob
+from mvat_dist.config import Config
+from mvat_dist.errors import EXIT_USER_ERROR, UserError
+from mvat_dist.files import read_json, write_json
+from mvat_dist.rundir import RunDir
+from mvat_dist.slurmjob import JobState, Resources
+
+_LOCK = ".submit.lock"
+_LOCK_SECONDS = 10.0
+"""A submission holds the lock for a moment, a local run for its whole life: longer waiting is in vain."""
+
+_SILENCES = 20
+"""Questions in a row that Slurm may leave unanswered while somebody waits for a job."""
+
+
+def job_name(run: RunDir) -> str:
+    """What squeue shows; in characters that sacct gives back unchanged."""
+    return re.sub(r"[^\w.+-]", "_", f"mvat-{run.path.name}", flags=re.ASCII)
+
+
+def locally(run: RunDir, argv: list[str], resources: Resources) -> int:
+    """Train in processes of this machine, in the foreground; the exit code."""
+    with _alone_in(run) as (alone, is_new):
+        if not alone or _finished(run):
+            return 0
+        if job := _active_job(run):
+            print(_follow(run, job))
+            return 0
+        _record(run, argv, resources, cluster="local", pid=os.getpid())
+        sys.stdout.flush()
+        command = [sys.executable, "-m", "mvat_dist.train", *argv]
+        code = launch.run(command, resources.nodes * resources.tasks_per_node, run.logs)
+        if is_new and code == EXIT_USER_ERROR:
+            # Nothing was trained: leave nothing that looks like a run.
+            for file in [run.job, *run.logs.glob("rank-*.log")]:
+                file.unlink()
+            with contextlib.suppress(OSError):
+                run.logs.rmdir()
+        return code
+
+
+def on_slurm(run: RunDir, config: Config, resources: Resources, *, wait: bool) -> int:
+    """Submit the run, unless it is finished, queued or running; with `wait` the job's exit code, else 0."""
+    with _alone_in(run) as (alone, _):
+        if not alone or _finished(run):
+            return 0
+        job = _active_job(run)
+        if job is None:
+            job = _submit(run, config, resources)
+        else:
+            print("this run is in the queue already; nothing new was submitted")
+        print(_follow(run, job))
+    return _wait_for(run, job) if wait else 0
+
+
+def _submit(run: RunDir, config: Config, resources: Resources) -> str:
+    """Submit the job; what a refused one would leave behind is removed again."""
+    executor = slurmjob.executor(run.submitit, job_name(run), resources)
+    before = set(run.path.iterdir())
+    # The job reads the resolved configuration: the user may edit the original while the job waits.
+    run.create(config)
+    argv = ["--config", str(run.config)]
+    try:
+        job = slurmjob.submit(executor, argv)
+    except UserError:
+        for path in set(run.path.iterdir()) - before:
+            if path.is_file():
+                path.unlink()
+        raise
+    _record(run, argv, resources, cluster="slurm", job_id=job, job_name=job_name(run))
+    return job
+
+
+def _record(run: RunDir, argv: list[str], resources: Resources, **where: Any) -> None:
+    """Note how the run was started last."""
+    start = {
+        **where,
+        "host": socket.gethostname(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "nodes": resources.nodes,
+        "tasks_per_node": resources.tasks_per_node,
+        "argv": argv,
+        "code": slurmjob.code_fingerprint(),
+    }
+    write_json(run.job, start)
+
+
+def _finished(run: RunDir) -> bool:
+    """Whether the run has done all its steps; says so."""
+    status = run.read_status()
+    if status.get("state") != "finished":
+        return False
+    print(f"this run is finished ({status['step']} steps): nothing to do")
+    return True
+
+
+def _active_job(run: RunDir) -> str | None:
+    """Number of the Slurm job that waits for this run or trains it, if there is one.
+
+    Raises:
+        UserError: there may be one, but its cluster does not answer here.
+    """
+    start = read_json(run.job) if run.job.exists() else {}
+    if start.get("cluster") != "slurm":
+        return None
+    try:
+        return start["job_id"] if slurmjob.job_state(start["job_id"], start["job_name"]).active else None
+    except UserError as error:
+        if run.read_status().get("state") in {"stopped", "failed"}:
+            return None
+        raise UserError(f"{error}; if that job is gone for good, delete {run.job}") from error
+
+
+def _log(run: RunDir, job: str) -> Path:
+    return run.submitit / f"{job}_0_log.out"
+
+
+def _follow(run: RunDir, job: str) -> str:
+    """What to type to watch and to cancel a job."""
+    return "\n".join(
+        [
+            f"job      {job}",
+            f"follow   tail -F {shlex.quote(str(_log(run, job)))}",
+            f"         squeue -j {job}",
+            f"cancel   scancel {job}",
+        ]
+    )
+
+
+def _wait_for(run: RunDir, job: str) -> int:
+    """Wait until the job has left the queue for good; its exit code."""
+    print("waiting for the job; Ctrl-C stops the waiting, not the job", flush=True)
+    try:
+        state = _last_state(job, job_name(run))
+    except KeyboardInterrupt:
+        print(f"job {job} goes on; cancel it with: scancel {job}", file=sys.stderr)
+        raise
+    # Without accounting Slurm forgets a job after some minutes; the run's own record does not.
+    finished = run.read_status().get("state") == "finished"
+    if state.state == "COMPLETED" or (state.state == "UNKNOWN" and finished):
+        return 0
+    print(f"job {job} ended as {state.state}", file=sys.stderr)
+    if _log(run, job).exists():
+        lines = _log(run, job).read_text(encoding="utf-8", errors="replace").splitlines()
+        print(f"the end of {_log(run, job)}:", *lines[-15:], sep="\n", file=sys.stderr)
+    return state.exit_code or 1
+
+
+def _last_state(job: str, name: str) -> JobState:
+    """Ask Slurm, ever less often, until the job is no longer active; say what changes."""
+    began = time.monotonic()
+    said = ""
+    silences = 0
+    while True:
+        try:
+            state = slurmjob.job_state(job, name)
+            silences = 0
+        except UserError:
+            silences += 1
+            if silences == _SILENCES:
+                raise
+        else:
+            now = state.state + (f" ({state.reason})" if state.active and state.reason != "None" else "")
+            if now != said:
+                print(f"{time.strftime('%H:%M:%S')} job {job}: {now}", file=sys.stderr)
+            said = now
+            if not state.active:
+                return state
+        time.sleep(min(30.0, 1.0 + (time.monotonic() - began) / 20))
+
+
+@contextlib.contextmanager
+def _alone_in(run: RunDir) -> Iterator[tuple[bool, bool]]:
+    """Make the run's folder and hold its lock: (whether it was to be had, whether the folder is new).
+
+    Folders made here that are still empty at the end are removed again.
+    """
+    made = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
+    run.path.mkdir(parents=True, exist_ok=True)
+    lock = _take_lock(run.path / _LOCK)
+    try:
+        if lock is None:
+            start = read_json(run.job) if run.job.exists() else {}
+            who = f"process {start.get('pid')} on {start.get('host')}" if start else "another process"
+            print(f"this run is being started or trained by {who}: nothing new was started")
+        yield lock is not None, bool(made)
+    finally:
+        if lock is not None:
+            (run.path / _LOCK).unlink(missing_ok=True)
+            lock.close()
+        for folder in made:
+            with contextlib.suppress(OSError):  # not empty: something came of it
+                folder.rmdir()
+
+
+def _take_lock(path: Path) -> IO[str] | None:
+    """An open file that holds the lock until it is closed, by whatever death; None where another has it."""
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while True:
+        file = path.open("a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(0.2)
+            continue
+        except OSError:
+            return file  # a file system without locks: Slurm's own queue still shows the first job
+        # The one before us removes the file: a lock on a removed file keeps nobody out.
+        with contextlib.suppress(FileNotFoundError):
+            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                return file
+        file.close()

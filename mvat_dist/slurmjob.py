@@ -1,0 +1,296 @@
+"""One training job on Slurm through submitit: its script, its submission, its state.
+
+submitit writes the script, pickles the job and starts it on every task; what it gets wrong for a
+training job on many nodes is set right here (each place says why). No torch: this runs on login nodes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError
+from submitit.slurm.slurm import SlurmExecutor
+
+from mvat_dist import ranks
+from mvat_dist.errors import UserError, exit_code
+from mvat_dist.files import read_json
+from mvat_dist.launch import without_ranks
+
+ACTIVE = {
+    "PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT",
+    "RESIZING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT",
+}  # fmt: skip
+"""States from which a job still goes on, or comes back."""
+
+_NO_CONFIGURATION = "Could not establish a configuration source"
+_ANSWER_SECONDS = 60.0
+_ENDED = "State,ExitCode,JobName"
+
+
+class TrainJob:
+    """What every task of the job runs. Its pickle holds the command line only, so it never grows stale."""
+
+    def __init__(self, argv: list[str]) -> None:
+        self.argv = argv
+
+    def __call__(self) -> None:
+        """Train, as ``python -m mvat_dist.train`` with these arguments."""
+        code = exit_code(_train, self.argv)
+        if code:
+            # SystemExit passes through submitit, which would print any other exception as a traceback.
+            raise SystemExit(code)
+
+    def checkpoint(self) -> DelayedSubmission:
+        """What submitit runs after a requeue: the same. The state of the run is on disk already.
+
+        submitit calls this on rank 0 alone, inside a signal handler: nothing that other ranks have
+        to take part in may happen here.
+        """
+        return DelayedSubmission(self)
+
+
+def _train(argv: list[str] | None) -> None:
+    # submitit has a handler of its own: each of its lines would come twice once the trainer logs too.
+    logging.getLogger("submitit").propagate = False
+    if ranks.read().rank == 0:
+        _warn_of_changed_code()
+    # Imported late: this module is loaded on login nodes, where torch may be slow or missing.
+    from mvat_dist import train
+
+    train.main(argv)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a job asks Slurm for; None leaves a matter to the site's defaults."""
+
+    nodes: int
+    tasks_per_node: int
+    cpus_per_task: int
+    minutes: int
+    """Time limit."""
+    reader_processes: int
+    """Per task: they take their share of `cpus_per_task`."""
+    gpus_per_node: int | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    mem: str | None = None
+    constraint: str | None = None
+    exclude: str | None = None
+    wckey: str | None = None
+    signal_delay: int = 120
+    """Seconds before the time limit at which the ranks get SIGUSR2."""
+    max_restarts: int = 1000
+    """Restarts after the time limit."""
+    setup: tuple[str, ...] = ()
+    """Lines of shell that run in the job before the ranks start."""
+    srun_args: tuple[str, ...] = ()
+    more: Mapping[str, str | bool] = field(default_factory=dict)
+    """Any other sbatch option, by its long name; True for one without a value."""
+
+
+def executor(folder: Path, job_name: str, resources: Resources) -> SlurmExecutor:
+    """The submitit executor that writes its files to `folder`.
+
+    Raises:
+        UserError: a value that cannot stand in a job script.
+    """
+    # Slurm replaces %-patterns in paths and takes a backslash as its own escape; a line break would
+    # end a line of the script, and what follows would run as a command.
+    if set("%\\\n\r\0") & set(str(folder)):
+        raise UserError(f"Slurm cannot write to {str(folder)!r}: choose --runs without %, \\ and line breaks")
+    parameters: dict[str, Any] = {
+        "job_name": job_name,
+        "time": resources.minutes,
+        "nodes": resources.nodes,
+        "ntasks_per_node": resources.tasks_per_node,
+        "cpus_per_task": resources.cpus_per_task,
+        "gpus_per_node": resources.gpus_per_node,
+        "partition": resources.partition,
+        "account": resources.account,
+        "qos": resources.qos,
+        "mem": resources.mem,
+        "constraint": resources.constraint,
+        "exclude": resources.exclude,
+        # submitit always sends a key of its own, which some sites refuse; None leaves it out.
+        "wckey": resources.wckey,
+        "signal_delay_s": resources.signal_delay,
+        "stderr_to_stdout": True,
+        "additional_parameters": {"requeue": True, **resources.more},
+    }
+    for key, value in [*parameters.items(), *resources.more.items()]:
+        if set("\n\r\0") & set(str(value)):
+            raise UserError(f"the value of {key.replace('_', '-')} holds a line break: {value!r}")
+    made = SlurmExecutor(folder, max_num_timeout=resources.max_restarts)
+    made.update_parameters(
+        **parameters,
+        setup=[*_setup(folder, resources), *resources.setup],
+        srun_args=list(resources.srun_args),
+    )
+    return made
+
+
+def _setup(folder: Path, resources: Resources) -> list[str]:
+    threads = max(1, resources.cpus_per_task - resources.reader_processes)
+    job = f'{shlex.quote(str(folder))}/"$SLURM_JOB_ID"'
+    return [
+        "# Since Slurm 22.05 srun does not take over sbatch's --cpus-per-task.",
+        'export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"',
+        f'export OMP_NUM_THREADS="${{OMP_NUM_THREADS:-{threads}}}"',
+        "# Once a rank has ended, the others get this many seconds to end as well. Not --kill-on-bad-exit:",
+        "# a killed rank's code would hide that of the failed one, which is 2 for a mistake of the user.",
+        'export SLURM_WAIT="${SLURM_WAIT:-180}" SLURM_KILL_BAD_EXIT="${SLURM_KILL_BAD_EXIT:-0}"',
+        "ulimit -c 0",
+        "# What a killed submitit leaves half-written would make its next try fail.",
+        f'pickle={job}_submitted.pkl; [ -e "$pickle" ] || [ ! -e "$pickle.save_tmp" ] || '
+        'mv "$pickle.save_tmp" "$pickle"',
+        f'rm -f "$pickle.save_tmp" {job}_*_result.pkl.save_tmp',
+    ]
+
+
+def script(made: SlurmExecutor) -> str:
+    """The text that sbatch would get."""
+    text: str = made._make_submission_file_text(made._submitit_command_str, "")
+    return text
+
+
+def submit(made: SlurmExecutor, argv: list[str]) -> str:
+    """Submit the job and return its number; on a refusal leave none of its files behind.
+
+    Raises:
+        UserError: sbatch refused, in Slurm's own words.
+    """
+    folder = Path(made.folder)
+    before = set(folder.iterdir()) if folder.exists() else set()
+    words = io.StringIO()
+    try:
+        # submitit prints what sbatch said, and raises it too: once is enough.
+        with contextlib.redirect_stderr(words), outside_of_jobs():
+            return str(made.submit(TrainJob(argv)).job_id)
+    except (FailedJobError, FailedSubmissionError) as error:
+        for left in set(folder.iterdir()) - before:
+            left.unlink()
+        if not before:
+            folder.rmdir()
+        raise UserError(f"Slurm refused the job: {_one_line(str(error))}") from error
+
+
+@contextlib.contextmanager
+def outside_of_jobs() -> Iterator[None]:
+    """Hide what a surrounding job or launcher has put into the environment: a new job inherits it all."""
+    clean = without_ranks(os.environ)
+    if "SLURM_JOB_ID" in clean:
+        mine = ("SLURM_", "SLURMD_", "SRUN_")
+        clean = {k: v for k, v in clean.items() if k == "SLURM_CONF" or not k.startswith(mine)}
+    hidden = {name: os.environ.pop(name) for name in os.environ.keys() - clean.keys()}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+@dataclass(frozen=True)
+class JobState:
+    """What Slurm says about a job."""
+
+    state: str
+    """As in ``squeue -o %T``; UNKNOWN where Slurm has forgotten the job."""
+    reason: str = ""
+    """Why it waits."""
+    exit_code: int | None = None
+    """Of the job's script, where accounting tells."""
+
+    @property
+    def active(self) -> bool:
+        return self.state in ACTIVE
+
+
+def job_state(job_id: str, job_name: str) -> JobState:
+    """The state of the job of that number and name.
+
+    The name is compared because numbers start again where a cluster is set up anew.
+
+    Raises:
+        UserError: the controller does not answer.
+    """
+    told = _slurm(["squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%T\t%r\t%j"])
+    if told.returncode and "Invalid job id" not in told.stderr:
+        raise UserError(f"squeue cannot say whether job {job_id} still runs: {_one_line(told.stderr)}")
+    seen = JobState("UNKNOWN")
+    for state, reason, name in (line.split("\t", 2) for line in told.stdout.splitlines()):
+        if name == job_name:
+            seen = JobState(state, reason)
+    if seen.active:
+        return seen
+    told = _slurm(["sacct", "-X", "--noheader", "--parsable2", f"--jobs={job_id}", f"--format={_ENDED}"])
+    for state, code, name in (line.split("|", 2) for line in told.stdout.splitlines()):
+        if name == job_name:
+            returned, ended_by = (int(number) for number in code.split(":"))
+            return JobState(state.split()[0], exit_code=returned or (128 + ended_by if ended_by else 0))
+    return seen
+
+
+def why_not_here() -> str | None:
+    """None where a Slurm cluster answers; else why there is none, for ``--cluster auto``.
+
+    Raises:
+        UserError: there is a cluster, but it does not answer; training on its login node is no substitute.
+    """
+    if not (shutil.which("sbatch") and shutil.which("srun")):
+        return "no Slurm here"
+    told = _slurm(["scontrol", "ping"])
+    if "is UP" in told.stdout:
+        return None
+    if _NO_CONFIGURATION in told.stderr:
+        return "Slurm's programs are here, but no cluster is configured"
+    raise UserError(
+        f"Slurm is configured but does not answer ({_one_line(told.stderr or told.stdout)}): "
+        "try again when it does, or choose --cluster local"
+    )
+
+
+def code_fingerprint() -> str:
+    """SHA-256 over the source files of this package, to notice a change between submission and start."""
+    digest = hashlib.sha256()
+    package = Path(__file__).parent
+    for source in sorted(package.rglob("*.py")):
+        digest.update(str(source.relative_to(package)).encode() + b"\0" + source.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _warn_of_changed_code() -> None:
+    """Say so where a job runs other code than was submitted: Slurm keeps the script, not the package."""
+    record = Path(os.environ.get("SUBMITIT_FOLDER", "")).parent / "job.json"
+    if record.exists() and read_json(record).get("code") not in {None, code_fingerprint()}:
+        print("warning: mvat_dist has changed since this job was submitted", file=sys.stderr)
+
+
+def _slurm(command: list[str]) -> subprocess.CompletedProcess[str]:
+    configuration = os.environ.get("SLURM_CONF")
+    if configuration and not Path(configuration).exists():  # Slurm would wait a minute for it
+        return subprocess.CompletedProcess(
+            command, 1, "", f"SLURM_CONF names {configuration}, which is not there"
+        )
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_SECONDS)
+    except (FileNotFoundError, subprocess.TimeoutExpired) as error:
+        return subprocess.CompletedProcess(command, 1, "", str(error))
+
+
+def _one_line(words: str) -> str:
+    """``sbatch: error: a`` and ``sbatch: error: b`` become ``a; b``."""
+    lines = [line.split("error: ", 1)[-1].strip() for line in words.splitlines()]
+    return "; ".join(line for line in lines if line) or "no reason given"

@@ -1,0 +1,264 @@
+"""Start a run on a cluster, or on this machine: ``python -m mvat_dist.submit``.
+
+Its own options say where and on what; every other option is the trainer's and is checked here, before
+a job waits in a queue. On Slurm the run is one job on all nodes; without Slurm its processes run here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from mvat_dist import configfile, dispatch, launch, rundir, slurmjob, students
+from mvat_dist.config import SAMPLE_RATE, Config
+from mvat_dist.data.shards import subset_names
+from mvat_dist.errors import UserError, exit_code
+from mvat_dist.rundir import RunDir
+
+EXAMPLE = """\
+Every other option belongs to the trainer: python -m mvat_dist.train --help
+
+example:
+  python -m mvat_dist.submit --nodes 4 --gpus-per-node 8 --time 2-00:00:00 \\
+      --config configs/distil.yaml --teacher runs/teacher --student all
+"""
+
+_SLURM_ONLY = ("partition", "account", "qos", "mem", "constraint", "exclude", "wckey", "time")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """A user's mistake is one line, without the usage."""
+        raise UserError(f"{message} (python -m mvat_dist.submit --help)")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options that are not the trainer's."""
+    made = _Parser(
+        prog="python -m mvat_dist.submit",
+        description="Start a training run on Slurm, or as processes on this machine.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = made.add_argument
+    add(
+        "--cluster",
+        choices=("auto", "slurm", "local"),
+        default="auto",
+        help="where; auto is Slurm where there is one, else this machine (default: auto)",
+    )
+    add("--dry-run", action="store_true", help="show the plan and the job script; start and write nothing")
+    add("--wait", action="store_true", help="wait for the job; the exit code is that of the training")
+    shape = made.add_argument_group("size of the job")
+    add = shape.add_argument
+    add("--nodes", type=int, default=1, help="default: 1")
+    add("--gpus-per-node", type=int, help="one task runs per GPU")
+    add("--tasks-per-node", type=int, help="processes per node (default: --gpus-per-node, else 1)")
+    add("--cpus-per-task", type=int, help="default: --data.workers + 1")
+    add("--mem", help="memory per node, as sbatch takes it: 64G")
+    add("--time", default="1-00:00:00", help="limit in minutes or as D-HH:MM:SS (default: 1-00:00:00)")
+    slurm = made.add_argument_group("Slurm (the site's defaults where left out)")
+    add = slurm.add_argument
+    add("--partition")
+    add("--account")
+    add("--qos")
+    add("--constraint", help="features that the nodes must have")
+    add("--exclude", help="nodes to leave out")
+    add("--wckey")
+    add("--setup", action="append", default=[], metavar="LINE", help="shell line run before the ranks start")
+    add("--srun-args", default="", metavar="ARGS", help="of srun, as in --srun-args='--mpi=none'")
+    add("--slurm", action="append", default=[], metavar="KEY[=VALUE]", help="any other option of sbatch")
+    add(
+        "--signal-delay",
+        type=int,
+        default=120,
+        metavar="SECONDS",
+        help="warning before the time limit: more than the slowest step and a save take (default: 120)",
+    )
+    add("--max-restarts", type=int, default=1000, help="restarts after the time limit (default: 1000)")
+    return made
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Start, or with --dry-run describe, what the command line says.
+
+    Raises:
+        UserError: anything the user can mend, before a job waits for it.
+        SystemExit: the training's exit code where this process has waited for it and it failed.
+    """
+    options, rest = parser().parse_known_args(argv)
+    config = configfile.parse(rest, prog="python -m mvat_dist.submit")
+    resources = _resources(options, config)
+    run = RunDir(rundir.run_folder(config))
+    _check(config, resources, run)
+    reason = _why_local(options)
+    print(_plan(config, resources, run))
+    if reason:
+        _say_local(reason, resources, options)
+    if options.dry_run:
+        if not reason:
+            print(f"\n{slurmjob.script(slurmjob.executor(run.submitit, dispatch.job_name(run), resources))}")
+        return
+    if reason:
+        code = dispatch.locally(run, rest, resources)
+    else:
+        code = dispatch.on_slurm(run, config, resources, wait=options.wait)
+    if code:
+        raise SystemExit(code)
+
+
+def minutes(text: str) -> int:
+    """Whole minutes, rounded up, of a time limit in Slurm's syntax.
+
+    ``90`` and ``90:00`` are minutes (and seconds), ``1:30:00`` hours, ``2-12``, ``2-12:00`` and
+    ``2-12:00:00`` days and hours.
+
+    Raises:
+        UserError: no such form, or no time at all.
+    """
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
+    if match is None:
+        raise UserError(f"--time {text!r}: give minutes (90), H:MM:SS (1:30:00) or D-HH:MM:SS (2-12:00:00)")
+    days, *numbers = match.groups()
+    given = [int(number) for number in numbers if number is not None]
+    if days is not None:  # D-H, D-H:M, D-H:M:S
+        hours, mins, seconds = (*given, 0, 0)[:3]
+    elif len(given) == 3:
+        hours, mins, seconds = given
+    else:  # M, M:S
+        hours, (mins, seconds) = 0, (*given, 0)[:2]
+    total = ((int(days or 0) * 24 + hours) * 60 + mins) * 60 + seconds
+    if total == 0:
+        raise UserError(f"--time {text!r} is no time: a job needs a limit above 0")
+    return -(-total // 60)
+
+
+def _resources(options: argparse.Namespace, config: Config) -> slurmjob.Resources:
+    """What the options ask for, with the gaps filled."""
+    at_least = {
+        "nodes": 1,
+        "gpus_per_node": 0,
+        "tasks_per_node": 1,
+        "cpus_per_task": 1,
+        "signal_delay": 1,
+        "max_restarts": 0,
+    }
+    for name, least in at_least.items():
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: give at least {least}")
+    gpus = options.gpus_per_node or None
+    tasks = options.tasks_per_node or gpus or 1
+    if gpus and tasks > gpus:
+        raise UserError(
+            f"--tasks-per-node {tasks} for {gpus} GPUs per node: every task needs a GPU of its own"
+        )
+    more: dict[str, str | bool] = {}
+    for pair in options.slurm:
+        key, equals, value = pair.partition("=")
+        if not re.fullmatch(r"(--)?[A-Za-z][A-Za-z0-9-]*", key):
+            raise UserError(f"--slurm {pair!r}: give KEY or KEY=VALUE, as in --slurm mail-type=END")
+        more[key.removeprefix("--")] = value if equals else True
+    try:
+        srun_args = tuple(shlex.split(options.srun_args))
+    except ValueError as error:
+        raise UserError(f"--srun-args {options.srun_args!r}: {error}") from error
+    return slurmjob.Resources(
+        nodes=options.nodes,
+        tasks_per_node=tasks,
+        cpus_per_task=options.cpus_per_task or config.data.workers + 1,
+        minutes=minutes(options.time),
+        reader_processes=config.data.workers,
+        gpus_per_node=gpus,
+        signal_delay=options.signal_delay,
+        max_restarts=options.max_restarts,
+        setup=tuple(options.setup),
+        srun_args=srun_args,
+        more=more,
+        **{name: getattr(options, name) for name in _SLURM_ONLY if name != "time"},
+    )
+
+
+def _check(config: Config, resources: slurmjob.Resources, run: RunDir) -> None:
+    """Everything that can be known without torch, so that no job starts for nothing.
+
+    Raises:
+        UserError: with the fix.
+    """
+    processes = resources.nodes * resources.tasks_per_node
+    if config.train.batch % processes:
+        raise UserError(
+            f"--train.batch {config.train.batch} cannot be shared by {processes} processes "
+            f"({resources.nodes} nodes x {resources.tasks_per_node} tasks): choose a multiple of {processes}"
+        )
+    subset_names(config.data.train)
+    if config.distil.method != "none" and not Path(config.teacher).exists():
+        raise UserError(
+            f"no such teacher: {config.teacher}; give a run folder or a checkpoint with --teacher"
+        )
+    if run.config.exists():
+        differing = rundir.changed_keys(configfile.parse(["--config", str(run.config)]), config)
+        if differing:
+            raise UserError(
+                f"{run.path} holds a run with another configuration ({', '.join(differing)}): "
+                "choose another --name, or leave --name out"
+            )
+
+
+def _plan(config: Config, resources: slurmjob.Resources, run: RunDir) -> str:
+    """What will be trained, on what, and where it will lie."""
+    samples = round(config.data.segment_seconds * SAMPLE_RATE)
+    sizes = students.select(config.student, config.sizes)
+    processes = resources.nodes * resources.tasks_per_node
+    teacher = f" beside {config.teacher}" if config.distil.method != "none" else ""
+    batch = config.train.batch
+    lines = [f"train    {config.distil.method}{teacher}, {config.train.steps} steps of {batch} segments"]
+    lines += [
+        f"         {name}: {students.parameters(size) / 1e6:.2f} M parameters, "
+        f"{students.macs(size, samples) / 1e9:.3g} GMAC per {config.data.segment_seconds:g} s"
+        for name, size in sizes.items()
+    ]
+    gpus = f", {resources.gpus_per_node} GPUs per node" if resources.gpus_per_node else ""
+    lines += [
+        f"on       {_shape(resources)}{gpus}: {batch // processes} of the {batch} segments per process",
+        f"run      {run.path}",
+    ]
+    return "\n".join(lines)
+
+
+def _shape(resources: slurmjob.Resources) -> str:
+    nodes, tasks = resources.nodes, resources.tasks_per_node
+    return f"{nodes} {'node' if nodes == 1 else 'nodes'} x {tasks} {'task' if tasks == 1 else 'tasks'}"
+
+
+def _why_local(options: argparse.Namespace) -> str | None:
+    """Why the run stays on this machine; None where it goes to Slurm."""
+    if options.cluster == "local":
+        return "as asked"
+    if options.cluster == "auto":
+        return slurmjob.why_not_here()
+    reason = slurmjob.why_not_here()
+    if reason:
+        raise UserError(f"--cluster slurm: {reason}; choose --cluster local to train on this machine")
+    return None
+
+
+def _say_local(reason: str, resources: slurmjob.Resources, options: argparse.Namespace) -> None:
+    processes = resources.nodes * resources.tasks_per_node
+    what = "1 local process" if processes == 1 else f"{processes} local processes"
+    print(f"local    {reason}: {_shape(resources)} run as {what}")
+    if processes > launch.cores():
+        print(f"         they share {launch.cores()} cores: expect it to be slow")
+    defaults = parser().parse_args([])
+    ignored = [f"--{name}" for name in _SLURM_ONLY if getattr(options, name) != getattr(defaults, name)]
+    if ignored:
+        print(f"         without Slurm these mean nothing: {', '.join(ignored)}")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

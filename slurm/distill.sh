@@ -1,0 +1,74 @@
+#!/bin/bash
+# The training job without submitit:
+#
+#   sbatch slurm/distill.sh --config configs/distil.yaml --teacher runs/teacher --student all
+#
+# What follows the script's name goes to `python -m mvat_dist.train`; what comes before it goes to sbatch
+# and overrides the lines below, which are defaults:
+#
+#   sbatch --nodes 8 --gpus-per-node 4 --ntasks-per-node 4 --partition gpu slurm/distill.sh --student all
+#
+# The trainer reads nodes, tasks, addresses and ports from Slurm. Paths are relative to where sbatch was
+# called. `mvat-distill-JOB.log` there tells how the job went, runs/slurm/JOB-RANK.log what each rank says.
+
+#SBATCH --job-name=mvat-distill
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=3
+#SBATCH --time=1-00:00:00
+#SBATCH --signal=USR2@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=mvat-distill-%j.log
+
+set -uo pipefail
+
+# Slurm runs a copy of this script from its spool folder, and keeps the original's path.
+find_project() {
+    local from=${SLURM_SUBMIT_DIR:-$PWD} original
+    original=$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null |
+        sed -n 's|^ *Command=\(.*\)/slurm/distill\.sh.*|\1|p')
+    for project in "${original:-$from}" "$from" "$from/.." "$(dirname "${BASH_SOURCE[0]}")/.."; do
+        if [[ -f $project/mvat_dist/train.py ]]; then
+            (cd "$project" && pwd)
+            return
+        fi
+    done
+    echo "error: no mvat_dist/train.py in $from: call sbatch from the project's folder" >&2
+    return 2
+}
+
+project=$(find_project) || exit
+if [[ -f $project/.venv/bin/activate ]]; then
+    # shellcheck disable=SC1091 # made by `make setup`
+    source "$project/.venv/bin/activate"
+fi
+export PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH}
+
+# A rank that another launcher left in the shell that called sbatch.
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
+# Since Slurm 22.05 srun does not take over sbatch's --cpus-per-task.
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+# Two of a task's CPUs are for its reader processes (--data.workers).
+threads=$((SRUN_CPUS_PER_TASK > 3 ? SRUN_CPUS_PER_TASK - 2 : 1))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
+# Once a rank has ended, the others get this many seconds to end as well. Not --kill-on-bad-exit: the code of
+# a killed rank would hide that of the failed one, which is 2 for a mistake that the user can mend.
+export SLURM_WAIT=${SLURM_WAIT:-180} SLURM_KILL_BAD_EXIT=${SLURM_KILL_BAD_EXIT:-0}
+ulimit -c 0
+
+logs=runs/slurm
+mkdir -p "$logs" || exit 2
+log=$logs/${SLURM_JOB_ID:-0}
+printf '%s job %s, start %s: %s tasks on %s\n' "$(date '+%F %T')" "${SLURM_JOB_ID:-none}" \
+    "$((${SLURM_RESTART_COUNT:-0} + 1))" "${SLURM_NTASKS:-?}" "${SLURM_JOB_NODELIST:-?}"
+printf 'follow: tail -F %q\n' "$PWD/$log-0.log"
+
+srun --export=ALL --unbuffered --open-mode=append --output="$log-%t.log" \
+    python -m mvat_dist.train "$@"
+code=$?
+if ((code)); then
+    printf '%s ended with exit code %s; the end of %s-0.log:\n' "$(date '+%F %T')" "$code" "$log"
+    tail -n 15 "$log-0.log"
+fi
+exit "$code"

@@ -1,0 +1,109 @@
+"""The cluster of ``slurm/devcluster.sh``, and how the tests talk to it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import REPOSITORY
+from tests.tiny_corpus import write_pairs, write_sources
+
+RATE = 16_000
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cluster() -> None:
+    """The cluster that SLURM_CONF names, else the one that devcluster.sh knows of."""
+    os.environ.pop("OMP_NUM_THREADS", None)  # set for tests in this process; jobs choose by themselves
+    if "SLURM_CONF" not in os.environ:
+        script = REPOSITORY / "slurm" / "devcluster.sh"
+        told = subprocess.run([script, "status"], capture_output=True, text=True)
+        if told.returncode:
+            pytest.skip("no cluster: start one with slurm/devcluster.sh up")
+        os.environ["SLURM_CONF"] = told.stdout.strip().removeprefix("export SLURM_CONF=")
+
+
+@pytest.fixture(autouse=True)
+def no_job_is_left() -> Iterator[None]:
+    """A failed test's jobs must not stand in the way of the next."""
+    yield
+    subprocess.run(["scancel", "--quiet", f"--user={os.getuid()}"], check=True)
+    until(lambda: not slurm("squeue", "--noheader"), 30)
+
+
+def slurm(*command: str) -> str:
+    """What a command prints; it has to succeed."""
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def accounting(job: str, *columns: str) -> list[list[str]]:
+    """Rows of sacct for a job and its steps, once accounting has seen it end."""
+
+    def rows() -> list[list[str]]:
+        told = slurm(
+            "sacct", "--noheader", "--parsable2", f"--jobs={job}", f"--format=End,{','.join(columns)}"
+        )
+        return [line.split("|") for line in told.splitlines()]
+
+    until(lambda: bool(rows()) and all(row[0] != "Unknown" for row in rows()), 20)
+    return [row[1:] for row in rows()]
+
+
+def until(true: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, (
+            f"not within {seconds} s: {slurm('squeue')} {slurm('sinfo', '-R')}"
+        )
+        time.sleep(0.2)
+
+
+def submit(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """``python -m mvat_dist.submit`` as a user types it."""
+    environment = {**os.environ, "WANDB_MODE": "disabled"}
+    command = [sys.executable, "-m", "mvat_dist.submit", *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A second of tones and noise per utterance, in shards enough for four readers."""
+    folder = tmp_path_factory.mktemp("tiny corpus")
+    generator = np.random.default_rng(0)
+    time_axis = np.arange(RATE) / RATE
+
+    def voice() -> np.ndarray:
+        return 0.2 * np.sin(2 * np.pi * generator.uniform(100, 300) * time_axis)
+
+    write_sources(folder, "train_clean", {f"c{i}": voice() for i in range(8)}, shards=4)
+    write_sources(folder, "train_noise", {"n0": 0.1 * generator.standard_normal(2 * RATE)})
+    clean = {f"v{i}": voice() for i in range(2)}
+    noisy = {key: signal + 0.03 * generator.standard_normal(signal.size) for key, signal in clean.items()}
+    write_pairs(folder, "valid", {key: (noisy[key], clean[key]) for key in clean})
+    return folder
+
+
+@pytest.fixture
+def training(corpus: Path) -> list[str]:
+    """Options of a run of a few seconds: two students without a teacher."""
+    return [
+        "--sizes={tiny: {kind: small, hidden: 4, depth: 2}, mini: {kind: base, hidden: 6, depth: 2}}",
+        "--student=tiny,mini",
+        "--distil.method=none",
+        f"--data.train={corpus}",
+        "--data.reverb_probability=0",
+        "--data.segment_seconds=0.25",
+        "--data.workers=1",
+        "--train.batch=4",
+        "--train.steps=4",
+        "--valid.clips=1",
+        "--valid.best=si_sdr",
+        "--track.every=1",
+    ]

@@ -1,0 +1,432 @@
+"""Submitting without a cluster: what is refused, what a job's script holds, and that a run starts once."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mvat_dist import configfile, dispatch, rundir, slurmjob, submit
+from mvat_dist.errors import UserError
+from mvat_dist.rundir import RunDir
+from tests.tiny_corpus import write_pairs, write_sources
+
+# What `scontrol ping` says on a machine with Slurm's packages and no configuration (22.05).
+NO_CONFIGURATION = """\
+scontrol: error: resolve_ctls_from_dns_srv: res_nsearch error: Unknown host
+scontrol: error: fetch_config: DNS SRV lookup failed
+scontrol: error: _establish_config_source: failed to fetch config
+scontrol: fatal: Could not establish a configuration source"""
+
+REFUSAL = """\
+sbatch: error: invalid partition specified: nope
+sbatch: error: Batch job submission failed: Invalid partition name specified"""
+
+Program = Callable[[str, str], None]
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a small corpus, in a folder whose name has spaces and a quote."""
+    folder = tmp_path / "it's my place"
+    folder.mkdir()
+    noise = np.random.default_rng(0).standard_normal(8000) * 0.1
+    write_sources(folder / "corpus", "train_clean", {f"c{i}": noise for i in range(4)}, shards=2)
+    write_sources(folder / "corpus", "train_noise", {"n0": noise})
+    write_pairs(folder / "corpus", "valid", {"v0": (noise, noise)})
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Program:
+    """Installs programs written as shell text; only these, sh and cat are on the path."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("sh", "cat"):
+        (folder / name).symlink_to(shutil.which(name) or name)
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.delenv("SLURM_CONF", raising=False)
+
+    def install(name: str, script: str) -> None:
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+
+    return install
+
+
+@pytest.fixture
+def slurm(program: Program, tmp_path: Path) -> Path:
+    """A cluster of shell scripts: it takes jobs, counts them, and calls each one pending for ever."""
+    jobs = tmp_path / "jobs"
+    program("srun", "exit 1")
+    program("sacct", "exit 0")
+    program("scontrol", 'echo "Slurmctld(primary) at here is UP"')
+    program("sbatch", f'echo "$1" >> "{jobs}"; echo "Submitted batch job 7"')
+    program("squeue", f'[ -e "{jobs}" ] && printf "PENDING\\tPriority\\tmvat-one\\n"')
+    return jobs
+
+
+COMMON = ("--distil.method=none", "--student=manner-s-0.6gf", "--data.train=corpus", "--name=one")
+
+
+def tree(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    submit.main([*COMMON, "--dry-run", *arguments])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("90", 90), ("90:01", 91), ("1:30:00", 90), ("2-12", 3600), ("2-12:30", 3630), ("1-00:00:01", 1441)],
+)
+def test_time_limits(text: str, expected: int) -> None:
+    assert submit.minutes(text) == expected
+
+
+@given(st.integers(0, 30), st.integers(0, 23), st.integers(0, 59), st.integers(1, 59))
+def test_a_time_limit_is_never_cut_short(days: int, hours: int, minutes: int, seconds: int) -> None:
+    asked = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    given_seconds = 60 * submit.minutes(f"{days}-{hours:02}:{minutes:02}:{seconds:02}")
+    assert asked <= given_seconds < asked + 60
+
+
+@pytest.mark.parametrize("text", ["", "soon", "0", "0:00", "1:2:3:4", "-5", "1.5", "1-", "2h"])
+def test_time_limits_that_are_none(text: str) -> None:
+    with pytest.raises(UserError, match="--time"):
+        submit.minutes(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--nodes", "0"], "--nodes 0: give at least 1"),
+        (["--nodes", "-3"], "--nodes -3"),
+        (["--nodes", "four"], "invalid int value: 'four'"),
+        (["--tasks-per-node", "0"], "--tasks-per-node 0"),
+        (["--gpus-per-node", "2", "--tasks-per-node", "4"], "every task needs a GPU of its own"),
+        (["--nodes", "3"], "--train.batch 32 cannot be shared by 3 processes.*multiple of 3"),
+        (["--time", "soon"], "--time 'soon'"),
+        (["--student", "manner-s-5.2gf"], "manner-s-5.3gf"),
+        (["--data.trian", "x"], "data.train"),
+        (["--data.train", "nowhere"], "nowhere"),
+        (["--data.train", "."], "packed corpus"),
+        (["--distil.method", "mvat", "--teacher", "nobody"], "no such teacher: nobody"),
+        (["--cluster", "slurm"], "--cluster slurm: no Slurm here; choose --cluster local"),
+        (["--cluster", "cloud"], "invalid choice: 'cloud'"),
+        (["--slurm", "=x"], "--slurm '=x'"),
+        (["--srun-args='open"], "--srun-args .*No closing quotation"),
+        (["--slurm", "a b=x"], "--slurm 'a b=x'"),
+        (["--name", "a/b"], "--name 'a/b'"),
+    ],
+)
+@pytest.mark.usefixtures("program")
+def test_mistakes_are_told_before_anything_starts(place: Path, arguments: list[str], words: str) -> None:
+    before = tree(place)
+    with pytest.raises(UserError, match=words):
+        submit.main([*COMMON, *arguments])
+    assert tree(place) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--partition", "a\n#SBATCH --wrap=id"], "partition holds a line break"),
+        (["--slurm", "comment=a\nid"], "comment holds a line break"),
+        (["--runs", "100%"], "without %"),
+        (["--runs", "a\nb"], "line breaks"),
+    ],
+)
+def test_what_cannot_stand_in_a_script_is_refused(
+    place: Path, slurm: Path, arguments: list[str], words: str
+) -> None:
+    before = tree(place)
+    with pytest.raises(UserError, match=words):
+        submit.main([*COMMON, *arguments])
+    assert tree(place) == before
+    assert not slurm.exists()
+
+
+def test_one_line_and_exit_code_2() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mvat_dist.submit", *COMMON, "--nodes=0"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --nodes 0: give at least 1\n"
+
+
+def test_torch_is_not_needed_to_submit() -> None:
+    code = "import sys; from mvat_dist import submit; submit.main(sys.argv[1:]); "
+    code += "sys.exit('torch' in sys.modules)"
+    command = [sys.executable, "-c", code, *COMMON, "--cluster=local", "--dry-run"]
+    assert subprocess.run(command, capture_output=True).returncode == 0
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(
+    place: Path, slurm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = tree(place)
+    said = plan(capsys, "--nodes=4", "--gpus-per-node=2", "--runs=my runs", "--time=2-00:00:00")
+    assert tree(place) == before
+    assert not slurm.exists()
+    assert "manner-s-0.6gf" in said
+    assert "4 nodes x 2 tasks, 2 GPUs per node: 4 of the 32 segments per process" in said
+    flags = [line for line in said.splitlines() if line.startswith("#SBATCH")]
+    log = """'"'"'""".join(f"{place}/my runs/one/submitit/%j_0_log.out".split("'"))
+    assert flags == [
+        "#SBATCH --cpus-per-task=3",
+        "#SBATCH --gpus-per-node=2",
+        "#SBATCH --job-name=mvat-one",
+        "#SBATCH --nodes=4",
+        "#SBATCH --ntasks-per-node=2",
+        "#SBATCH --open-mode=append",
+        f"#SBATCH --output='{log}'",
+        "#SBATCH --requeue",
+        "#SBATCH --signal=USR2@120",
+        "#SBATCH --time=2880",
+    ]
+    assert "srun --unbuffered" in said
+
+
+@pytest.mark.usefixtures("slurm")
+def test_every_wish_reaches_the_script(capsys: pytest.CaptureFixture[str]) -> None:
+    wishes = {
+        "partition": "gpu",
+        "account": "me",
+        "qos": "high",
+        "mem": "64G",
+        "constraint": "a100&ib",
+        "exclude": "bad[1-3]",
+        "wckey": "speech",
+    }
+    said = plan(
+        capsys,
+        *(f"--{key}={value}" for key, value in wishes.items()),
+        "--slurm=mail-type=END",
+        "--slurm=exclusive",
+        "--signal-delay=300",
+        "--setup=module load cuda",
+        "--setup=echo $(hostname)",
+        "--srun-args=--mpi=none --export='A B'",
+    )
+    for line in (
+        *(
+            f"#SBATCH --{key}={value}"
+            for key, value in wishes.items()
+            if key not in {"constraint", "exclude"}
+        ),
+        "#SBATCH --constraint='a100&ib'",
+        "#SBATCH --exclude='bad[1-3]'",
+        "#SBATCH --mail-type=END",
+        "#SBATCH --exclusive",
+        "#SBATCH --signal=USR2@300",
+        "module load cuda",
+        "echo $(hostname)",
+    ):
+        assert f"\n{line}\n" in said
+    assert "--mpi=none '--export=A B'" in said
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (None, "no Slurm here: 4 nodes x 1 task run as 4 local processes"),
+        (f"cat >&2 <<'END'\n{NO_CONFIGURATION}\nEND\nexit 1", "no cluster is configured: 4 nodes"),
+    ],
+)
+def test_auto_without_a_cluster_stays_here_and_says_so(
+    program: Program, capsys: pytest.CaptureFixture[str], answer: str | None, words: str
+) -> None:
+    if answer:
+        for name in ("sbatch", "srun", "scontrol"):
+            program(name, answer)
+    said = plan(capsys, "--nodes=4", "--partition=gpu")
+    assert words in said
+    assert "without Slurm these mean nothing: --partition" in said
+    assert "#SBATCH" not in said
+
+
+def test_auto_with_a_silent_cluster_does_not_train_on_the_login_node(program: Program) -> None:
+    for name in ("sbatch", "srun", "scontrol"):
+        program(name, 'echo "Slurmctld(primary) at here is DOWN"; exit 1')
+    with pytest.raises(UserError, match=r"does not answer \(Slurmctld\(primary\) at here is DOWN\)"):
+        submit.main([*COMMON])
+
+
+@pytest.mark.usefixtures("slurm")
+def test_a_refused_job_leaves_nothing_and_one_line(
+    place: Path, program: Program, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program("sbatch", f"cat >&2 <<'END'\n{REFUSAL}\nEND\nexit 1")
+    before = tree(place)
+    with pytest.raises(
+        UserError,
+        match="refused the job: invalid partition specified: nope; Batch job submission failed: Invalid",
+    ):
+        submit.main([*COMMON, "--partition=nope"])
+    assert tree(place) == before
+    assert capsys.readouterr().err == ""
+
+
+def test_a_second_submission_finds_the_first(slurm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    submit.main([*COMMON])
+    first = capsys.readouterr().out
+    assert "scancel 7" in first
+    assert "tail -F" in first
+    submit.main([*COMMON])
+    assert "nothing new was submitted" in capsys.readouterr().out
+    assert len(slurm.read_text().splitlines()) == 1
+    # Nor does a local start run beside the job.
+    submit.main([*COMMON, "--cluster=local"])
+    assert "squeue -j 7" in capsys.readouterr().out
+
+
+def test_the_job_of_another_run_is_not_taken_for_ours(slurm: Path, program: Program) -> None:
+    submit.main([*COMMON])
+    program("squeue", 'printf "RUNNING\\tNone\\tsomebody-else\\n"')  # the number is in use again
+    submit.main([*COMMON])
+    assert len(slurm.read_text().splitlines()) == 2
+
+
+@pytest.mark.usefixtures("slurm")
+def test_the_job_keeps_the_configuration_it_was_submitted_with(place: Path) -> None:
+    own = place / "own.yaml"
+    own.write_text("seed: 5\n")
+    submit.main([*COMMON, "--config=own.yaml"])
+    own.write_text("seed: 6\n")
+    run = RunDir(place / "runs" / "one")
+    with next(run.submitit.glob("*_submitted.pkl")).open("rb") as file:
+        job = pickle.load(file)  # noqa: S301, our own
+    again = configfile.parse(job.function.argv)
+    assert again.seed == 5
+    assert rundir.run_folder(again) == run.path
+
+
+def test_a_finished_run_is_not_started_again(
+    place: Path, slurm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDir(place / "runs" / "one")
+    run.create(configfile.parse([*COMMON]))
+    run.write_status("finished", 100)
+    for cluster in ("slurm", "local"):
+        submit.main([*COMMON, f"--cluster={cluster}"])
+        assert "finished (100 steps): nothing to do" in capsys.readouterr().out
+    assert not slurm.exists()
+
+
+@pytest.mark.usefixtures("slurm")
+def test_another_configuration_under_the_same_name_is_refused(place: Path) -> None:
+    RunDir(place / "runs" / "one").create(configfile.parse([*COMMON]))
+    with pytest.raises(UserError, match="seed: 0 -> 1"):
+        submit.main([*COMMON, "--seed=1"])
+
+
+@pytest.mark.usefixtures("program")
+def test_a_run_in_progress_is_left_alone(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "_LOCK_SECONDS", 0.3)
+    folder = place / "runs" / "one"
+    folder.mkdir(parents=True)
+    code = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); "
+    code += "print(flush=True); input()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder / ".submit.lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    with other:
+        assert other.stdout
+        other.stdout.readline()
+        submit.main([*COMMON, "--cluster=local"])
+        assert "nothing new was started" in capsys.readouterr().out
+        other.kill()
+    # A lock dies with its owner: here the run could start.
+    with dispatch._alone_in(RunDir(folder)) as (alone, is_new):
+        assert (alone, is_new) == (True, False)
+
+
+def test_what_a_job_pickles_is_its_command_line() -> None:
+    job = slurmjob.TrainJob(["--seed", "1"])
+    text = pickle.dumps(job.checkpoint())
+    assert len(text) < 400
+    again = pickle.loads(text).function  # noqa: S301, our own
+    assert vars(again) == {"argv": ["--seed", "1"]}
+    assert type(again) is slurmjob.TrainJob
+
+
+@pytest.mark.parametrize(
+    ("files", "left"),
+    [
+        ({"7_submitted.pkl": "old"}, {"7_submitted.pkl": "old"}),
+        ({"7_submitted.pkl": "old", "7_submitted.pkl.save_tmp": "torn"}, {"7_submitted.pkl": "old"}),
+        ({"7_submitted.pkl.save_tmp": "new"}, {"7_submitted.pkl": "new"}),
+        ({"7_1_result.pkl.save_tmp": "x", "8_1_result.pkl.save_tmp": "y"}, {"8_1_result.pkl.save_tmp": "y"}),
+        ({}, {}),
+    ],
+)
+def test_a_restart_clears_what_a_killed_submitit_left(
+    tmp_path: Path, files: dict[str, str], left: dict[str, str]
+) -> None:
+    folder = tmp_path / "a 'folder'"
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    lines = slurmjob._setup(folder, slurmjob.Resources(1, 1, 6, 10, 2))
+    script = "\n".join([*lines, 'echo "$SRUN_CPUS_PER_TASK $OMP_NUM_THREADS"'])
+    environment = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "6"}
+    done = subprocess.run(
+        ["bash", "-euc", script], env=environment, capture_output=True, text=True, check=True
+    )
+    assert {file.name: file.read_text() for file in folder.iterdir()} == left
+    assert done.stdout == "6 4\n"  # two of six CPUs are the readers'
+
+
+def test_a_job_submitted_from_within_a_job_inherits_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (
+        "SLURM_JOB_ID",
+        "SLURM_NTASKS",
+        "SLURM_CONF",
+        "RANK",
+        "TORCHELASTIC_RUN_ID",
+        "SBATCH_ACCOUNT",
+    ):
+        monkeypatch.setenv(name, "1")
+    before = dict(os.environ)
+    with slurmjob.outside_of_jobs():
+        assert not {"SLURM_JOB_ID", "SLURM_NTASKS", "RANK", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
+        assert {"SLURM_CONF", "SBATCH_ACCOUNT"} <= os.environ.keys()
+    assert dict(os.environ) == before
+
+
+def test_a_mistake_that_only_the_trainer_can_see_is_one_line_and_leaves_nothing(place: Path) -> None:
+    before = tree(place)
+    given = ["--data.segment_seconds=0.2", "--data.reverb_probability=0", "--train.batch=4"]
+    command = [sys.executable, "-m", "mvat_dist.submit", *COMMON, "--cluster=local", "--nodes=2", *given]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert [line for line in done.stderr.splitlines() if "shard" in line] == done.stderr.splitlines()
+    assert "2 shards for 4 readers" in done.stderr
+    assert tree(place) == before
+
+
+@pytest.mark.usefixtures("slurm")
+def test_the_record_says_how_the_run_was_started(place: Path) -> None:
+    submit.main([*COMMON, "--nodes=2"])
+    record = json.loads((place / "runs" / "one" / "job.json").read_text())
+    assert (record["cluster"], record["job_id"], record["nodes"]) == ("slurm", "7", 2)
+    assert record["code"] == slurmjob.code_fingerprint()

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
 from mvat_dist import checkpoint, modelfile, students
-from mvat_dist.collectives import batchnorms, from_rank_zero, gather
+from mvat_dist.collectives import batchnorms, from_rank_zero, together
 from mvat_dist.config import Config
-from mvat_dist.data.stream import TrainingData, check_batch, check_readers, split_batch
+from mvat_dist.data.checks import check_readers
+from mvat_dist.data.shards import MANIFEST
+from mvat_dist.data.stream import TrainingData, check_batch, split_batch
 from mvat_dist.data.validation import ValidationClips
 from mvat_dist.devices import Precision
 from mvat_dist.engine import StudentEngine, deepspeed_config
 from mvat_dist.errors import UserError
-from mvat_dist.files import write_json
+from mvat_dist.files import sha256, write_json
 from mvat_dist.fleet import Fleet, Student
 from mvat_dist.losses import Objective
 from mvat_dist.models import Manner
@@ -27,58 +29,60 @@ from mvat_dist.rundir import RunDir
 from mvat_dist.seeds import seed_for
 from mvat_dist.teacher import LiveTeacher
 
-T = TypeVar("T")
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run learns from."""
+
+    data: TrainingData
+    clips: ValidationClips
+    teacher: LiveTeacher | None
+    objectives: dict[str, Objective]
+    """Loss of each student, by name, in the order of the fleet."""
 
 
-def together(build: Callable[[], T]) -> T:
-    """``build()`` on every rank; where one refuses, all do, with the first refusal's words.
-
-    Raises:
-        UserError: some rank's; without this the others would wait for that rank.
-    """
-    refusal, found = None, []
-    try:
-        found.append(build())
-    except UserError as error:
-        refusal = str(error)
-    refusals = [said for said in gather(refusal) if said]
-    if refusals:
-        raise UserError(refusals[0])
-    return found[0]
-
-
-def open_data(config: Config, world_size: int) -> tuple[TrainingData, ValidationClips]:
-    """Training and validation data, checked against the run's shape.
+def open_inputs(config: Config, world_size: int, device: torch.device, precision: Precision) -> Inputs:
+    """Open everything a run reads, and check that it fits together, before anything is written.
 
     Raises:
-        UserError: nothing packed there, a batch that ranks cannot share, fewer shards than readers.
+        UserError: nothing packed there, a batch that ranks cannot share, fewer shards than readers, a
+            teacher that is none, or one without a multi-view block in common with a student.
     """
+    check_readers(config.data, world_size)
     data = TrainingData(config.data, config.seed)
     split_batch(config.train.batch, world_size, config.train.micro_batch)
     check_batch(data, config.train.batch)
-    check_readers(data, world_size, config.data.workers)
-    held_out = Path(config.data.valid) if config.data.valid else Path(config.data.train) / "valid"
-    clips = ValidationClips(held_out, limit=config.valid.clips, max_seconds=config.valid.max_seconds)
-    return data, clips
+    clips = ValidationClips(_held_out(config), limit=config.valid.clips, max_seconds=config.valid.max_seconds)
+    teacher = None
+    if config.distil.method != "none":
+        teacher = LiveTeacher(modelfile.resolve(Path(config.teacher)), device, precision)
+    objectives = {
+        name: Objective(config.distil, size, teacher.model.size if teacher else None)
+        for name, size in students.select(config.student, config.sizes).items()
+    }
+    return Inputs(data, clips, teacher, objectives)
 
 
-def open_teacher(config: Config, device: torch.device, precision: Precision) -> LiveTeacher | None:
-    """The teacher, if the method has one.
-
-    Raises:
-        UserError: no such teacher, a file that is something else, or several to choose from.
-    """
-    if config.distil.method == "none":
-        return None
-    return LiveTeacher(modelfile.resolve(Path(config.teacher)), device, precision)
+def _held_out(config: Config) -> Path:
+    return Path(config.data.valid) if config.data.valid else Path(config.data.train) / "valid"
 
 
-def prepare_folder(run: RunDir, config: Config) -> Path | None:
-    """Make the run's folder and find the checkpoint to go on from. Called on rank 0.
+def claim_folder(run: RunDir, config: Config, inputs: Inputs, ranks: Ranks) -> Path | None:
+    """Make the run's folder and choose the checkpoint to go on from, the same on every rank.
 
     Raises:
-        UserError: `resume` forbids what was found, another run lies there, or the disk is too full.
+        UserError: `resume` forbids what was found, another run lies there, the data or the teacher has
+            changed since, the disk is too full, or a rank does not see rank 0's folder.
     """
+    found = together(lambda: _claim(run, config, inputs) if ranks.rank == 0 else None)
+    found = from_rank_zero(found)
+    stamp = from_rank_zero(run.stamp())
+    together(lambda: run.await_stamp(stamp))
+    return found
+
+
+def _claim(run: RunDir, config: Config, inputs: Inputs) -> Path | None:
+    """`claim_folder` on rank 0."""
     found = checkpoint.newest(run.checkpoints)
     if config.resume == "must" and found is None:
         raise UserError(
@@ -86,16 +90,29 @@ def prepare_folder(run: RunDir, config: Config) -> Path | None:
         )
     if config.resume == "never" and found is not None:
         raise UserError(f"--resume never, but {found} is there: choose another --name or --resume auto")
+    read = {
+        "teacher": inputs.teacher.describe() if inputs.teacher else None,
+        "data": {str(folder): _manifest(folder) for folder in (Path(config.data.train), _held_out(config))},
+    }
+    if found:
+        run.check_inputs(read)
     _check_disk(run.path, config)
     run.create(config)
+    run.record_inputs(read)
     return found
+
+
+def _manifest(folder: Path) -> str | None:
+    """Hash of a packed folder's manifest, which holds the hashes of its shards; None for plain folders."""
+    file = folder / MANIFEST
+    return sha256(file) if file.is_file() else None
 
 
 def build_fleet(
     config: Config,
     ranks: Ranks,
     run: RunDir,
-    teacher: LiveTeacher | None,
+    inputs: Inputs,
     found: Path | None,
     device: torch.device,
     precision: Precision,
@@ -104,8 +121,8 @@ def build_fleet(
     micro_batch, accumulation = split_batch(config.train.batch, ranks.world_size, config.train.micro_batch)
     fleet: list[Student] = []
     described: dict[str, dict[str, Any]] = {}
-    for name, size in students.select(config.student, config.sizes).items():
-        objective = Objective(config.distil, size, teacher.model.size if teacher else None)
+    for name, objective in inputs.objectives.items():
+        size = students.get(name, config.sizes)
         state = checkpoint.load(found, name) if found else None
         described[name] = deepspeed_config(
             config.engine,
@@ -125,11 +142,8 @@ def build_fleet(
         if state:
             student.restore(state)
         fleet.append(student)
-    if ranks.rank == 0:
-        write_json(run.deepspeed, described)
-        if teacher:
-            write_json(run.teacher, teacher.describe())
-    return Fleet(fleet, teacher, config)
+    together(lambda: write_json(run.deepspeed, described) if ranks.rank == 0 else None)
+    return Fleet(fleet, inputs.teacher, config)
 
 
 def _network(config: Config, name: str, weights: dict[str, torch.Tensor] | None) -> nn.Module:
@@ -144,11 +158,6 @@ def _network(config: Config, name: str, weights: dict[str, torch.Tensor] | None)
     if config.engine.sync_batchnorm:
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
     return module
-
-
-def choose_checkpoint(run: RunDir, config: Config, rank: int) -> Path | None:
-    """Rank 0's `prepare_folder` for all ranks: they must not see different files."""
-    return from_rank_zero(together(lambda: prepare_folder(run, config) if rank == 0 else None))
 
 
 def _check_disk(folder: Path, config: Config) -> None:

@@ -7,7 +7,6 @@ is complete unless the disk damaged it later; a damaged one is named and passed 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mvat_dist.files import atomic_directory, read_json, write_json
+from mvat_dist.errors import UserError
+from mvat_dist.files import TEMPORARY_SUFFIX, atomic_directory, read_json, sha256, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,13 @@ class StudentState:
 
 
 def save(folder: Path, step: int, states: dict[str, StudentState], keep: int) -> Path:
-    """Write the checkpoint of `step` and remove all but the newest `keep`. Called on one rank."""
+    """Write the checkpoint of `step`; of all that are there, leave it and the newest ones before it.
+
+    `keep` usable ones stay, this one among them. Called on one rank, the folder's only writer: what a
+    killed one left half written or half removed goes too.
+    """
+    for unfinished in folder.glob(f".{_PREFIX}*{TEMPORARY_SUFFIX}"):
+        shutil.rmtree(unfinished)
     path = folder / f"{_PREFIX}{step:08d}"
     with atomic_directory(path) as temporary:
         for name, state in states.items():
@@ -49,21 +55,49 @@ def save(folder: Path, step: int, states: dict[str, StudentState], keep: int) ->
         write_json(temporary / _FLEET, {"step": step, "students": progress})
         files = {file.name: _fingerprint(file) for file in sorted(temporary.iterdir())}
         write_json(temporary / _MANIFEST, files)
-    for old in _complete(folder)[:-keep]:
-        shutil.rmtree(old)
+    _remove_superseded(path, keep)
     return path
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest checkpoint whose files are all there and unchanged; None without one.
+def _remove_superseded(written: Path, keep: int) -> None:
+    """Remove all but `written` and the ``keep - 1`` usable checkpoints before it.
 
-    A damaged checkpoint is reported by name and the one before it is used.
+    A later step than the one just written was damaged, or the run was rewound: it must not win at the
+    next start. Those that stay are read in full, for a damaged one in their number is no reserve.
     """
-    for path in reversed(_complete(folder)):
-        damaged = _damage(path)
-        if damaged is None:
+    kept = 1
+    for old in reversed(_folders(written.parent)):
+        if old == written:
+            continue
+        if kept < keep and step_of(old) < step_of(written) and _damage(old) is None:
+            kept += 1
+        else:
+            shutil.rmtree(old)
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint whose files are all there and unchanged; None where none was ever complete.
+
+    A damaged checkpoint is reported by name and the one before it is used. Changes nothing on disk.
+
+    Raises:
+        UserError: there are checkpoints and each is damaged: the run would silently start over.
+    """
+    damaged = {}
+    for path in reversed(_folders(folder)):
+        if not (path / _MANIFEST).is_file():
+            continue
+        reason = _damage(path)
+        if reason is None:
             return path
-        logger.warning("checkpoint %s is damaged (%s): using the one before it", path, damaged)
+        logger.warning("checkpoint %s is damaged (%s): looking for one before it", path, reason)
+        damaged[path.name] = reason
+    if damaged:
+        named = ", ".join(f"{name} ({reason})" for name, reason in damaged.items())
+        raise UserError(
+            f"{folder}: every checkpoint is damaged: {named}; restore a copy of one, or move them away to "
+            "start over"
+        )
     return None
 
 
@@ -84,22 +118,22 @@ def load(path: Path, name: str) -> StudentState | None:
     )
 
 
-def _complete(folder: Path) -> list[Path]:
-    """Checkpoints with a manifest, oldest first."""
+def _folders(folder: Path) -> list[Path]:
+    """Folders named as checkpoints are, by step; one without a manifest is half removed."""
     found = folder.glob(f"{_PREFIX}*") if folder.is_dir() else []
-    return sorted(path for path in found if (path / _MANIFEST).is_file())
+    return sorted((path for path in found if path.name.removeprefix(_PREFIX).isdecimal()), key=step_of)
 
 
 def _fingerprint(file: Path) -> dict[str, Any]:
-    with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    return {"bytes": file.stat().st_size, "sha256": digest}
+    return {"bytes": file.stat().st_size, "sha256": sha256(file)}
 
 
 def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
         manifest = read_json(path / _MANIFEST)
+    except FileNotFoundError:
+        return f"{_MANIFEST} is missing"
     except ValueError:
         return f"{_MANIFEST} is not readable"
     for name, expected in manifest.items():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
+
+from mvat_dist.errors import UserError, machine_refusal
 
 T = TypeVar("T")
 
@@ -34,11 +36,11 @@ def batchnorms(module: nn.Module) -> list[BatchNorm]:
 
 
 def average_batchnorm(modules: Iterable[nn.Module]) -> None:
-    """Give every rank the statistics of the union of all ranks' batches.
+    """Give every rank the same running statistics: those of the mixture of the ranks' own.
 
     DeepSpeed synchronises parameters only, so running means and variances drift apart with each rank's
-    data. Ranks see equally many items, so the union's mean is the mean of the means, and its variance the
-    mean second moment minus that mean squared.
+    data. Ranks see equally many items: the mean is the mean of the ranks' running means, the variance
+    the mean of their second moments minus that mean squared.
     """
     ranks = world_size()
     if ranks == 1:
@@ -73,12 +75,39 @@ def from_rank_zero(value: T) -> T:
     return box[0]
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether `flag` is set on any rank."""
+def largest(number: int) -> int:
+    """The largest `number` of any rank."""
     if world_size() == 1:
-        return flag
-    raised = torch.tensor([int(flag)])
+        return number
+    found = torch.tensor([number])
     if distributed.get_backend() == "nccl":
-        raised = raised.cuda()
-    distributed.all_reduce(raised, op=distributed.ReduceOp.MAX)
-    return bool(raised.item())
+        found = found.cuda()
+    distributed.all_reduce(found, op=distributed.ReduceOp.MAX)
+    return int(found.item())
+
+
+def together(build: Callable[[], T]) -> T:
+    """``build()`` on every rank; where it fails on one, all fail, and none waits for that one.
+
+    Raises:
+        UserError: what some rank refused, or a full or read-only disk; rank 0 says it.
+        Exception: whatever else went wrong on this rank.
+    """
+    refusal: str | None = None
+    crash: Exception | None = None
+    built: list[T] = []
+    try:
+        built.append(build())
+    except UserError as error:
+        refusal = str(error)
+    except Exception as error:
+        refusal = machine_refusal(error) if isinstance(error, OSError) else None
+        if refusal is None:
+            crash, refusal = error, f"another rank failed: {type(error).__name__}: {error}"
+    refusals = [said for said in gather(refusal) if said]
+    if crash:
+        raise crash
+    if refusals:
+        first = not distributed.is_initialized() or distributed.get_rank() == 0
+        raise UserError(refusals[0], say=first)
+    return built[0]

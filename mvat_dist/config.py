@@ -116,7 +116,8 @@ class TrainConfig:
     batch: int = 32
     """Segments per optimiser step over all ranks: part of the science, kept when ranks change."""
     micro_batch: int = 4
-    """Most segments per rank and forward pass; smaller where the batch does not divide."""
+    """Most segments per rank and forward pass; smaller where the batch does not divide. BatchNorm
+    normalises over them in training, so they are part of the science."""
     validate_every: int = 1_000
     """Optimiser steps between validations; the last step always validates."""
     save_every: int = 1_000

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 from argparse import RawDescriptionHelpFormatter
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -32,7 +33,6 @@ UNIMPORTANT = (
     "data.workers",
     "engine.zero_stage",
     "engine.device",
-    "train.micro_batch",
     "train.keep",
     "track",
 )
@@ -75,7 +75,17 @@ def parse(argv: list[str] | None, prog: str = "python -m mvat_dist.train") -> Co
         raise UserError(_readable(str(error), made)) from error
     config = Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)})
     check(config)
+    _make_paths_absolute(config)
     return config
+
+
+def _make_paths_absolute(config: Config) -> None:
+    """A run is the same experiment from whichever folder it is started."""
+    config.runs = str(Path(config.runs).absolute())
+    config.data.train = str(Path(config.data.train).absolute())
+    for holder, name in ((config, "teacher"), (config.data, "valid")):
+        if getattr(holder, name):
+            setattr(holder, name, str(Path(getattr(holder, name)).absolute()))
 
 
 def _readable(message: str, made: ArgumentParser) -> str:
@@ -96,7 +106,7 @@ def check(config: Config) -> None:
         UserError: with the key at fault and the fix.
     """
     students.select(config.student, config.sizes)
-    distil, train, optim, data = config.distil, config.train, config.optim, config.data
+    distil = config.distil
     if distil.method != "none" and not config.teacher:
         raise UserError(
             f"--distil.method {distil.method} needs a teacher: give --teacher RUN_OR_CHECKPOINT, "
@@ -106,6 +116,11 @@ def check(config: Config) -> None:
         raise UserError(
             "every view is switched off: give one of --distil.beta_channel, _global, _local above 0"
         )
+    _check_ranges(config)
+
+
+def _check_ranges(config: Config) -> None:
+    train, optim = config.train, config.optim
     positive = {
         "train.steps": train.steps,
         "train.batch": train.batch,
@@ -116,18 +131,35 @@ def check(config: Config) -> None:
         "train.max_skipped": train.max_skipped,
         "track.every": config.track.every,
         "optim.lr": optim.lr,
-        "data.segment_seconds": data.segment_seconds,
+        "optim.eps": optim.eps,
+        "data.segment_seconds": config.data.segment_seconds,
     }
     for key, value in positive.items():
         if value <= 0:
             raise UserError(f"--{key} is {value}: it must be above 0")
+    not_negative = {
+        "seed": config.seed,
+        "valid.clips": config.valid.clips,
+        "valid.max_seconds": config.valid.max_seconds,
+        "optim.clip_norm": optim.clip_norm,
+        "optim.weight_decay": optim.weight_decay,
+        "distil.weight": config.distil.weight,
+        "distil.output_weight": config.distil.output_weight,
+    }
+    for key, value in not_negative.items():
+        if value < 0:
+            raise UserError(f"--{key} is {value}: it must not be negative")
+    if not all(0 <= beta < 1 for beta in optim.betas):
+        raise UserError(f"--optim.betas is {list(optim.betas)}: both lie from 0 to below 1")
     if not 0 <= train.batchnorm_momentum <= 1:
-        raise UserError(f"--train.batchnorm_momentum is {train.batchnorm_momentum}: it is a share from 0 to 1")
+        raise UserError(f"--train.batchnorm_momentum is {train.batchnorm_momentum}: give 0 to 1")
     if not 0 <= optim.warmup_fraction <= 1:
         raise UserError(f"--optim.warmup_fraction is {optim.warmup_fraction}: it is a share from 0 to 1")
     # The largest analysis window of the spectral loss: 2048 samples, reflected at both ends.
-    if data.segment_seconds * SAMPLE_RATE < 2048:
-        raise UserError(f"--data.segment_seconds is {data.segment_seconds}: the spectral loss needs 0.128 s")
+    if config.data.segment_seconds * SAMPLE_RATE < 2048:
+        raise UserError(
+            f"--data.segment_seconds is {config.data.segment_seconds}: the spectral loss needs 0.128 s"
+        )
 
 
 def betas(config: Config) -> dict[students.View, float]:

@@ -24,7 +24,9 @@ def choose(config: EngineConfig, local_rank: int) -> tuple[torch.device, Precisi
             "--engine.device cuda, but torch sees no GPU here: ask for one (--gpus-per-node) or leave it out"
         )
     on_gpu = count > 0 and config.device != "cpu"
-    if on_gpu and local_rank >= count:
+    # Slurm's --gpus-per-task shows every task one GPU, its own, as number 0.
+    index = 0 if count == 1 else local_rank
+    if on_gpu and index >= count:
         raise UserError(
             f"local rank {local_rank} has no GPU of its own, there are {count}: start one task per GPU"
         )
@@ -36,6 +38,6 @@ def choose(config: EngineConfig, local_rank: int) -> tuple[torch.device, Precisi
         raise UserError("--engine.precision bf16 is for GPUs: on a CPU these networks need fp32")
     if not on_gpu:
         return torch.device("cpu"), "fp32"
-    torch.cuda.set_device(local_rank)
+    torch.cuda.set_device(index)
     bf16 = config.precision == "bf16" or (config.precision == "auto" and torch.cuda.is_bf16_supported())
-    return torch.device("cuda", local_rank), "bf16" if bf16 else "fp32"
+    return torch.device("cuda", index), "bf16" if bf16 else "fp32"

@@ -14,12 +14,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from mvat_dist import launch, slurmjob
+from mvat_dist import configfile, launch, rundir, slurmjob
 from mvat_dist.config import Config
 from mvat_dist.errors import EXIT_USER_ERROR, UserError
 from mvat_dist.files import read_json, write_json
 from mvat_dist.rundir import RunDir
 from mvat_dist.slurmjob import JobState, Resources
+
+EXIT_BUSY = 3
+"""Exit code where another process starts or trains the run: it is in good hands, but not finished, so
+``submit ... && evaluate ...`` must not go on."""
 
 _LOCK = ".submit.lock"
 _LOCK_SECONDS = 10.0
@@ -35,13 +39,15 @@ def job_name(run: RunDir) -> str:
 
 
 def locally(run: RunDir, argv: list[str], resources: Resources) -> int:
-    """Train in processes of this machine, in the foreground; the exit code."""
+    """Train in processes of this machine, in the foreground; the exit code, 0 only for a finished run."""
     with _alone_in(run) as (alone, is_new):
-        if not alone or _finished(run):
+        if _finished(run):
             return 0
+        if not alone:
+            return EXIT_BUSY
         if job := _active_job(run):
-            print(_follow(run, job))
-            return 0
+            print(f"a job trains this run: nothing new was started\n{_follow(run, job)}")
+            return EXIT_BUSY
         _record(run, argv, resources, cluster="local", pid=os.getpid())
         sys.stdout.flush()
         command = [sys.executable, "-m", "mvat_dist.train", *argv]
@@ -56,17 +62,37 @@ def locally(run: RunDir, argv: list[str], resources: Resources) -> int:
 
 
 def on_slurm(run: RunDir, config: Config, resources: Resources, *, wait: bool) -> int:
-    """Submit the run, unless it is finished, queued or running; with `wait` the job's exit code, else 0."""
+    """Submit the run, unless it is finished, queued or running; with `wait` the job's exit code, else 0.
+
+    `EXIT_BUSY` where a process of some machine trains the run: no job will.
+    """
     with _alone_in(run) as (alone, _):
-        if not alone or _finished(run):
+        if _finished(run):
             return 0
+        if not alone:
+            return EXIT_BUSY
         job = _active_job(run)
         if job is None:
             job = _submit(run, config, resources)
         else:
+            _same_experiment(run, config, job)
             print("this run is in the queue already; nothing new was submitted")
         print(_follow(run, job))
     return _wait_for(run, job) if wait else 0
+
+
+def _same_experiment(run: RunDir, config: Config, job: str) -> None:
+    """Refuse to take a job for the one that was asked for where its configuration is another.
+
+    Raises:
+        UserError: with every key that differs.
+    """
+    differing = rundir.changed_keys(configfile.parse(["--config", str(run.config)]), config)
+    if differing:
+        raise UserError(
+            f"job {job} has {run.path} with another configuration ({', '.join(differing)}): "
+            f"scancel {job} first, or choose another --name"
+        )
 
 
 def _submit(run: RunDir, config: Config, resources: Resources) -> str:

@@ -8,6 +8,7 @@ and optimiser state can be read and written whole, by parameter name.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any, Literal
 
 import deepspeed
@@ -26,6 +27,16 @@ from mvat_dist.schedule import Hyperparameters
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's running means of the gradient and of its square, one tensor per parameter."""
+
+
+def init_distributed(device: torch.device, timeout: timedelta) -> None:
+    """Join the process group that the environment describes: gloo on the CPU, NCCL on GPUs."""
+    # DeepSpeed compiles a shared-memory op at its first start on a CPU, for a minute and only where a
+    # compiler is, and then uses it only under its own launcher; a rank killed in that minute leaves a
+    # lock on which every later run of the same user would wait for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
 
 
 class GuardedAdamW(torch.optim.AdamW):

@@ -1,4 +1,4 @@
-"""What a run was computed with: versions, host, ranks and command line."""
+"""What a run was computed with: versions, host and ranks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import platform
 import socket
 import subprocess
-import sys
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -30,16 +29,23 @@ def record(path: Path, ranks: Ranks) -> None:
     write_json(
         path,
         {
-            "command": sys.argv,
             "host": socket.gethostname(),
             "platform": platform.platform(),
             "python": platform.python_version(),
-            "packages": {name: metadata.version(name) for name in _PACKAGES},
+            "packages": {name: _version(name) for name in _PACKAGES},
             "commit": _commit(),
             "ranks": asdict(ranks),
             "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
         },
     )
+
+
+def _version(package: str) -> str | None:
+    """None where the package runs from its source tree without being installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _commit() -> str | None:

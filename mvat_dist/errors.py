@@ -9,18 +9,28 @@ from collections.abc import Callable, Iterable
 
 EXIT_USER_ERROR = 2
 
-# Conditions of the machine that the user, not a developer, has to mend.
+# Conditions of the machine that the user, not a developer, has to mend, and how.
 _MACHINE_ERRORS = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EROFS: "the file system is read-only",
-    errno.EACCES: "permission denied",
-    errno.EPERM: "operation not permitted",
+    errno.ENOSPC: ("the disk is full", "free space or choose another place"),
+    errno.EDQUOT: ("the disk quota is used up", "free space or choose another place"),
+    errno.EFBIG: ("the file-size limit is reached", "raise `ulimit -f` or choose another file system"),
+    errno.EROFS: ("the file system is read-only", "choose another place"),
+    errno.EACCES: ("permission denied", "allow it or choose another place"),
+    errno.EPERM: ("operation not permitted", "allow it or choose another place"),
 }
 
 
 class UserError(Exception):
-    """Something the user can mend. The message says what is wrong, where, and what to do."""
+    """Something the user can mend. The message says what is wrong, where, and what to do.
+
+    Args:
+        message: one line.
+        say: whether this process prints it; of many ranks that meet the same mistake, one does.
+    """
+
+    def __init__(self, message: str, *, say: bool = True) -> None:
+        super().__init__(message)
+        self.say = say
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -32,27 +42,32 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return ", ".join(repr(one) for one in close)
 
 
-def exit_code(
-    main: Callable[[list[str] | None], None], argv: list[str] | None = None, *, quiet: bool = False
-) -> int:
+def machine_refusal(error: OSError) -> str | None:
+    """What to tell the user of a full, read-only or forbidden disk; None for any other error."""
+    if error.errno not in _MACHINE_ERRORS:
+        return None
+    what, remedy = _MACHINE_ERRORS[error.errno]
+    where = f" at {error.filename}" if error.filename else ""
+    return f"{what}{where}: {remedy}"
+
+
+def exit_code(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
     """Run ``main(argv)`` as a command and return the process's exit code.
 
     0 on success, 2 (with one line on stderr) for a `UserError` and for a full, read-only or
-    forbidden disk, 130 for Ctrl-C. Any other exception is a defect and propagates. `quiet` keeps
-    the line back: of many ranks that meet the same mistake, one says it.
+    forbidden disk, 130 for Ctrl-C. Any other exception is a defect and propagates.
     """
     try:
         main(argv)
     except UserError as error:
-        if not quiet:
+        if error.say:
             print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except OSError as error:
-        if error.errno not in _MACHINE_ERRORS:
+        refusal = machine_refusal(error)
+        if refusal is None:
             raise
-        where = f" at {error.filename}" if error.filename else ""
-        reason = _MACHINE_ERRORS[error.errno]
-        print(f"error: {reason}{where}: free space or choose another place", file=sys.stderr)
+        print(f"error: {refusal}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from mvat_dist import metrics as metric_table
 from mvat_dist import modelfile
+from mvat_dist.commandline import CommandParser
 from mvat_dist.data.shards import subset_names
 from mvat_dist.data.validation import ValidationClips
 from mvat_dist.errors import UserError, exit_code
@@ -31,10 +32,6 @@ from mvat_dist.validate import validate
 
 TEACHER = "teacher"
 DEFAULT_METRICS = "pesq_wb,stoi,si_sdr"
-
-EXAMPLE = """example:
-  python -m mvat_dist.evaluate runs/mvat-all-1a2b3c4d --data shards/dns --limit 100
-"""
 
 
 @dataclass(frozen=True)
@@ -214,12 +211,10 @@ def _section_record(section: Section) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m mvat_dist.evaluate",
-        description=__doc__,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    parser = CommandParser(
+        "python -m mvat_dist.evaluate",
+        "Score a run on held-out clips: noisy input, teacher and every student, as rows and as a table.",
+        "python -m mvat_dist.evaluate runs/mvat-all-1a2b3c4d --data shards/dns --limit 100",
     )
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="a run folder, a student's folder or a model file")

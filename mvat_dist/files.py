@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
+import re
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mvat_dist.errors import UserError
+
 TEMPORARY_SUFFIX = ".tmp"
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_PROBE_BYTES = 1 << 20
 
 
 def fsync(path: Path) -> None:
@@ -23,39 +32,100 @@ def fsync(path: Path) -> None:
 
 
 def _temporary(path: Path) -> Path:
-    # The process id keeps two writers apart; a crash leaves a name that no reader takes for real.
-    return path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    # Host and process keep writers apart, on a shared file system too; a crash leaves a name that no
+    # reader takes for real.
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{TEMPORARY_SUFFIX}")
+
+
+@contextmanager
+def _naming_a_full_disk(path: Path, temporary: Path) -> Iterator[None]:
+    """Raise a write that failed for lack of space as an `OSError` that says so and names `path`.
+
+    Python's own writes do not name the file, and libraries hide the cause: safetensors tells it in the
+    text of an exception of its own, numpy and libsndfile do not tell it at all.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        code = _no_space(error, temporary)
+        if code is None:
+            raise
+        raise OSError(code, os.strerror(code), str(path)) from error
+
+
+def _no_space(error: Exception, temporary: Path) -> int | None:
+    """The code in `_NO_SPACE` that explains `error`, or None."""
+    if isinstance(error, OSError) and error.errno is not None:
+        code: int | None = error.errno
+    elif told := re.search(r"\(os error (\d+)\)", str(error)):
+        code = int(told[1])
+    else:
+        code = _refusal_to_grow(temporary)
+    return code if code in _NO_SPACE else None
+
+
+def _refusal_to_grow(temporary: Path) -> int | None:
+    """The code with which the disk refuses more of what was being written; None where it takes it."""
+    grown = temporary
+    if temporary.is_dir():
+        files = [entry for entry in temporary.rglob("*") if entry.is_file()]
+        # A limit of the file size stops the largest; a full disk stops any.
+        grown = max(files, key=lambda file: file.stat().st_size, default=temporary / "probe")
+    try:
+        with grown.open("ab") as stream:
+            stream.write(bytes(_PROBE_BYTES))
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as refusal:
+        return refusal.errno
+    return None
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it becomes `path`, on failure it is removed."""
+    """Yield a temporary path beside `path`; on success it becomes `path`, on failure it is removed.
+
+    Raises:
+        OSError: also where a library's write failed for lack of space with an exception of its own.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
-        yield temporary
-        fsync(temporary)
-        temporary.replace(path)
-        fsync(path.parent)
+        with _naming_a_full_disk(path, temporary):
+            yield temporary
+            fsync(temporary)
+            temporary.replace(path)
+            fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """Yield a temporary directory; on success it replaces `path` whole, on failure it is removed."""
+    """Yield a temporary directory; on success it replaces `path` whole, on failure it is removed.
+
+    Raises:
+        OSError: also where a library's write failed for lack of space with an exception of its own.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
-    shutil.rmtree(temporary, ignore_errors=True)
+    replaced = temporary.with_suffix(f".old{TEMPORARY_SUFFIX}")
+    for leftover in (temporary, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir()
     try:
-        yield temporary
-        for entry in [*temporary.rglob("*"), temporary]:
-            fsync(entry)
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.replace(path)
-        fsync(path.parent)
+        with _naming_a_full_disk(path, temporary):
+            yield temporary
+            for entry in [*temporary.rglob("*"), temporary]:
+                fsync(entry)
+            if path.exists():
+                # Removing takes long, and a kill meanwhile would leave neither; renaming is brief.
+                path.replace(replaced)
+            temporary.replace(path)
+            fsync(path.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -74,3 +144,9 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """The JSON value in `path`."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -64,6 +64,8 @@ class Progress:
     skipped_in_a_row: int = 0
     given_up: bool = False
     """True after too many skipped steps in a row: the student stays as it is, the others go on."""
+    validated: int = 0
+    """Steps done at the last validation."""
     best: float | None = None
     """Best validation score so far (higher is better)."""
 
@@ -135,7 +137,8 @@ class Fleet:
         learning, clock = self.learning, self.stopwatch
         statistics = [student.engine.copy_buffers() for student in learning]
         for batch in micro_batches:
-            noisy, clean = (one.to(learning[0].engine.device) for one in (batch.noisy, batch.clean))
+            on_device = batch.to(learning[0].engine.device)
+            noisy, clean = on_device.noisy, on_device.clean
             with clock.section("teacher"):
                 lesson = self.teacher(noisy) if self.teacher else None
             with clock.section("students"):

@@ -114,5 +114,6 @@ def students_of(run: Path, which: Which = "best") -> dict[str, Path]:
 
 def teacher_of(run: Path) -> Path | None:
     """Weights file of the teacher that a run learnt from; None for a run without one."""
-    record = RunDir(run).teacher
-    return Path(read_json(record)["file"]) if record.is_file() else None
+    record = RunDir(run).inputs
+    teacher = read_json(record)["teacher"] if record.is_file() else None
+    return Path(teacher["file"]) if teacher else None

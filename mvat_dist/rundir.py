@@ -6,6 +6,9 @@ without the keys that change nothing, so submitting the same thing twice finds t
 
 from __future__ import annotations
 
+import dataclasses
+import secrets
+import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +19,17 @@ from mvat_dist.config import Config
 from mvat_dist.errors import UserError
 from mvat_dist.files import read_json, write_json, write_text
 
-State = Literal["queued", "running", "stopped", "failed", "finished"]
+State = Literal["running", "stopped", "failed", "finished"]
+
+_SHARED_SECONDS = 60.0
 
 _README = """\
 This folder is one run of mvat_dist.
 
 config.yaml        the resolved configuration; `python -m mvat_dist.train --config config.yaml` goes on
-environment.json   versions, host, ranks and command line of the latest start
+environment.json   versions, host and ranks of the latest start
 STATUS             state, step and time, as JSON
-teacher.json       which teacher: file, size and fingerprint of its weights
+inputs.json        which teacher (fingerprint of its weights) and which shards (hash of their manifest)
 deepspeed.json     the configuration that DeepSpeed got for each student
 checkpoints/       step-NNNNNNNN/: all that is needed to go on; safetensors and JSON
 students/NAME/     history.jsonl (losses, learning rate, scores by step), best/ and last/: model.safetensors
@@ -54,8 +59,8 @@ class RunDir:
         return self.path / "environment.json"
 
     @property
-    def teacher(self) -> Path:
-        return self.path / "teacher.json"
+    def inputs(self) -> Path:
+        return self.path / "inputs.json"
 
     @property
     def deepspeed(self) -> Path:
@@ -90,22 +95,77 @@ class RunDir:
     def weights(self, name: str, which: Literal["best", "last"]) -> Path:
         return self.student(name) / which / "model.safetensors"
 
-    def create(self, config: Config) -> None:
-        """Make the folder and what explains it; refuse to mix two different runs in one folder.
+    def check_config(self, config: Config) -> None:
+        """Refuse to mix two experiments in one folder. One that has saved nothing yet may be replaced.
 
         Raises:
-            UserError: the folder holds a run of another configuration, or something else.
+            UserError: with every key that differs.
         """
+        if not (self.config.exists() and self.checkpoints.exists()):
+            return
+        differing = changed_keys(configfile.parse(["--config", str(self.config)]), config)
+        if differing:
+            raise UserError(
+                f"{self.path} holds a run with another configuration ({', '.join(differing)}): "
+                "choose another --name, or leave --name out"
+            )
+
+    def check_inputs(self, inputs: dict[str, Any]) -> None:
+        """Refuse to go on with another teacher or other data than the run began with.
+
+        Raises:
+            UserError: naming which of them has changed.
+        """
+        if not self.inputs.exists():
+            return
+        before = read_json(self.inputs)
+        changed = [what for what in ("teacher", "data") if before[what] != inputs[what]]
+        if changed:
+            raise UserError(
+                f"the {' and the '.join(changed)} of {self.path} changed since it began (see {self.inputs}): "
+                "restore what it learnt from, or start another run with --name"
+            )
+
+    def create(self, config: Config) -> None:
+        """Make the folder and what explains it.
+
+        Raises:
+            UserError: the folder holds another experiment.
+        """
+        self.check_config(config)
+        # With its name and place inside, the file goes on with this very run from wherever it is given.
+        placed = dataclasses.replace(config, name=self.path.name, runs=str(self.path.parent))
         self.path.mkdir(parents=True, exist_ok=True)
-        if self.config.exists():
-            differing = changed_keys(configfile.parse(["--config", str(self.config)]), config)
-            if differing:
-                raise UserError(
-                    f"{self.path} holds a run with another configuration ({', '.join(differing)}): "
-                    "choose another --name, or leave --name out"
-                )
-        write_text(self.config, configfile.to_yaml(config))
+        write_text(self.config, configfile.to_yaml(placed))
         write_text(self.path / "README.txt", _README)
+
+    def record_inputs(self, inputs: dict[str, Any]) -> None:
+        """Note what the run learns from, and leave a fresh stamp for the other ranks."""
+        write_json(self.inputs, inputs)
+        write_text(self._stamp, secrets.token_hex(8))
+
+    @property
+    def _stamp(self) -> Path:
+        return self.path / ".stamp"
+
+    def stamp(self) -> str:
+        """What `record_inputs` wrote last, for other ranks to look for; empty where they cannot see it."""
+        return self._stamp.read_text(encoding="utf-8") if self._stamp.exists() else ""
+
+    def await_stamp(self, stamp: str) -> None:
+        """Wait until this rank sees what rank 0 wrote: a shared file system may take a while.
+
+        Raises:
+            UserError: it does not, so the folder is not shared.
+        """
+        deadline = time.monotonic() + _SHARED_SECONDS
+        while self.stamp() != stamp:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{socket.gethostname()} does not see the run's folder as rank 0 made it at {self.path}: "
+                    "choose --runs on a file system that all nodes share"
+                )
+            time.sleep(0.5)
 
     def write_status(self, state: State, step: int, **more: Any) -> None:
         """Record the run's state; readers see the old or the new one, never a part."""

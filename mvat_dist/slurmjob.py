@@ -37,6 +37,8 @@ ACTIVE = {
 _NO_CONFIGURATION = "Could not establish a configuration source"
 _ANSWER_SECONDS = 60.0
 _ENDED = "State,ExitCode,JobName"
+_TIMEOUTS = 1_000_000
+"""submitit's own count of restarts, by which it would give up after three: the trainer's is the one."""
 
 
 class TrainJob:
@@ -94,7 +96,7 @@ class Resources:
     signal_delay: int = 120
     """Seconds before the time limit at which the ranks get SIGUSR2."""
     max_restarts: int = 1000
-    """Restarts after the time limit."""
+    """How often the trainer may have the job queued again, after its time limit or a preemption."""
     setup: tuple[str, ...] = ()
     """Lines of shell that run in the job before the ranks start."""
     srun_args: tuple[str, ...] = ()
@@ -134,7 +136,7 @@ def executor(folder: Path, job_name: str, resources: Resources) -> SlurmExecutor
     for key, value in [*parameters.items(), *resources.more.items()]:
         if set("\n\r\0") & set(str(value)):
             raise UserError(f"the value of {key.replace('_', '-')} holds a line break: {value!r}")
-    made = SlurmExecutor(folder, max_num_timeout=resources.max_restarts)
+    made = SlurmExecutor(folder, max_num_timeout=_TIMEOUTS)
     made.update_parameters(
         **parameters,
         setup=[*_setup(folder, resources), *resources.setup],
@@ -153,6 +155,7 @@ def _setup(folder: Path, resources: Resources) -> list[str]:
         "# Once a rank has ended, the others get this many seconds to end as well. Not --kill-on-bad-exit:",
         "# a killed rank's code would hide that of the failed one, which is 2 for a mistake of the user.",
         'export SLURM_WAIT="${SLURM_WAIT:-180}" SLURM_KILL_BAD_EXIT="${SLURM_KILL_BAD_EXIT:-0}"',
+        f"export MVAT_MAX_RESTARTS={resources.max_restarts}",
         "ulimit -c 0",
         "# What a killed submitit leaves half-written would make its next try fail.",
         f'pickle={job}_submitted.pkl; [ -e "$pickle" ] || [ ! -e "$pickle.save_tmp" ] || '

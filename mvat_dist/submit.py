@@ -15,12 +15,16 @@ from typing import NoReturn
 
 from mvat_dist import configfile, dispatch, launch, rundir, slurmjob, students
 from mvat_dist.config import SAMPLE_RATE, Config
-from mvat_dist.data.shards import subset_names
+from mvat_dist.data.checks import check_config, check_readers
 from mvat_dist.errors import UserError, exit_code
 from mvat_dist.rundir import RunDir
 
 EXAMPLE = """\
 Every other option belongs to the trainer: python -m mvat_dist.train --help
+
+exit code: 0 when the job is queued; with --wait, and on this machine, 0 when the run is finished.
+2 for a mistake in the options or the data, 3 when another process trains this run already, else the
+training's own: 128 plus the number of the signal that stopped it.
 
 example:
   python -m mvat_dist.submit --nodes 4 --gpus-per-node 8 --time 2-00:00:00 \\
@@ -80,7 +84,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="warning before the time limit: more than the slowest step and a save take (default: 120)",
     )
-    add("--max-restarts", type=int, default=1000, help="restarts after the time limit (default: 1000)")
+    add(
+        "--max-restarts",
+        type=int,
+        default=1000,
+        help="times the job is queued again after its time limit or a preemption (default: 1000)",
+    )
     return made
 
 
@@ -89,7 +98,8 @@ def main(argv: list[str] | None = None) -> None:
 
     Raises:
         UserError: anything the user can mend, before a job waits for it.
-        SystemExit: the training's exit code where this process has waited for it and it failed.
+        SystemExit: the training's exit code where this process has waited for it and it failed, or
+            `dispatch.EXIT_BUSY`.
     """
     options, rest = parser().parse_known_args(argv)
     config = configfile.parse(rest, prog="python -m mvat_dist.submit")
@@ -196,18 +206,13 @@ def _check(config: Config, resources: slurmjob.Resources, run: RunDir) -> None:
             f"--train.batch {config.train.batch} cannot be shared by {processes} processes "
             f"({resources.nodes} nodes x {resources.tasks_per_node} tasks): choose a multiple of {processes}"
         )
-    subset_names(config.data.train)
+    check_config(config.data)
+    check_readers(config.data, processes)
     if config.distil.method != "none" and not Path(config.teacher).exists():
         raise UserError(
             f"no such teacher: {config.teacher}; give a run folder or a checkpoint with --teacher"
         )
-    if run.config.exists():
-        differing = rundir.changed_keys(configfile.parse(["--config", str(run.config)]), config)
-        if differing:
-            raise UserError(
-                f"{run.path} holds a run with another configuration ({', '.join(differing)}): "
-                "choose another --name, or leave --name out"
-            )
+    run.check_config(config)
 
 
 def _plan(config: Config, resources: slurmjob.Resources, run: RunDir) -> str:

@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
+from mvat_dist.commandline import CommandParser
 from mvat_dist.data.synthetic import make_corpus
 from mvat_dist.errors import exit_code
-
-EXAMPLE = """example:
-  python -m mvat_dist.synthesize --out build/corpus --minutes 12 --noise-minutes 6
-  python -m mvat_dist.pack dns --corpus build/corpus --out shards/synthetic
-"""
 
 
 def main(argv: list[str] | None = None) -> None:
     """Make the corpus that the command line describes."""
-    parser = ArgumentParser(
-        prog="python -m mvat_dist.synthesize",
-        description="Make a small corpus in DNS-Challenge layout out of synthetic voices, noises and rooms.",
-        epilog=EXAMPLE,
-        formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    parser = CommandParser(
+        "python -m mvat_dist.synthesize",
+        "Make a small corpus in DNS-Challenge layout out of synthetic voices, noises and rooms.",
+        "python -m mvat_dist.synthesize --out build/corpus --minutes 12 --noise-minutes 6",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the corpus: new or empty")
     parser.add_argument("--minutes", type=float, default=12.0, help="speech, in minutes (default: 12)")
     parser.add_argument("--noise-minutes", type=float, default=6.0, help="noise, in minutes (default: 6)")
     parser.add_argument("--rooms", type=int, default=4, help="rooms, 4 impulse responses each (default: 4)")
+    parser.add_argument(
+        "--test-clips", type=int, default=0, help="mixtures for a test set of other voices (default: 0)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of all that is random (default: 0)")
     options = parser.parse_args(argv)
     make_corpus(
@@ -36,6 +32,7 @@ def main(argv: list[str] | None = None) -> None:
         noise_minutes=options.noise_minutes,
         rooms=options.rooms,
         seed=options.seed,
+        test_clips=options.test_clips,
     )
     print(f"synthetic corpus: {options.out}")
 

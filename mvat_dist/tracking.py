@@ -1,18 +1,23 @@
 """The record of a run: one JSONL history per student, mirrored to Weights & Biases.
 
-The JSONL file is the truth and needs nothing. W&B is offline unless the user has an account, and
-training never waits for it.
+The JSONL file is the truth and needs nothing. W&B is offline unless the user has an account, training
+never waits for it, and nothing that goes wrong in it comes out of `Tracker`. Things do go wrong there:
+Slurm signals all processes of a job, and W&B's service, a child of ours, ends on SIGTERM and SIGINT
+even where it inherits them blocked or ignored (measured with 0.31).
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import netrc
 import os
 import re
+import secrets
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -26,7 +31,10 @@ logger = logging.getLogger(__name__)
 Mode = Literal["online", "offline"]
 
 _CONNECT_SECONDS = 10
-_FINISH_SECONDS = 60
+# At the end: what W&B gets for uploads, what we wait for all runs together, and for the service's end.
+_UPLOAD_SECONDS = 40
+_FINISH_SECONDS = 50
+_TEARDOWN_SECONDS = 10
 
 
 class History:
@@ -36,24 +44,47 @@ class History:
         self.path = path
 
     def rows(self) -> list[dict[str, Any]]:
-        """Every whole row; a last line that a crash cut short is left out."""
+        """Every whole row, without a last line that a crash cut short; other damage is named in a warning."""
         found = []
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        for line in lines:
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                break
-        return found
+        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
+        *lines, torn = text.split("\n")
+        for number, line in enumerate(lines, start=1):
+            row = _parsed(line)
+            if row is None:
+                logger.warning("%s, line %d is damaged and left out: %.60r", self.path, number, line)
+            else:
+                found.append(row)
+        row = _parsed(torn)
+        return found if row is None else [*found, row]
 
     def rewind(self, step: int) -> None:
         """Forget rows after `step`: a resumed run writes them again."""
         kept = [row for row in self.rows() if row["step"] <= step]
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_text(self.path, "".join(_line(row) for row in kept))
 
     def append(self, row: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(_line(row))
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    """The row in one line, or None where the line holds none."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and "step" in row else None
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(_finite(row), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for NaN and infinities, which JSON does not know and strict readers refuse."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Tracker:
@@ -63,6 +94,7 @@ class Tracker:
         self._histories = {name: History(path) for name, path in histories.items()}
         self._runs: dict[str, Any] = {}
         self._folder = folder
+        self._service_started = False
 
     def rewind(self, step: int) -> None:
         """Start or go on from `step`: later rows are forgotten."""
@@ -73,14 +105,15 @@ class Tracker:
         """Open one W&B run per student, grouped by fleet; on any trouble go on without."""
         if config.wandb == "disabled" or os.environ.get("WANDB_MODE") == "disabled":
             return
-        try:
-            mode = _mode(config)
-            for name in self._histories:
-                self._runs[name] = self._open(name, mode, config, run_config)
-                if self._runs[name].offline:
-                    mode = "offline"  # one failed attempt is enough for the fleet
-        except Exception as error:
-            logger.warning("no W&B: %s (the record in %s is complete without it)", error, self._folder)
+        self._service_started = True
+        mode = _mode(config)
+        for name in self._histories:
+            try:
+                self._runs[name] = run = self._open(name, mode, config, run_config)
+            except Exception as error:
+                self._give_up(name, error)
+            else:
+                mode = "offline" if run.offline else mode  # one failed attempt is enough for the fleet
 
     def _open(self, name: str, mode: Mode, config: TrackConfig, run_config: dict[str, Any]) -> Any:
         import wandb
@@ -91,7 +124,7 @@ class Tracker:
             "entity": config.entity or None,
             "group": self._folder.name,
             "name": f"{self._folder.name}/{name}",
-            "id": re.sub(r"[^A-Za-z0-9_-]", "-", f"{self._folder.name}-{name}"),
+            "id": self._run_id(name),
             "resume": "allow",
             "dir": str(self._folder),
             "config": {**run_config, "student_name": name},
@@ -99,7 +132,7 @@ class Tracker:
         }
         settings = wandb.Settings(
             init_timeout=_CONNECT_SECONDS,
-            finish_timeout=_FINISH_SECONDS,
+            finish_timeout=_UPLOAD_SECONDS,
             x_transaction_log_flush_interval=2,
             console="off",
             silent=True,
@@ -110,7 +143,7 @@ class Tracker:
             if mode == "offline":
                 raise
             logger.warning("W&B cannot be reached (%s): offline; `wandb sync` sends it later", error)
-            wandb.teardown()  # without this the run's id counts as taken
+            _teardown()  # without this the run's id counts as taken
             run = wandb.init(**options, mode="offline", settings=settings)
         # After a requeue W&B's own step no longer counts optimiser steps; ours does.
         run.define_metric("*", step_metric="step")
@@ -121,12 +154,48 @@ class Tracker:
         row = {"step": step, **row}
         self._histories[name].append(row)
         if name in self._runs:
-            self._runs[name].log(row)
+            self._tell(name, partial(self._runs[name].log, row))
 
     def finish(self, exit_code: int = 0) -> None:
-        """Close the W&B runs; give up after a minute rather than hold an allocation."""
-        for run in self._runs.values():
-            _with_deadline(partial(run.finish, exit_code=exit_code), _FINISH_SECONDS)
+        """Close the W&B runs; give up after a minute in all rather than hold an allocation."""
+        if not self._service_started:
+            return
+        closing = [
+            partial(self._tell, name, partial(run.finish, exit_code=exit_code))
+            for name, run in self._runs.items()
+        ]
+        _in_parallel(closing, _FINISH_SECONDS)
+        # Else the SDK does it when the interpreter exits: without limit, and with a traceback after a crash.
+        _in_parallel([_teardown], _TEARDOWN_SECONDS)
+
+    def _tell(self, name: str, action: Callable[[], object]) -> None:
+        """Do something with the W&B run of `name`; on any trouble go on without that run."""
+        try:
+            action()
+        except Exception as error:
+            del self._runs[name]
+            self._give_up(name, error)
+
+    def _give_up(self, name: str, error: Exception) -> None:
+        logger.warning(
+            "no more W&B for %s: %r. Nothing is lost, %s is complete; what W&B has got so far can be sent "
+            "by `wandb sync --yes --include-online %s/wandb/*run-*`",
+            name,
+            error,
+            self._histories[name].path,
+            self._folder,
+        )
+
+    def _run_id(self, name: str) -> str:
+        """The run's id for W&B: made once, kept beside the history, so that a resumed run is the same run.
+
+        A project is shared: equal folder names of two people must not become one run.
+        """
+        file = self._histories[name].path.with_suffix(".wandb-id")
+        if not file.exists():
+            slug = re.sub(r"[^A-Za-z0-9_-]", "-", f"{self._folder.name}-{name}")
+            write_text(file, f"{slug[-80:]}-{secrets.token_hex(4)}\n")
+        return file.read_text(encoding="utf-8").strip()
 
 
 def _mode(config: TrackConfig) -> Mode:
@@ -149,8 +218,21 @@ def _has_credentials() -> bool:
         return False
 
 
-def _with_deadline(action: Callable[[], None], seconds: float) -> None:
-    """Run `action`, but wait for it no longer than `seconds`."""
-    thread = threading.Thread(target=action, daemon=True)
-    thread.start()
-    thread.join(seconds)
+def _teardown() -> None:
+    """End W&B's service, if it still lives."""
+    try:
+        import wandb
+
+        wandb.teardown()
+    except (Exception, SystemExit) as error:  # it exits with the service's code where that is not 0
+        logger.debug("W&B's service did not end well: %r", error)
+
+
+def _in_parallel(actions: Sequence[Callable[[], None]], seconds: float) -> None:
+    """Run all `actions` at once, but wait for them no longer than `seconds` together."""
+    deadline = time.monotonic() + seconds
+    threads = [threading.Thread(target=action, daemon=True) for action in actions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))

@@ -2,7 +2,7 @@
 
     python -m mvat_dist.train --config configs/distil.yaml --teacher runs/teacher --student all
 
-Started by ``srun``, ``torchrun`` or alone; the ranks find each other through `mvat_dist.ranks`.
+Started by ``srun``, by `mvat_dist.launch` or alone; the ranks find each other through `mvat_dist.ranks`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from datetime import timedelta
 
 from mvat_dist import configfile, ranks, rundir
 from mvat_dist.config import Config
-from mvat_dist.errors import exit_code
+from mvat_dist.errors import UserError, exit_code
 
 # A validation may keep ranks apart for minutes; a hang must still end.
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -23,11 +23,15 @@ def main(argv: list[str] | None = None) -> None:
     """Train what the command line says, from the run's last checkpoint if there is one.
 
     Raises:
-        UserError: anything the user can mend; nothing has been written then but the run's folder.
+        UserError: anything the user can mend; nothing has been trained then.
         SystemExit: 128 plus the signal's number where somebody asked the run to stop: its state is
             saved, and the same command goes on.
     """
-    config = configfile.parse(argv)
+    try:
+        config = configfile.parse(argv)
+    except UserError as error:
+        # Every rank finds the same mistake; one says it.
+        raise UserError(str(error), say=ranks.read().rank == 0) from error
     here = ranks.read()
     ranks.export(here)
     code = _train(config, here)
@@ -40,32 +44,36 @@ def _train(config: Config, here: ranks.Ranks) -> int:
     # Imported late: --help and a refused option answer at once.
     import torch
 
-    if config.engine.device == "cpu" or not torch.cuda.is_available():
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed
+    from mvat_dist import devices
 
+    device, precision = devices.choose(config.engine, here.local_rank)
+    if device.type == "cuda":
+        os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed binds the device of this number
+    else:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+
+    from mvat_dist import engine, stopping
     from mvat_dist.logs import quieten
-    from mvat_dist.stopping import StopRequest
     from mvat_dist.trainer import Trainer
 
     quieten(here.rank)
-    stop = StopRequest()
+    stop = stopping.StopRequest()
     stop.listen()
-    backend = "gloo" if os.environ.get("DS_ACCELERATOR") == "cpu" else "nccl"
-    deepspeed.init_distributed(dist_backend=backend, timeout=_COLLECTIVE_TIMEOUT, verbose=False)
-    trainer: Trainer | None = None
+    engine.init_distributed(device, _COLLECTIVE_TIMEOUT)
+    trainer = Trainer(config, here, rundir.RunDir(rundir.run_folder(config)), device, precision)
+    first = trainer.step
+    # On an error the process leaves without asking the other ranks, which may be waiting elsewhere.
     code = 1
     try:
-        trainer = Trainer(config, here, rundir.RunDir(rundir.run_folder(config)))
-        trainer.train(stop)
-        code = 0 if trainer.finished else stop.exit_code or 1
+        reason = trainer.train(stop)
+        code = 128 + reason if reason else 0
     finally:
-        if trainer:
-            trainer.close(code)
-        torch.distributed.destroy_process_group()
+        trainer.close(code)
+    torch.distributed.destroy_process_group()
+    if reason:
+        stopping.requeue(reason, here, progressed=trainer.step > first)
     return code
 
 
 if __name__ == "__main__":
-    # One line for a user's mistake, not one per rank.
-    sys.exit(exit_code(main, quiet=ranks.read().rank != 0))
+    sys.exit(exit_code(main))

@@ -10,7 +10,8 @@
 # SLURM_CONF by which sbatch, squeue, sacct and mvat_dist.submit find this cluster. Words go to stderr.
 # `up` mends: whatever does not run is started, whatever runs is left alone.
 #
-# DIR, or MVAT_DEVCLUSTER, holds all state (default: $XDG_RUNTIME_DIR or /tmp, then mvat-devcluster).
+# DIR, or MVAT_DEVCLUSTER, holds all state (default: $XDG_RUNTIME_DIR or /tmp, then mvat-devcluster). It has
+# to be new, empty or a devcluster's, and ours alone (mode 700): what it configures is started as this user.
 # MVAT_DEVCLUSTER_PORT is the first of 13 ports (default 17000). Only processes started here are ever
 # stopped, by their pid files.
 #
@@ -23,6 +24,7 @@ readonly NODES="node1 node2 node3 node4"
 readonly DEADLINE=90 # seconds until every part has to answer
 readonly MARK="# mvat-devcluster"
 readonly HOSTS=/etc/hosts
+readonly OURS=.mvat-devcluster # a file in every state folder
 
 self=${BASH_SOURCE[0]}
 command=${1:-}
@@ -35,7 +37,7 @@ fi
 [[ ${1:-} != -- ]] || shift
 port=${MVAT_DEVCLUSTER_PORT:-17000}
 user=$(id -un)
-[[ $state == /* ]] || state=$PWD/$state
+state=$(realpath -ms "$state") # a slash at the end would follow a link
 # Daemons live in sbin, which is not on every user's path.
 PATH=$PATH:/usr/sbin:/sbin
 export SLURM_CONF=$state/slurm.conf
@@ -88,6 +90,16 @@ part() {
 newest_log() {
     local log=$state/log/$1
     if [[ $log.out -nt $log.log ]]; then echo "$log.out"; else echo "$log.log"; fi
+}
+
+# What lies in the state folder is started, and removed by `down`: nobody else may have put it there, and
+# nothing else may lie there. The file that says so is the first in a folder, so emptiness is asked first.
+check_state() {
+    [[ ! -L $state ]] || fail "$state is a symbolic link: left alone; name the folder itself"
+    [[ -e $state ]] || return 0
+    [[ -d $state && -O $state ]] || fail "$state is not a folder of $user: choose another with MVAT_DEVCLUSTER"
+    [[ $(stat -c %a "$state") == *00 ]] || fail "$state is open to other users: left alone; chmod 700 it if you trust it"
+    [[ -z $(ls -A "$state") || -f $state/$OURS ]] || fail "$state was not made by devcluster.sh: left alone"
 }
 
 port_is_free() { ! (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
@@ -271,6 +283,10 @@ resume_nodes() {
 up() {
     local began=$SECONDS node
     install_packages
+    mkdir -p "$(dirname "$state")"
+    mkdir -m 700 "$state" 2>/dev/null || [[ -d $state ]] || fail "$state cannot be made"
+    check_state # again: somebody may have been faster
+    touch "$state/$OURS"
     mkdir -p "$state"/{run,log,spool,slurmctld}
     exec 9>"$state/lock"
     flock -w "$DEADLINE" 9 || fail "another devcluster.sh works in $state"
@@ -345,7 +361,6 @@ down() {
     local began=$SECONDS node id
     remove_host_names
     [[ -d $state ]] || { say "nothing in $state" && return; }
-    [[ -e $state/lock ]] || fail "$state was not made by devcluster.sh: left alone"
     exec 9>"$state/lock"
     flock -w "$DEADLINE" 9 || fail "another devcluster.sh works in $state"
     # Jobs first, by the cluster itself; what outlives a crashed slurmd afterwards.
@@ -375,6 +390,7 @@ run() {
 [[ $state =~ ^[A-Za-z0-9/._+-]+$ ]] ||
     fail "the state folder '$state' must be free of spaces and odd characters; choose another with MVAT_DEVCLUSTER"
 ((${#state} <= 80)) || fail "the state folder's path is too long for a socket: $state"
+check_state
 case $command in
 up | status | down) "$command" ;;
 run) run "$@" ;;

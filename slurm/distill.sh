@@ -10,6 +10,8 @@
 #
 # The trainer reads nodes, tasks, addresses and ports from Slurm. Paths are relative to where sbatch was
 # called. `mvat-distill-JOB.log` there tells how the job went, runs/slurm/JOB-RANK.log what each rank says.
+# At its time limit or when preempted the trainer saves, and the job is queued again: at most
+# MVAT_MAX_RESTARTS times (default 1000; `sbatch --export ALL,MVAT_MAX_RESTARTS=0` for never).
 
 #SBATCH --job-name=mvat-distill
 #SBATCH --nodes=4
@@ -38,6 +40,15 @@ find_project() {
     return 2
 }
 
+# Slurm writes 1(x4) for a task on each of four nodes.
+tasks=${SLURM_TASKS_PER_NODE:-1}
+tasks=${tasks%%[^0-9]*}
+gpus=${SLURM_GPUS_ON_NODE:-0}
+if ((gpus > tasks)); then
+    echo "error: $gpus GPUs on a node for $tasks task(s) of one GPU each: add --ntasks-per-node $gpus to sbatch" >&2
+    exit 2
+fi
+
 project=$(find_project) || exit
 if [[ -f $project/.venv/bin/activate ]]; then
     # shellcheck disable=SC1091 # made by `make setup`
@@ -55,6 +66,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
 # Once a rank has ended, the others get this many seconds to end as well. Not --kill-on-bad-exit: the code of
 # a killed rank would hide that of the failed one, which is 2 for a mistake that the user can mend.
 export SLURM_WAIT=${SLURM_WAIT:-180} SLURM_KILL_BAD_EXIT=${SLURM_KILL_BAD_EXIT:-0}
+export MVAT_MAX_RESTARTS=${MVAT_MAX_RESTARTS:-1000}
 ulimit -c 0
 
 logs=runs/slurm

@@ -24,7 +24,12 @@ def on_ranks(world_size: int, function: Callable[..., Any], folder: Path, *argum
 
 
 def _one_rank(
-    rank: int, world_size: int, port: int, function: Callable[..., Any], folder: Path, arguments: tuple[Any, ...]
+    rank: int,
+    world_size: int,
+    port: int,
+    function: Callable[..., Any],
+    folder: Path,
+    arguments: tuple[Any, ...],
 ) -> None:
     os.environ |= {
         "RANK": str(rank),

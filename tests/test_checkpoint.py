@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,7 @@ import torch
 
 from mvat_dist import checkpoint
 from mvat_dist.checkpoint import StudentState
+from mvat_dist.errors import UserError
 
 
 def state(value: float) -> StudentState:
@@ -41,34 +46,106 @@ def test_keeps_the_newest(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000010"]
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest"])
-def test_a_damaged_checkpoint_is_named_and_passed_over(
-    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    good = checkpoint.save(tmp_path, 1, {"a": state(1.0)}, keep=2)
-    bad = checkpoint.save(tmp_path, 2, {"a": state(2.0)}, keep=2)
-    file = bad / ("manifest.json" if damage == "manifest" else "a.weights.safetensors")
+def damage(path: Path, how: str = "flip") -> None:
+    file = path / ("manifest.json" if how == "manifest" else "a.weights.safetensors")
     content = bytearray(file.read_bytes())
-    if damage == "flip":
+    if how == "flip":
         content[-1] ^= 1
         file.write_bytes(content)
-    elif damage == "remove":
+    elif how == "remove":
         file.unlink()
     else:
         file.write_bytes(content[: len(content) // 2])
+
+
+@pytest.mark.parametrize("how", ["flip", "truncate", "remove", "manifest"])
+def test_a_damaged_checkpoint_is_named_and_passed_over(
+    tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = checkpoint.save(tmp_path, 1, {"a": state(1.0)}, keep=2)
+    bad = checkpoint.save(tmp_path, 2, {"a": state(2.0)}, keep=2)
+    damage(bad, how)
     with caplog.at_level(logging.WARNING):
         assert checkpoint.newest(tmp_path) == good
     assert bad.name in caplog.text
+    assert bad.is_dir()
 
 
-def test_an_interrupted_save_leaves_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_later_damaged_checkpoint_neither_stays_nor_costs_the_one_written(
+    tmp_path: Path, keep: int
+) -> None:
+    good = checkpoint.save(tmp_path, 900, {"a": state(1.0)}, keep=2)
+    damage(checkpoint.save(tmp_path, 1000, {"a": state(2.0)}, keep=2))
+    written = checkpoint.save(tmp_path, 950, {"a": state(3.0)}, keep=keep)
+    assert checkpoint.newest(tmp_path) == written
+    assert sorted(tmp_path.iterdir()) == [good, written][-keep:]
+
+
+def test_an_earlier_damaged_checkpoint_is_not_one_of_the_kept(tmp_path: Path) -> None:
+    good = checkpoint.save(tmp_path, 900, {"a": state(1.0)}, keep=2)
+    damage(checkpoint.save(tmp_path, 920, {"a": state(2.0)}, keep=2))
+    written = checkpoint.save(tmp_path, 1000, {"a": state(3.0)}, keep=2)
+    assert sorted(tmp_path.iterdir()) == [good, written]
+
+
+def test_the_same_step_again_replaces_it(tmp_path: Path) -> None:
+    for value in (1.0, 2.0):
+        path = checkpoint.save(tmp_path, 5, {"a": state(value)}, keep=1)
+    found = checkpoint.load(path, "a")
+    assert found is not None
+    assert torch.equal(found.weights["weight"], torch.full((4,), 2.0))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_only_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
+    assert checkpoint.newest(tmp_path / "missing") is None
+    (tmp_path / "step-00000009").mkdir()
+    assert checkpoint.newest(tmp_path) is None, "it was never complete"
+    saved = [checkpoint.save(tmp_path, step, {"a": state(1.0)}, keep=2) for step in (10, 20)]
+    damage(saved[0], "flip")
+    damage(saved[1], "manifest")
+    with pytest.raises(UserError, match=r"step-00000020 .*step-00000010 .*move them away"):
+        checkpoint.newest(tmp_path)
+
+
+def test_what_a_killed_save_left_is_swept(tmp_path: Path) -> None:
+    killed = """
+import os, signal, sys
+from pathlib import Path
+from mvat_dist.files import atomic_directory
+with atomic_directory(Path(sys.argv[1]) / "step-00000002") as temporary:
+    (temporary / "a.weights.safetensors").write_bytes(bytes(100))
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    ended = subprocess.run([sys.executable, "-c", killed, str(tmp_path)], check=False)
+    assert ended.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert socket.gethostname() in left.name
+    (tmp_path / "step-00000001").mkdir()  # half removed
+    (tmp_path / "step-notes").mkdir()  # somebody else's
+    written = checkpoint.save(tmp_path, 3, {"a": state(1.0)}, keep=2)
+    assert sorted(tmp_path.iterdir()) == [written, tmp_path / "step-notes"]
+
+
+def test_an_interrupted_save_leaves_the_last_one(tmp_path: Path) -> None:
     good = checkpoint.save(tmp_path, 1, {"a": state(1.0)}, keep=1)
+    interrupted = """
+import resource, sys
+from pathlib import Path
+import torch
+from mvat_dist import checkpoint
+from mvat_dist.errors import exit_code
 
-    def full_disk(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "save_file", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        checkpoint.save(tmp_path, 2, {"a": state(2.0)}, keep=1)
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+state = checkpoint.StudentState({"weight": torch.zeros(100_000)}, {}, {})
+sys.exit(exit_code(lambda _: checkpoint.save(Path(sys.argv[1]), 2, {"a": state}, keep=1)))
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", interrupted, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.count("\n") == 1
+    assert f"file-size limit is reached at {tmp_path / 'step-00000002'}" in ended.stderr
     assert checkpoint.newest(tmp_path) == good
     assert list(tmp_path.iterdir()) == [good]

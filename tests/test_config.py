@@ -47,6 +47,10 @@ def test_resolved_yaml_reads_back(tmp_path: Path) -> None:
         ([*ALONE, "--student", "manner-s-5gf"], "manner-s-5.3gf"),
         ([*ALONE, "--train.steps", "many"], "train.steps"),
         ([*ALONE, "--train.batch", "0"], "above 0"),
+        ([*ALONE, "--valid.clips=-5"], "must not be negative"),
+        ([*ALONE, "--optim.clip_norm=-1"], "must not be negative"),
+        ([*ALONE, "--optim.betas=[0.9,2]"], "below 1"),
+        ([*ALONE, "--seed=-1"], "must not be negative"),
         (["--config", "no/such.yaml", *ALONE], "no/such.yaml"),
         ([], "needs a teacher"),
         ([*ALONE, "--student", "manner-b,manner-b"], "twice"),
@@ -72,9 +76,24 @@ def test_identity_is_the_science() -> None:
     assert rundir.run_name(base).startswith("none-all-")
 
 
+def test_the_resolved_file_goes_on_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = configfile.parse([*ALONE, "--data.train", "shards/mine", "--runs", "here"])
+    run = rundir.RunDir(rundir.run_folder(config))
+    run.create(config)
+    (tmp_path / "else where").mkdir()
+    monkeypatch.chdir(tmp_path / "else where")
+    again = configfile.parse(["--config", str(run.config)])
+    assert rundir.run_folder(again) == run.path
+    assert configfile.science(again) == configfile.science(config)
+    assert again.data.train == str(tmp_path / "shards/mine")
+
+
 def test_a_folder_is_not_shared_by_two_experiments(tmp_path: Path) -> None:
     run = rundir.RunDir(tmp_path / "run")
-    run.create(configfile.parse(ALONE))
+    run.create(configfile.parse([*ALONE, "--optim.lr", "0.5"]))
+    run.create(configfile.parse(ALONE))  # nothing was saved: a corrected start takes its place
+    run.checkpoints.mkdir()
     run.create(configfile.parse([*ALONE, "--data.workers", "5"]))
     with pytest.raises(UserError, match=r"optim.lr: 0.001 -> 0.01"):
         run.create(configfile.parse([*ALONE, "--optim.lr", "0.01"]))

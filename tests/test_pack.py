@@ -415,6 +415,7 @@ def test_recipes_are_valid(corpus: Path, tmp_path: Path) -> None:
     assert manifest(tmp_path / "out")["recipe"] == {
         "seed": 4,
         "max_shard_size": 256.0,
+        "min_shards": 32,
         "min_seconds": 1.0,
         "piece_seconds": 31.0,
         "valid_fraction": 0.05,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -33,7 +35,7 @@ def test_cosine_rises_to_the_peak_and_falls_to_nothing() -> None:
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == pytest.approx(1.0)
     assert rates.index(max(rates)) == 9
-    assert all(before > after for before, after in zip(rates[9:], rates[10:], strict=False))
+    assert all(before > after for before, after in itertools.pairwise(rates[9:]))
     assert rates[-1] < 1e-2
 
 

@@ -22,9 +22,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mvat_dist.config import DataConfig
+from mvat_dist.data.checks import check_readers
 from mvat_dist.data.segments import FADE, GAP, segment_grid
 from mvat_dist.data.shards import ShardError
-from mvat_dist.data.stream import TrainingData, batches, check_readers, split_batch
+from mvat_dist.data.stream import TrainingData, batches, split_batch
 from mvat_dist.errors import UserError
 from tests.tiny_corpus import write_pairs, write_sources
 
@@ -497,7 +498,7 @@ def test_a_batch_that_cannot_be_shared_or_filled(data):
 
 
 def test_fewer_shards_than_readers(data):
-    check_readers(data, world_size=5, workers=0)
-    check_readers(data, world_size=1, workers=5)
-    with pytest.raises(UserError, match=r"5 shards for 6 readers \(3 ranks x 2 workers\).*max-shard-size"):
-        check_readers(data, world_size=3, workers=2)
+    check_readers(replace(data.config, workers=0), world_size=5)
+    check_readers(replace(data.config, workers=5), world_size=1)
+    with pytest.raises(UserError, match=r"5 shards for 6 readers \(3 ranks x 2 workers\).*min-shards"):
+        check_readers(replace(data.config, workers=2), world_size=3)

@@ -41,7 +41,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "it's my place"
     folder.mkdir()
     noise = np.random.default_rng(0).standard_normal(8000) * 0.1
-    write_sources(folder / "corpus", "train_clean", {f"c{i}": noise for i in range(4)}, shards=2)
+    write_sources(folder / "corpus", "train_clean", {f"c{i}": noise for i in range(16)}, shards=16)
     write_sources(folder / "corpus", "train_noise", {"n0": noise})
     write_pairs(folder / "corpus", "valid", {"v0": (noise, noise)})
     monkeypatch.chdir(folder)
@@ -124,7 +124,12 @@ def test_time_limits_that_are_none(text: str) -> None:
         (["--data.trian", "x"], "data.train"),
         (["--data.train", "nowhere"], "nowhere"),
         (["--data.train", "."], "packed corpus"),
-        (["--distil.method", "mvat", "--teacher", "nobody"], "no such teacher: nobody"),
+        (
+            ["--nodes=4", "--data.workers=7"],
+            r"16 shards for 28 readers \(4 ranks x 7 workers\).*--min-shards",
+        ),
+        (["--data.reverb_probability=2"], "a probability lies between 0 and 1"),
+        (["--distil.method", "mvat", "--teacher", "nobody"], "no such teacher: .*nobody"),
         (["--cluster", "slurm"], "--cluster slurm: no Slurm here; choose --cluster local"),
         (["--cluster", "cloud"], "invalid choice: 'cloud'"),
         (["--slurm", "=x"], "--slurm '=x'"),
@@ -290,7 +295,9 @@ def test_a_second_submission_finds_the_first(slurm: Path, capsys: pytest.Capture
     assert "nothing new was submitted" in capsys.readouterr().out
     assert len(slurm.read_text().splitlines()) == 1
     # Nor does a local start run beside the job.
-    submit.main([*COMMON, "--cluster=local"])
+    with pytest.raises(SystemExit) as ended:
+        submit.main([*COMMON, "--cluster=local"])
+    assert ended.value.code == dispatch.EXIT_BUSY
     assert "squeue -j 7" in capsys.readouterr().out
 
 
@@ -329,12 +336,15 @@ def test_a_finished_run_is_not_started_again(
 
 @pytest.mark.usefixtures("slurm")
 def test_another_configuration_under_the_same_name_is_refused(place: Path) -> None:
-    RunDir(place / "runs" / "one").create(configfile.parse([*COMMON]))
-    with pytest.raises(UserError, match="seed: 0 -> 1"):
+    submit.main([*COMMON])
+    with pytest.raises(UserError, match=r"job 7 has .*seed: 0 -> 1.*scancel 7 first"):
         submit.main([*COMMON, "--seed=1"])
+    (place / "runs" / "one" / "checkpoints").mkdir()  # now there is something to lose
+    with pytest.raises(UserError, match="seed: 0 -> 1"):
+        submit.main([*COMMON, "--seed=1", "--cluster=local"])
 
 
-@pytest.mark.usefixtures("program")
+@pytest.mark.usefixtures("slurm")
 def test_a_run_in_progress_is_left_alone(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -351,8 +361,16 @@ def test_a_run_in_progress_is_left_alone(
     with other:
         assert other.stdout
         other.stdout.readline()
+        # Whoever waits for a finished run must not take this for one.
+        for cluster in ("local", "slurm"):
+            with pytest.raises(SystemExit) as ended:
+                submit.main([*COMMON, f"--cluster={cluster}"])
+            assert ended.value.code == dispatch.EXIT_BUSY
+            assert "nothing new was started" in capsys.readouterr().out
+        run = RunDir(folder)
+        run.create(configfile.parse([*COMMON]))
+        run.write_status("finished", 100)
         submit.main([*COMMON, "--cluster=local"])
-        assert "nothing new was started" in capsys.readouterr().out
         other.kill()
     # A lock dies with its owner: here the run could start.
     with dispatch._alone_in(RunDir(folder)) as (alone, is_new):
@@ -385,14 +403,37 @@ def test_a_restart_clears_what_a_killed_submitit_left(
     folder.mkdir()
     for name, text in files.items():
         (folder / name).write_text(text)
-    lines = slurmjob._setup(folder, slurmjob.Resources(1, 1, 6, 10, 2))
-    script = "\n".join([*lines, 'echo "$SRUN_CPUS_PER_TASK $OMP_NUM_THREADS"'])
+    lines = slurmjob._setup(folder, slurmjob.Resources(1, 1, 6, 10, 2, max_restarts=3))
+    script = "\n".join([*lines, 'echo "$SRUN_CPUS_PER_TASK $OMP_NUM_THREADS $MVAT_MAX_RESTARTS"'])
     environment = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "6"}
     done = subprocess.run(
         ["bash", "-euc", script], env=environment, capture_output=True, text=True, check=True
     )
     assert {file.name: file.read_text() for file in folder.iterdir()} == left
-    assert done.stdout == "6 4\n"  # two of six CPUs are the readers'
+    assert done.stdout == "6 4 3\n"  # two of six CPUs are the readers'
+
+
+@pytest.mark.parametrize(
+    ("tasks", "gpus", "said"),
+    [
+        ("1(x4)", "8", "error: 8 GPUs on a node for 1 task(s) of one GPU each: add --ntasks-per-node 8"),
+        ("8(x4)", "8", "1000"),
+        ("1(x4)", None, "1000"),
+    ],
+)
+def test_sbatch_with_idle_gpus_is_refused_before_the_ranks_start(
+    program: Program, tasks: str, gpus: str | None, said: str
+) -> None:
+    for name in ("bash", "sed", "dirname", "date", "mkdir", "tail"):
+        program(name, f'exec {shutil.which(name, path=os.defpath)} "$@"')
+    program("srun", 'echo "$MVAT_MAX_RESTARTS"')
+    script = Path(__file__).parent.parent / "slurm" / "distill.sh"
+    variables = {"PATH": os.environ["PATH"], "SLURM_TASKS_PER_NODE": tasks}
+    variables |= {"SLURM_GPUS_ON_NODE": gpus} if gpus else {}
+    done = subprocess.run(["bash", str(script)], env=variables, capture_output=True, text=True)
+    assert done.returncode == (2 if said.startswith("error") else 0)
+    assert (done.stdout + done.stderr).splitlines()[-1].startswith(said)
+    assert Path("runs").exists() is (done.returncode == 0)
 
 
 def test_a_job_submitted_from_within_a_job_inherits_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,14 +454,16 @@ def test_a_job_submitted_from_within_a_job_inherits_nothing(monkeypatch: pytest.
 
 
 def test_a_mistake_that_only_the_trainer_can_see_is_one_line_and_leaves_nothing(place: Path) -> None:
+    (place / "holiday.jpg").write_bytes(b"not a model")
     before = tree(place)
     given = ["--data.segment_seconds=0.2", "--data.reverb_probability=0", "--train.batch=4"]
+    given += ["--distil.method=output", "--teacher=holiday.jpg"]
     command = [sys.executable, "-m", "mvat_dist.submit", *COMMON, "--cluster=local", "--nodes=2", *given]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
-    assert [line for line in done.stderr.splitlines() if "shard" in line] == done.stderr.splitlines()
-    assert "2 shards for 4 readers" in done.stderr
+    assert (done.stderr.count("\n"), done.stderr.startswith("error: ")) == (1, True), done.stderr
+    assert "holiday.jpg" in done.stderr
     assert tree(place) == before
 
 

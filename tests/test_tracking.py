@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
+import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mvat_dist import tracking
 from mvat_dist.config import TrackConfig
 from mvat_dist.tracking import History, Tracker
 
@@ -57,9 +64,151 @@ def test_one_offline_run_per_student_holds_the_same_rows(tmp_path: Path) -> None
         expected = [{"step": step, "loss": step + place / 2} for step in (10, 20)]
         lines = [json.loads(line) for line in (tmp_path / "run" / f"{name}.jsonl").read_text().splitlines()]
         assert [{"step": row["step"], "loss": row["loss"]} for row in lines] == expected
-        file = next((tmp_path / "run" / "wandb").glob(f"offline-run-*-run-{name.replace('.', '-')}/*.wandb"))
+        file = next(
+            (tmp_path / "run" / "wandb").glob(f"offline-run-*-run-{name.replace('.', '-')}-*/*.wandb")
+        )
         mirrored = rows_of(file)
         assert [{"step": row["step"], "loss": row["loss"]} for row in mirrored] == expected
+
+
+def test_damage_in_the_middle_costs_the_damaged_lines_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    history = History(tmp_path / "history.jsonl")
+    whole = [json.dumps({"step": step}) for step in range(1, 6)]
+    # What file systems leave after a power cut: a half row, zeros, a scalar; and a torn last line.
+    lines = [whole[0], '{"step": 9, "lo', whole[1], "\0" * 20, "17", "\udcff", *whole[2:]]
+    history.path.write_text("\n".join(lines) + '\n{"step": 6', errors="surrogateescape")
+    history.rewind(4)
+    assert [row["step"] for row in history.rows()] == [1, 2, 3, 4]
+    assert [record.args[1] for record in caplog.records if isinstance(record.args, tuple)] == [2, 4, 5, 6]
+    assert str(history.path) in caplog.text
+
+
+def test_a_strict_reader_takes_a_record_with_nan(tmp_path: Path) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    history = History(tmp_path / "history.jsonl")
+    history.path.write_text('{"step": 1, "loss": NaN}\n')  # as older versions wrote it
+    history.append({"step": 2, "loss": math.inf, "time": {"data": -math.inf, "step": 0.5}})
+    history.rewind(2)
+    rows = [json.loads(line, parse_constant=refuse) for line in history.path.read_text().splitlines()]
+    assert rows == [
+        {"step": 1, "loss": None},
+        {"step": 2, "loss": None, "time": {"data": None, "step": 0.5}},
+    ]
+
+
+def test_equal_names_are_different_runs_and_a_resumed_run_is_the_same(tmp_path: Path) -> None:
+    for owner in ("ann", "ann", "bob"):
+        folder = tmp_path / owner / "teacher-demo"
+        folder.mkdir(parents=True, exist_ok=True)
+        tracker = Tracker(folder, {"teacher": folder / "history.jsonl"})
+        tracker.connect(TrackConfig(wandb="offline"), {})
+        tracker.finish()
+    ids = {
+        owner: {file.stem for file in (tmp_path / owner).glob("teacher-demo/wandb/offline-run-*/*.wandb")}
+        for owner in ("ann", "bob")
+    }
+    assert len(list((tmp_path / "ann").glob("teacher-demo/wandb/offline-run-*"))) == 2
+    assert len(ids["ann"]) == len(ids["bob"]) == 1
+    assert ids["ann"] != ids["bob"]
+
+
+_STRUCK = """
+import logging, sys
+from pathlib import Path
+import psutil
+from mvat_dist.config import TrackConfig
+from mvat_dist.tracking import Tracker
+
+logging.basicConfig(format="%(levelname)s %(message)s")
+folder, signal = Path(sys.argv[1]), int(sys.argv[2])
+tracker = Tracker(folder, {name: folder / f"{name}.jsonl" for name in "ab"})
+tracker.connect(TrackConfig(wandb="offline"), {})
+tracker.log("a", 1, loss=1.0)
+children = psutil.Process().children(recursive=True)
+assert "wandb-core" in [child.name() for child in children]
+for child in children:
+    child.send_signal(signal)
+psutil.wait_procs(children, timeout=30)
+for step in (2, 3):
+    for name in "ab":
+        tracker.log(name, step, loss=1.0 / step)
+tracker.finish(143)
+print("saved")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_record_goes_on_when_the_service_is_struck(tmp_path: Path, number: int) -> None:
+    """Slurm signals every process of a step, and the service of W&B is one."""
+    done = subprocess.run(
+        [sys.executable, "-c", _STRUCK, tmp_path, str(int(number))],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (0, "saved\n"), done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("WARNING") == 2  # one for each run
+    assert [row["step"] for row in History(tmp_path / "a.jsonl").rows()] == [1, 2, 3]
+    assert [row["step"] for row in History(tmp_path / "b.jsonl").rows()] == [2, 3]
+
+
+@pytest.fixture
+def silent_server() -> Iterator[str]:
+    """A W&B server that opens runs and then answers nothing more until the test is over."""
+    over = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            if "file_stream" in self.path:
+                over.wait(60)
+                return
+            answer: dict[str, Any] = {"errors": [{"message": "not here"}]}
+            if b"RunResumeStatus" in body:
+                answer = {"data": {"model": None}}
+            if b"upsertBucket" in body:
+                name = json.loads(body)["variables"]["name"]
+                project = {"id": "p", "name": "p", "entity": {"id": "e", "name": "e"}}
+                bucket = {"id": name, "name": name, "displayName": name, "project": project}
+                bucket |= {"config": "{}", "sweepName": None, "historyLineCount": 0}
+                answer = {"data": {"upsertBucket": {"bucket": bucket, "inserted": True}}}
+            data = json.dumps(answer).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, format: str, *args: object) -> None:
+            del format, args
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    over.set()
+    server.shutdown()
+    server.server_close()
+
+
+def test_runs_share_one_deadline_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silent_server: str
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", silent_server)
+    monkeypatch.setattr(tracking, "_UPLOAD_SECONDS", 3)
+    names = ("a", "b", "c")
+    tracker = Tracker(tmp_path, {name: tmp_path / f"{name}.jsonl" for name in names})
+    tracker.connect(TrackConfig(), {})
+    for name in names:
+        tracker.log(name, 1, loss=1.0)
+    assert len(list((tmp_path / "wandb").glob("run-*"))) == len(names)  # online, all of them
+    begin = time.monotonic()
+    tracker.finish()
+    assert 2 < time.monotonic() - begin < 8
 
 
 def test_disabled_leaves_no_trace(tmp_path: Path) -> None:

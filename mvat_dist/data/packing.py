@@ -34,13 +34,12 @@ from mvat_dist.data.shards import (
     Kind,
     index_path,
     load_index,
-    sha256,
     shard_name,
     write_shard,
 )
 from mvat_dist.data.utterances import Utterance, render
 from mvat_dist.errors import UserError
-from mvat_dist.files import TEMPORARY_SUFFIX, read_json, write_json, write_text
+from mvat_dist.files import TEMPORARY_SUFFIX, read_json, sha256, write_json, write_text
 
 UNFINISHED = "packing.json"
 """Marker of a folder in which packing has begun and not ended."""
@@ -95,7 +94,7 @@ def _check_recipe(recipe: Recipe) -> None:
         value = getattr(recipe, field.name)
         if isinstance(value, int | float) and value < 0:
             raise UserError(f"--{field.name} must not be negative, it is {value}")
-    for name in ("max_shard_size", "piece_seconds"):
+    for name in ("max_shard_size", "min_shards", "piece_seconds"):
         if getattr(recipe, name) == 0:
             raise UserError(f"--{name} must be above 0")
 

@@ -223,12 +223,15 @@ def _deal(name: str, utterances: Sequence[Utterance], recipe: Recipe) -> SubsetP
     Shuffled, because a corpus is sorted by speaker and by source and a shard should be a fair sample of it.
     """
     random = np.random.default_rng([recipe.seed, int.from_bytes(stable_hash(0, name), "little")])
+    largest = recipe.max_shard_size * 1e6 - _END_OF_TAR
+    if name in ("train_clean", "train_pairs"):
+        largest = min(largest, sum(one.largest_bytes for one in utterances) / recipe.min_shards)
     shards: list[list[Utterance]] = [[]]
     filled = 0
     for number, at in enumerate(random.permutation(len(utterances)).tolist()):
         old = utterances[at]
         utterance = Utterance(f"{name}_{number:07d}", old.group, old.signals, old.mixing)
-        if shards[-1] and filled + utterance.largest_bytes > recipe.max_shard_size * 1e6 - _END_OF_TAR:
+        if shards[-1] and filled + utterance.largest_bytes > largest:
             shards.append([])
             filled = 0
         shards[-1].append(utterance)

@@ -14,6 +14,9 @@ class Recipe:
     """Seed of the order of the utterances and of what is held out."""
     max_shard_size: float = 64.0
     """Largest shard in MB (10^6 bytes), reckoned without compression; most come out half as large."""
+    min_shards: int = 32
+    """Fewest shards of a training subset, as far as it has utterances: readers share them out, and a
+    small corpus in two large files could feed only two."""
     min_seconds: float = 1.0
     """Shorter recordings are left out, in seconds."""
     piece_seconds: float = 30.0

@@ -7,7 +7,6 @@ index gives random access: an utterance costs one ``pread`` and one decode, wher
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -125,25 +124,24 @@ def load_index(shard: Path, kind: Kind) -> npt.NDArray[np.void]:
     return cast("npt.NDArray[np.void]", rows)
 
 
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def subset_names(corpus: Path | str) -> list[str]:
     """Names of the subsets below a packed corpus, in the order in which they were packed.
 
     Raises:
         UserError: the folder is not a finished corpus written by `mvat_dist.pack`.
     """
-    manifest = _read_manifest(Path(corpus), "a packed corpus")
+    manifest = read_manifest(Path(corpus), "a packed corpus")
     if "subsets" not in manifest:
         raise UserError(f"{corpus} is one packed subset; give the folder above it: {Path(corpus).parent}")
     return list(manifest["subsets"])
 
 
-def _read_manifest(folder: Path, what: str) -> dict[str, Any]:
+def read_manifest(folder: Path, what: str) -> dict[str, Any]:
+    """The manifest of a packed corpus or subset; `what` names it in the refusal.
+
+    Raises:
+        UserError: nothing finished there, or of another format.
+    """
     if not folder.is_dir():
         raise UserError(f"no such folder: {folder}; make {what} with `python -m mvat_dist.pack`")
     try:
@@ -181,7 +179,7 @@ class ShardSet:
             UserError: the folder is no packed subset, or its indices are not those of its manifest.
         """
         folder = Path(folder)
-        manifest = _read_manifest(folder, "a packed subset")
+        manifest = read_manifest(folder, "a packed subset")
         if "subsets" in manifest:
             names = ", ".join(manifest["subsets"])
             raise UserError(f"{folder} is a whole packed corpus; name one of its subsets: {names}")

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mvat_dist.config import SAMPLE_RATE, DataConfig
 from mvat_dist.data import workers as readers
+from mvat_dist.data.checks import check_config, training_mode
 from mvat_dist.data.order import LARGEST_SEED, Draws, epoch_order
 from mvat_dist.data.segments import Maker, PairSegments, Segment, SourceSegments, segment_length
 from mvat_dist.data.shards import ShardSet, subset_names
@@ -47,7 +48,7 @@ class TrainingData:
             raise UserError(f"seed {seed}: choose one from 0 to {LARGEST_SEED}")
         self.config = config
         self.seed = seed
-        self.mode = _mode(config)
+        self.mode = training_mode(config)
         self._maker: Maker = _open_sources(config) if self.mode == "sources" else _open_pairs(config)
         self.iterated = self._maker.iterated
 
@@ -61,53 +62,6 @@ class TrainingData:
         segment = self._maker.make(item, Draws(self.seed, epoch, position))
         place = {"mode": self.mode, "epoch": epoch, "position": position}
         return Segment(segment.noisy, segment.clean, place | segment.recipe)
-
-
-def check_config(config: DataConfig) -> None:
-    """Refuse values that no corpus can serve.
-
-    Raises:
-        UserError: names the option, its value and what is allowed.
-    """
-    for name in ("snr_db", "level_dbfs", "tempo_range", "gain_db"):
-        low, high = getattr(config, name)
-        if not low <= high:
-            raise UserError(f"--data.{name} [{low}, {high}]: give the lower bound first")
-    for name in ("reverb_probability", "tempo_probability", "remix_probability"):
-        if not 0.0 <= getattr(config, name) <= 1.0:
-            raise UserError(f"--data.{name} {getattr(config, name)}: a probability lies between 0 and 1")
-    if config.level_dbfs[1] > 0.0:
-        raise UserError(f"--data.level_dbfs {list(config.level_dbfs)}: full scale is 0 dBFS, so at most 0")
-    if not 0.5 <= config.tempo_range[0] <= config.tempo_range[1] <= 2.0:
-        raise UserError(f"--data.tempo_range {list(config.tempo_range)}: factors lie between 0.5 and 2")
-    if segment_length(config) < 1:
-        raise UserError(f"--data.segment_seconds {config.segment_seconds}: must be above 0")
-    if config.stride_seconds < 0.0:
-        raise UserError(f"--data.stride_seconds {config.stride_seconds}: must be 0 or above")
-    if config.workers < 0:
-        raise UserError(f"--data.workers {config.workers}: must be 0 or above")
-
-
-def _mode(config: DataConfig) -> str:
-    """The mode asked for, or the one that the corpus offers."""
-    names = subset_names(config.train)
-    needed = {"sources": ("train_clean", "train_noise"), "pairs": ("train_pairs",)}
-    missing = {mode: [name for name in subsets if name not in names] for mode, subsets in needed.items()}
-    if config.mode != "auto":
-        if missing[config.mode]:
-            raise UserError(
-                f"--data.mode {config.mode} needs {' and '.join(needed[config.mode])}, but {config.train} "
-                f"has only {', '.join(names)}; use --data.mode auto, or pack that part with "
-                "python -m mvat_dist.pack"
-            )
-        return config.mode
-    for mode, absent in missing.items():
-        if not absent:
-            return mode
-    raise UserError(
-        f"{config.train} has nothing to train on: neither train_clean with train_noise nor train_pairs, only "
-        f"{', '.join(names) or 'an empty manifest'}; pack a training corpus with python -m mvat_dist.pack"
-    )
 
 
 def _open(config: DataConfig, name: str) -> ShardSet:
@@ -146,27 +100,6 @@ def _check_length(config: DataConfig, samples: int, what: str) -> None:
         raise UserError(
             f"--data.segment_seconds {config.segment_seconds:g} is longer than {what} ({seconds:.2f} s): "
             f"choose at most {seconds:.2f}"
-        )
-
-
-def check_readers(data: TrainingData, world_size: int, workers: int) -> None:
-    """Refuse fewer shards than processes that read them at once.
-
-    The order does not depend on shards, and any reader opens any of them, so the data would be the same. But
-    more readers than files means that many nodes pull on one file at the same time, which neither a parallel
-    file system (striped by file) nor a cache (filled by file) serves well: it is noticed at the start, not
-    as a slow run. Training subsets that are visited in turn count; noise and rooms are small.
-
-    Raises:
-        UserError: with the three ways out.
-    """
-    count = len(data.iterated.manifest["shards"])
-    needed = world_size * max(1, workers)
-    if count < needed:
-        raise UserError(
-            f"{data.iterated.folder} has {count} {'shard' if count == 1 else 'shards'} for {needed} readers "
-            f"({world_size} ranks x {max(1, workers)} workers): pack it into smaller shards "
-            "(python -m mvat_dist.pack ... --max-shard-size), or use fewer ranks, or fewer --data.workers"
         )
 
 

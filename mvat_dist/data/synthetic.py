@@ -17,6 +17,7 @@ import soxr
 from tqdm import tqdm
 
 from mvat_dist.data import voices
+from mvat_dist.data.mixing import mix
 from mvat_dist.data.noises import MAKERS, RATE, Signal
 from mvat_dist.errors import UserError
 from mvat_dist.files import atomic_directory, read_json, write_json
@@ -32,11 +33,15 @@ _NOISE_DBFS = -32.0
 _SPEECH_DBFS = (-30.0, -20.0)
 _PEAK = 0.9
 _TALKERS = 6
+_TEST_READERS = 8
+_TEST_SNR_DB = (-5.0, 10.0)
 _LONGEST_PIECE = 10.0
 _SPEED_OF_SOUND = 343.0
 
 
-def make_corpus(out: Path, *, speech_minutes: float, noise_minutes: float, rooms: int, seed: int) -> None:
+def make_corpus(
+    out: Path, *, speech_minutes: float, noise_minutes: float, rooms: int, seed: int, test_clips: int = 0
+) -> None:
     """Write a corpus to `out`, whole or not at all; do nothing where the same one is there.
 
     Args:
@@ -45,6 +50,8 @@ def make_corpus(out: Path, *, speech_minutes: float, noise_minutes: float, rooms
         noise_minutes: how much noise, in minutes.
         rooms: how many rooms, with `POSITIONS` impulse responses each.
         seed: of all that is random. The same seed gives the same files.
+        test_clips: mixtures for ``test_set``, of readers and noise recordings that are nowhere else,
+            at `_TEST_SNR_DB`.
 
     Raises:
         UserError: `out` holds something else, or espeak-ng is missing.
@@ -55,16 +62,19 @@ def make_corpus(out: Path, *, speech_minutes: float, noise_minutes: float, rooms
         "noise_minutes": noise_minutes,
         "rooms": rooms,
         "seed": seed,
+        "test_clips": test_clips,
     }
     if min(speech_minutes, noise_minutes, rooms) <= 0 or seed < 0:
         raise UserError(f"minutes and rooms must be above 0 and the seed must not be negative: {description}")
     if _is_there(out, description):
         return
-    random = [np.random.default_rng(part) for part in np.random.SeedSequence(seed).spawn(3)]
+    random = [np.random.default_rng(part) for part in np.random.SeedSequence(seed).spawn(4)]
     with atomic_directory(out) as folder:
         _write_speech(folder / "clean_fullband/synthetic_readers", speech_minutes, seed, random[0])
         _write_noise(folder / "noise_fullband/synthetic_noises", noise_minutes, seed, random[1])
         _write_rooms(folder / "impulse_responses/synthetic_rooms", rooms, random[2])
+        if test_clips:
+            _write_test_set(folder / "test_set/synthetic/no_reverb", test_clips, seed, random[3])
         write_json(folder / DESCRIPTION, description)
 
 
@@ -132,6 +142,23 @@ def _babble(seconds: float, seed: int, random: np.random.Generator) -> list[Sign
         audio = np.resize(soxr.resample(pcm / 32768, voices.RATE, RATE, quality="VHQ"), samples)
         heard.append(np.roll(audio, int(random.integers(samples))))
     return [np.sum(heard[at::RECORDINGS_PER_KIND], axis=0) for at in range(RECORDINGS_PER_KIND)]
+
+
+def _write_test_set(folder: Path, clips: int, seed: int, random: np.random.Generator) -> None:
+    """Pairs named as the DNS-Challenge's synthetic test sets are."""
+    readers = voices.readers(_TEST_READERS, random)
+    lines = [voices.Line(readers[at % _TEST_READERS], _text(1, random)) for at in range(clips)]
+    kinds = list(MAKERS)
+    for part in ("clean", "noisy"):
+        (folder / part).mkdir(parents=True)
+    for at, pcm in enumerate(tqdm(voices.speak(lines, seed + 2), "mixing test clips", unit="clip")):
+        clean = soxr.resample(pcm / 32768, voices.RATE, RATE, quality="VHQ").astype(np.float32)
+        kind, snr = kinds[at % len(kinds)], round(random.uniform(*_TEST_SNR_DB))
+        noise = MAKERS[kind](clean.size / RATE + 0.1, random)[: clean.size].astype(np.float32)
+        mixed = mix(clean, noise, snr, random.uniform(*_SPEECH_DBFS))
+        name = f"synthetic_{at % _TEST_READERS}_{kind}_snr{snr}_fileid_{at}.wav"
+        soundfile.write(folder / "noisy" / name, mixed.noisy, RATE, subtype="PCM_16")
+        soundfile.write(folder / "clean" / f"clean_fileid_{at}.wav", mixed.clean, RATE, subtype="PCM_16")
 
 
 def _write_rooms(folder: Path, rooms: int, random: np.random.Generator) -> None:

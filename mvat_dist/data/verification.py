@@ -27,9 +27,9 @@ from mvat_dist.data.shards import (
     ShardSet,
     index_path,
     load_index,
-    sha256,
     subset_names,
 )
+from mvat_dist.files import sha256
 
 _KEY = re.compile(r"[0-9a-z_]+")
 _ENOUGH = 20

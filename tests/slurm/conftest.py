@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ RATE = 16_000
 
 @pytest.fixture(scope="session", autouse=True)
 def cluster() -> None:
-    """The cluster that SLURM_CONF names, else the one that devcluster.sh knows of."""
+    """The development cluster that SLURM_CONF names, else the one that devcluster.sh knows of; no other."""
     os.environ.pop("OMP_NUM_THREADS", None)  # set for tests in this process; jobs choose by themselves
     if "SLURM_CONF" not in os.environ:
         script = REPOSITORY / "slurm" / "devcluster.sh"
@@ -28,14 +29,25 @@ def cluster() -> None:
         if told.returncode:
             pytest.skip("no cluster: start one with slurm/devcluster.sh up")
         os.environ["SLURM_CONF"] = told.stdout.strip().removeprefix("export SLURM_CONF=")
+    # On a site's login node SLURM_CONF may name the real cluster.
+    name = re.search(r"^ClusterName\s*=\s*(\S+)", slurm("scontrol", "show", "config"), re.MULTILINE)
+    if name is None or name.group(1) != "mvat-devcluster":
+        pytest.skip(f"{os.environ['SLURM_CONF']} is not the cluster of slurm/devcluster.sh")
 
 
 @pytest.fixture(autouse=True)
 def no_job_is_left() -> Iterator[None]:
-    """A failed test's jobs must not stand in the way of the next."""
+    """A failed test's jobs must not stand in the way of the next; each is called mvat-something."""
     yield
-    subprocess.run(["scancel", "--quiet", f"--user={os.getuid()}"], check=True)
-    until(lambda: not slurm("squeue", "--noheader"), 30)
+    if jobs := our_jobs():
+        slurm("scancel", "--quiet", *jobs)
+    until(lambda: not our_jobs(), 30)
+
+
+def our_jobs() -> list[str]:
+    """Numbers of the tests' jobs in the queue."""
+    rows = slurm("squeue", "--noheader", "--me", "--format=%i %j").splitlines()
+    return [row.split()[0] for row in rows if row.split()[1].startswith("mvat-")]
 
 
 def slurm(*command: str) -> str:
@@ -74,7 +86,7 @@ def submit(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A second of tones and noise per utterance, in shards enough for four readers."""
+    """A second of tones and noise per utterance, in shards enough for eight readers."""
     folder = tmp_path_factory.mktemp("tiny corpus")
     generator = np.random.default_rng(0)
     time_axis = np.arange(RATE) / RATE
@@ -82,7 +94,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def voice() -> np.ndarray:
         return 0.2 * np.sin(2 * np.pi * generator.uniform(100, 300) * time_axis)
 
-    write_sources(folder, "train_clean", {f"c{i}": voice() for i in range(8)}, shards=4)
+    write_sources(folder, "train_clean", {f"c{i}": voice() for i in range(8)}, shards=8)
     write_sources(folder, "train_noise", {"n0": 0.1 * generator.standard_normal(2 * RATE)})
     clean = {f"v{i}": voice() for i in range(2)}
     noisy = {key: signal + 0.03 * generator.standard_normal(signal.size) for key, signal in clean.items()}

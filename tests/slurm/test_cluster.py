@@ -64,7 +64,7 @@ def test_the_urgent_partition_takes_nodes_from_the_normal_one(tmp_path: Path) ->
     step.write_text(f"trap '{requeue}; exit' TERM\nwhile :; do sleep 0.1; done\n")
     script = tmp_path / "job.sh"
     script.write_text(f"#!/bin/bash\necho start >> '{starts}'\nsrun bash '{step}'\n")
-    flags = ["--parsable", "--nodes=4", "--cpus-per-task=8", "--output=/dev/null"]
+    flags = ["--parsable", "--job-name=mvat-test", "--nodes=4", "--cpus-per-task=8", "--output=/dev/null"]
     normal = slurm("sbatch", *flags, "--requeue", str(script)).strip()
     until(starts.exists, 20)
     urgent = slurm("sbatch", *flags, "--partition=urgent", "--wrap", "true").strip()

@@ -124,9 +124,11 @@ def test_submit_and_sbatch_train_the_same_fleet_on_four_nodes(tmp_path: Path, tr
 
 
 def test_a_mistake_found_in_the_job_comes_back_through_wait(tmp_path: Path, training: list[str]) -> None:
-    done = submit("--wait", *training, "--data.workers=7", cwd=tmp_path)
+    (tmp_path / "holiday.jpg").write_bytes(b"not a model")
+    teacher = ["--distil.method=output", "--teacher=holiday.jpg"]
+    done = submit("--wait", *training, *teacher, cwd=tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
-    assert "4 shards for 7 readers" in done.stderr
+    assert "holiday.jpg" in done.stderr
     assert "Traceback" not in done.stderr
     job = next((tmp_path / "runs").glob("*/job.json"))
     assert accounting(json.loads(job.read_text())["job_id"], "State", "ExitCode")[0] == ["FAILED", "2:0"]

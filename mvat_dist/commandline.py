@@ -1,0 +1,25 @@
+"""The command-line parser of the commands that take a few options of their own."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NoReturn
+
+from mvat_dist.errors import UserError
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser whose help keeps its example's lines and whose refusals are one line."""
+
+    def __init__(self, prog: str, description: str, example: str) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """A user's mistake is one line, without the usage."""
+        raise UserError(f"{message} ({self.prog} --help)")

@@ -1,0 +1,113 @@
+"""The main job from nothing: a synthetic corpus, shards, a teacher, three students, their scores.
+
+    python -m mvat_dist.quickstart --out runs/quickstart
+
+Every stage is the command that a user would type, and a stage that is done is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from mvat_dist import configfile, evaluate, modelfile, pack, students, submit
+from mvat_dist.commandline import CommandParser
+from mvat_dist.data import synthetic
+from mvat_dist.errors import UserError, exit_code
+from mvat_dist.files import read_json
+from mvat_dist.rundir import run_folder
+from mvat_dist.summary import NOISY
+
+CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+TEACHER = "demo-teacher"
+TEACHER_STEPS = 400
+PROCESSES = 2
+TEST_CLIPS = 24
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run all stages and print the table and where everything lies.
+
+    Raises:
+        UserError: a stage was refused, or a student is not better than the noisy input.
+    """
+    arguments = _parser().parse_args(argv)
+    started = time.monotonic()
+    out: Path = arguments.out.absolute()
+    corpus, shards = out / "corpus", out / "shards"
+
+    _headline(1, "a synthetic corpus (espeak-ng voices, computed noises) in DNS layout")
+    synthetic.make_corpus(
+        corpus, speech_minutes=10.0, noise_minutes=6.0, rooms=2, seed=0, test_clips=TEST_CLIPS
+    )
+    _headline(2, "shards")
+    pack.main(["dns", "--corpus", str(corpus), "--out", str(shards)])
+
+    common = ["--config", str(CONFIG), "--data.train", str(shards), "--runs", str(out / "runs")]
+    teach = [*common, "--student", TEACHER, "--distil.method", "none", "--name", "teacher"]
+    teach += ["--train.steps", str(TEACHER_STEPS)]
+    teacher = run_folder(configfile.parse(teach))
+    distil = [*common, "--teacher", str(teacher), "--name", "students"]
+    config = configfile.parse(distil)
+    run = run_folder(config)
+    local = ["--cluster", "local", "--nodes", str(PROCESSES)]
+    _headline(3, "a teacher")
+    submit.main([*local, *teach])
+    _headline(4, "three students at once beside the teacher, by multi-view attention transfer")
+    submit.main([*local, *distil])
+    _headline(5, "scores on clips that no training has seen")
+    if _scored(out / "scores", run):
+        print((out / "scores" / "scores.md").read_text(encoding="utf-8"))
+    else:
+        evaluate.main([str(run), "--data", str(shards), "--out", str(out / "scores")])
+
+    _check(out / "scores", list(students.select(config.student, config.sizes)))
+    minutes = (time.monotonic() - started) / 60
+    print(
+        f"\nDone in {minutes:.1f} minutes. Corpus: {corpus}\nShards: {shards}\nTeacher: {teacher}\n"
+        f"Students: {run}/students\nScores: {out / 'scores'}"
+    )
+
+
+def _scored(scores: Path, run: Path) -> bool:
+    """Whether the scores there are those of the run's present weights."""
+    if not (scores / "scores.json").exists():
+        return False
+    known = read_json(scores / "scores.json")["networks"]
+    present = modelfile.students_of(run)
+    return all(known.get(name, {}).get("step") == modelfile.load(file).step for name, file in present.items())
+
+
+def _check(scores: Path, names: list[str]) -> None:
+    """Every student must be better than doing nothing.
+
+    Raises:
+        UserError: naming the students that are not.
+    """
+    for section, found in read_json(scores / "scores.json")["sections"].items():
+        means = {model: by_metric["si_sdr"]["mean"] for model, by_metric in found["scores"].items()}
+        worse = [name for name in names if means[name] is None or means[name] <= means[NOISY]]
+        if worse:
+            raise UserError(
+                f"{section}: the SI-SDR of {', '.join(worse)} is not above the noisy input's, see {scores}"
+            )
+
+
+def _headline(number: int, text: str) -> None:
+    print(f"\n== {number}/5  {text}", flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = CommandParser(
+        "python -m mvat_dist.quickstart",
+        "Make a synthetic corpus, pack it, train a teacher, distil three students, score them.",
+        "python -m mvat_dist.quickstart --out runs/quickstart",
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder for everything")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

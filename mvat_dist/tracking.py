@@ -211,10 +211,10 @@ def _has_credentials() -> bool:
     """Whether `wandb login` or WANDB_API_KEY has left a key for the server in use."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:
+        host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
         return netrc.netrc().authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
+    except (OSError, ValueError, netrc.NetrcParseError):  # none, or not readable as one
         return False
 
 

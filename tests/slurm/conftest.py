@@ -77,9 +77,9 @@ def until(true: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.2)
 
 
-def submit(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def submit(*arguments: str, cwd: Path, wandb: str = "disabled") -> subprocess.CompletedProcess[str]:
     """``python -m mvat_dist.submit`` as a user types it."""
-    environment = {**os.environ, "WANDB_MODE": "disabled"}
+    environment = {**os.environ, "WANDB_MODE": wandb}
     command = [sys.executable, "-m", "mvat_dist.submit", *arguments]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
 
@@ -102,7 +102,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def training(corpus: Path) -> list[str]:
     """Options of a run of a few seconds: two students without a teacher."""
     return [

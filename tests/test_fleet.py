@@ -1,0 +1,44 @@
+"""What a fleet counts, and what ends a student."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from mvat_dist.fleet import Meter
+from tests.test_train import command, corpus, environment  # noqa: F401 (corpus is a fixture)
+
+
+def test_meter_weighs_every_item_alike() -> None:
+    """Means of unequal micro-batches are the mean over their items, however they were cut into steps."""
+    values = torch.randn(11, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    meter = Meter(["loss", "twice"], torch.device("cpu"))
+    for step in (values[:2], values[2:7], values[7:]):
+        for part in step.split(3):
+            meter.add({"loss": part.mean(), "twice": 2 * part.mean(), "other": part.sum()}, len(part))
+        meter.close_step()
+    row = meter.take_row()
+    assert row == pytest.approx({"loss": float(values.mean()), "twice": 2 * float(values.mean())})
+    assert all(math.isnan(mean) for mean in meter.take_row().values())  # a new row has seen nothing
+
+
+def test_a_student_that_never_recovers_is_given_up(corpus: Path, tmp_path: Path) -> None:  # noqa: F811
+    diverging = [
+        "--optim.lr=1e30",
+        "--optim.schedule=constant",
+        "--optim.clip_norm=0",
+        "--train.max_skipped=2",
+    ]
+    argv = command(corpus, tmp_path, "diverging", ["--student=tiny", "--distil.method=none", *diverging])
+    done = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "given up after 2 steps in a row with a non-finite gradient" in done.stderr
+    status = json.loads((tmp_path / "diverging" / "STATUS").read_text())
+    assert status["state"] == "failed"
+    tiny = status["students"]["tiny"]
+    assert (tiny["updates"], tiny["skipped"], tiny["given_up"]) == (1, 2, True)

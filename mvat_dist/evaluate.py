@@ -264,6 +264,8 @@ def main(argv: list[str] | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     # Before the scoring processes take the CPUs.
     costs = {name: cost(network.model) for name, network in networks.items()}
+    # Threads that spin for work would take the cores of the scoring processes: half of them are enough.
+    torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     sections = list(score_sections(networks, sets, metrics, device, arguments.processes))
     text = "\n".join([*(table(section, networks, costs, metrics) for section in sections), _LEGEND])
     _write(out, arguments, networks, costs, sections, text)

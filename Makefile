@@ -41,6 +41,7 @@ lint: $(READY) ## Style, types and shell scripts
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(VENV)/bin/shellcheck slurm/*.sh .ci/run
 
 format: $(READY) ## Rewrite the code in the house's style
 	$(RUN) -m ruff check --fix .

@@ -34,7 +34,8 @@ deepspeed.json     the configuration that DeepSpeed got for each student
 checkpoints/       step-NNNNNNNN/: all that is needed to go on; safetensors and JSON
 students/NAME/     history.jsonl (losses, learning rate, scores by step), best/ and last/: model.safetensors
 logs/, submitit/   output of the processes and of the Slurm job
-wandb/             offline W&B runs: `wandb sync --yes wandb/offline-run-*` when there is a network
+wandb/             offline W&B runs; with a network: `wandb sync --yes wandb/offline-run-*`
+                   (their ids lie beside the histories)
 
 Scores:  python -m mvat_dist.evaluate THIS_FOLDER --data SHARDS
 """

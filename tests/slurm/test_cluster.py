@@ -72,3 +72,21 @@ def test_the_urgent_partition_takes_nodes_from_the_normal_one(tmp_path: Path) ->
     until(lambda: starts.read_text().count("start") == 2, 60)
     states = slurm("sacct", "-D", "-X", "-n", "-P", f"--jobs={normal}", "--format=State").split()
     assert states[0] in {"PREEMPTED", "REQUEUED"}
+
+
+@pytest.mark.parametrize("command", ["up", "status", "down"])
+def test_a_folder_that_is_not_ours_alone_is_left_alone(tmp_path: Path, state: Path, command: str) -> None:
+    # What lies in such a folder might be another user's slurm.conf, which root would start, or be dear to us.
+    foreign, link, opened = tmp_path / "foreign", tmp_path / "link", tmp_path / "open"
+    for folder in (foreign, opened):
+        folder.mkdir(mode=0o700)
+        (folder / "slurm.conf").write_text("mine")
+    (opened / ".mvat-devcluster").touch()
+    opened.chmod(0o755)
+    link.symlink_to(state)
+    for refused in (foreign, link, opened):
+        done = devcluster(command, refused)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+        assert str(refused) in done.stderr
+    assert (foreign / "slurm.conf").read_text() == "mine"
+    assert (state / "run" / "slurmctld.pid").exists()

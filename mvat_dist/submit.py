@@ -11,43 +11,28 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 from mvat_dist import configfile, dispatch, launch, rundir, slurmjob, students
+from mvat_dist.commandline import CommandParser
 from mvat_dist.config import SAMPLE_RATE, Config
 from mvat_dist.data.checks import check_config, check_readers
 from mvat_dist.errors import UserError, exit_code
 from mvat_dist.rundir import RunDir
 
-EXAMPLE = """\
-Every other option belongs to the trainer: python -m mvat_dist.train --help
-
-exit code: 0 when the job is queued; with --wait, and on this machine, 0 when the run is finished.
-2 for a mistake in the options or the data, 3 when another process trains this run already, else the
-training's own: 128 plus the number of the signal that stopped it.
-
-example:
-  python -m mvat_dist.submit --nodes 4 --gpus-per-node 8 --time 2-00:00:00 \\
-      --config configs/distil.yaml --teacher runs/teacher --student all
-"""
-
 _SLURM_ONLY = ("partition", "account", "qos", "mem", "constraint", "exclude", "wckey", "time")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """A user's mistake is one line, without the usage."""
-        raise UserError(f"{message} (python -m mvat_dist.submit --help)")
 
 
 def parser() -> argparse.ArgumentParser:
     """The options that are not the trainer's."""
-    made = _Parser(
-        prog="python -m mvat_dist.submit",
-        description="Start a training run on Slurm, or as processes on this machine.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    made = CommandParser(
+        "python -m mvat_dist.submit",
+        "Start a training run on Slurm, or as processes on this machine. Every option that is not listed "
+        "belongs to the trainer: python -m mvat_dist.train --help. Exit code: 0 when the job is queued (with "
+        "--wait, and on this machine, when the run is finished), 2 for a mistake in the options or the "
+        "data, 3 when another process trains this run already, else the training's own: 128 plus the "
+        "number of the signal that stopped it.",
+        "python -m mvat_dist.submit --nodes 4 --gpus-per-node 8 --time 2-00:00:00 \\\n"
+        "      --config configs/distil.yaml --teacher runs/teacher --student all",
     )
     add = made.add_argument
     add(

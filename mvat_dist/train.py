@@ -60,16 +60,20 @@ def _train(config: Config, here: ranks.Ranks) -> int:
     stop = stopping.StopRequest()
     stop.listen()
     engine.init_distributed(device, _COLLECTIVE_TIMEOUT)
-    trainer = Trainer(config, here, rundir.RunDir(rundir.run_folder(config)), device, precision)
-    first = trainer.step
-    # On an error the process leaves without asking the other ranks, which may be waiting elsewhere.
+    trainer: Trainer | None = None
     code = 1
     try:
+        trainer = Trainer(config, here, rundir.RunDir(rundir.run_folder(config)), device, precision)
+        first = trainer.step
         reason = trainer.train(stop)
         code = 128 + reason if reason else 0
     finally:
-        trainer.close(code)
-    torch.distributed.destroy_process_group()
+        if trainer:
+            trainer.close(code)
+        # gloo's threads abort a process that ends without this. NCCL's way out asks the other ranks,
+        # which after an error on this one may wait elsewhere.
+        if code != 1 or device.type == "cpu":
+            torch.distributed.destroy_process_group()
     if reason:
         stopping.requeue(reason, here, progressed=trainer.step > first)
     return code

@@ -39,6 +39,15 @@ UNIMPORTANT = (
 """Keys that change where and how a run is computed, not what: they are no part of its identity."""
 
 
+_TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "tuple": "a list such as [0,1]",
+    "str": "text",
+}
+
+
 class _HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
     """jsonargparse's help, with the example's line breaks kept."""
 
@@ -91,6 +100,9 @@ def _make_paths_absolute(config: Config) -> None:
 def _readable(message: str, made: ArgumentParser) -> str:
     """One line from jsonargparse's message, with the nearest keys where a key is unknown."""
     line = re.sub(r"\s+", " ", message).strip()
+    line = re.sub(r"<class '(\w+)'>", lambda found: _TYPES.get(found[1], found[1]), line)
+    line = re.sub(r'Parser key "([\w.]+)": Expected a (.+?)\. Got value: (.*)', r"--\1 \3: expected \2", line)
+    line = line.replace("typing.Literal", "one of ")
     known = [option.lstrip("-") for action in made._actions for option in action.option_strings]
     if unknown := re.search(r"unrecognized arguments: --([\w.+-]+)", line):
         line += f"; did you mean {nearest(unknown.group(1), known)}?"

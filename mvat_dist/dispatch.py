@@ -17,7 +17,7 @@ from typing import IO, Any
 from mvat_dist import configfile, launch, rundir, slurmjob
 from mvat_dist.config import Config
 from mvat_dist.errors import EXIT_USER_ERROR, UserError
-from mvat_dist.files import read_json, write_json
+from mvat_dist.files import make_folder, read_json, write_json
 from mvat_dist.rundir import RunDir
 from mvat_dist.slurmjob import JobState, Resources
 
@@ -218,7 +218,7 @@ def _alone_in(run: RunDir) -> Iterator[tuple[bool, bool]]:
     Folders made here that are still empty at the end are removed again.
     """
     made = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
-    run.path.mkdir(parents=True, exist_ok=True)
+    make_folder(run.path)
     lock = _take_lock(run.path / _LOCK)
     try:
         if lock is None:

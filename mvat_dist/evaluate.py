@@ -22,7 +22,7 @@ from mvat_dist.commandline import CommandParser
 from mvat_dist.data.shards import subset_names
 from mvat_dist.data.validation import ValidationClips
 from mvat_dist.errors import UserError, exit_code
-from mvat_dist.files import write_json, write_text
+from mvat_dist.files import make_folder, write_json, write_text
 from mvat_dist.metrics import METRICS
 from mvat_dist.modelfile import LoadedModel, Which
 from mvat_dist.rundir import RunDir
@@ -261,7 +261,7 @@ def main(argv: list[str] | None = None) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: give a folder")
     # Now rather than after an hour of scoring, when the place turns out to be read-only.
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     # Before the scoring processes take the CPUs.
     costs = {name: cost(network.model) for name, network in networks.items()}
     # Threads that spin for work would take the cores of the scoring processes: half of them are enough.

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mvat_dist.errors import UserError
+from mvat_dist.errors import UserError, machine_refusal
 
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -83,6 +83,21 @@ def _refusal_to_grow(temporary: Path) -> int | None:
     return None
 
 
+def make_folder(path: Path) -> None:
+    """Make `path` and what is missing above it.
+
+    Raises:
+        UserError: the place cannot hold a folder: a file is in the way, or the file system has none.
+        OSError: a full, read-only or forbidden disk.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if machine_refusal(error):
+            raise
+        raise UserError(f"cannot make the folder {path} ({error.strerror}): choose another place") from error
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it becomes `path`, on failure it is removed.
@@ -90,7 +105,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     Raises:
         OSError: also where a library's write failed for lack of space with an exception of its own.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = _temporary(path)
     try:
         with _naming_a_full_disk(path, temporary):
@@ -109,12 +124,12 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     Raises:
         OSError: also where a library's write failed for lack of space with an exception of its own.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = _temporary(path)
     replaced = temporary.with_suffix(f".old{TEMPORARY_SUFFIX}")
     for leftover in (temporary, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir()
+    make_folder(temporary)
     try:
         with _naming_a_full_disk(path, temporary):
             yield temporary

@@ -66,8 +66,8 @@ def main(argv: list[str] | None = None) -> None:
     _check(out / "scores", list(students.select(config.student, config.sizes)))
     minutes = (time.monotonic() - started) / 60
     print(
-        f"\nDone in {minutes:.1f} minutes. Corpus: {corpus}\nShards: {shards}\nTeacher: {teacher}\n"
-        f"Students: {run}/students\nScores: {out / 'scores'}"
+        f"\nDone in {minutes:.1f} minutes.\nCorpus:   {corpus}\nShards:   {shards}\nTeacher:  {teacher}\n"
+        f"Students: {run}\nScores:   {out / 'scores'}"
     )
 
 

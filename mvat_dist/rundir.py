@@ -17,7 +17,7 @@ from typing import Any, Literal
 from mvat_dist import configfile, students
 from mvat_dist.config import Config
 from mvat_dist.errors import UserError
-from mvat_dist.files import read_json, write_json, write_text
+from mvat_dist.files import make_folder, read_json, write_json, write_text
 
 State = Literal["running", "stopped", "failed", "finished"]
 
@@ -136,7 +136,7 @@ class RunDir:
         self.check_config(config)
         # With its name and place inside, the file goes on with this very run from wherever it is given.
         placed = dataclasses.replace(config, name=self.path.name, runs=str(self.path.parent))
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
         write_text(self.config, configfile.to_yaml(placed))
         write_text(self.path / "README.txt", _README)
 

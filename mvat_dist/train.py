@@ -8,6 +8,7 @@ Started by ``srun``, by `mvat_dist.launch` or alone; the ranks find each other t
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from datetime import timedelta
 
@@ -33,13 +34,37 @@ def main(argv: list[str] | None = None) -> None:
         # Every rank finds the same mistake; one says it.
         raise UserError(str(error), say=ranks.read().rank == 0) from error
     here = ranks.read()
+    run = rundir.RunDir(rundir.run_folder(config))
+    if _is_finished(run, config):
+        if here.rank == 0:
+            print(f"{run.path} is finished ({config.train.steps} steps): nothing to do")
+        return
     ranks.export(here)
-    code = _train(config, here)
+    code = _train(config, here, run)
+    if here.rank == 0:
+        _say_how_it_ended(run, config)
     if code:
         raise SystemExit(code)
 
 
-def _train(config: Config, here: ranks.Ranks) -> int:
+def _is_finished(run: rundir.RunDir, config: Config) -> bool:
+    run.check_config(config)
+    return run.read_status().get("state") == "finished"
+
+
+def _say_how_it_ended(run: rundir.RunDir, config: Config) -> None:
+    status = run.read_status()
+    if status["state"] == "finished":
+        print(
+            f"finished: weights in {run.students}/*/best/model.safetensors\n"
+            f"score them: python -m mvat_dist.evaluate {shlex.quote(str(run.path))} "
+            f"--data {shlex.quote(config.data.train)}"
+        )
+    else:
+        print(f"stopped and saved after step {status['step']}: the same command goes on from there")
+
+
+def _train(config: Config, here: ranks.Ranks, run: rundir.RunDir) -> int:
     """Run the trainer inside a process group; the exit code."""
     # Imported late: --help and a refused option answer at once.
     import torch
@@ -63,7 +88,7 @@ def _train(config: Config, here: ranks.Ranks) -> int:
     trainer: Trainer | None = None
     code = 1
     try:
-        trainer = Trainer(config, here, rundir.RunDir(rundir.run_folder(config)), device, precision)
+        trainer = Trainer(config, here, run, device, precision)
         first = trainer.step
         reason = trainer.train(stop)
         code = 128 + reason if reason else 0

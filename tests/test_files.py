@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from mvat_dist import files
+from mvat_dist.errors import UserError
+from mvat_dist.files import make_folder
 
 WRITE = """
 import json, resource, sys
@@ -108,3 +110,11 @@ def test_sha256_is_the_digest_of_the_content(tmp_path: Path, size: int) -> None:
     content = os.urandom(size)
     (tmp_path / "file").write_bytes(content)
     assert files.sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize("place", ["/proc/nowhere/folder", "{file}/folder"])
+def test_a_place_that_cannot_hold_a_folder_is_refused(tmp_path: Path, place: str) -> None:
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    with pytest.raises(UserError, match="cannot make the folder"):
+        make_folder(Path(place.format(file=file)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,10 @@ def _one_rank(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    import deepspeed
+    from mvat_dist.engine import init_distributed
 
     torch.set_num_threads(1)
-    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    init_distributed(torch.device("cpu"), timedelta(minutes=5))
     result = function(rank, *arguments)
     torch.save(result, folder / f"result-{rank}.pt")
     torch.distributed.barrier()

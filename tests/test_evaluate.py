@@ -59,7 +59,7 @@ def run(tmp_path: Path) -> Path:
         save(folder.weights(name, "best"), name, size, 10)
         save(folder.weights(name, "last"), name, size, 20, seed=1)
     save(tmp_path / "teacher.safetensors", "tiny-teacher", TEACHER, 99)
-    write_json(folder.teacher, {"file": str(tmp_path / "teacher.safetensors")})
+    write_json(folder.inputs, {"teacher": {"file": str(tmp_path / "teacher.safetensors")}})
     folder.config.write_text("student: tiny-a,tiny-b\n")
     return folder.path
 

@@ -29,6 +29,9 @@ _LOCK = ".submit.lock"
 _LOCK_SECONDS = 10.0
 """A submission holds the lock for a moment, a local run for its whole life: longer waiting is in vain."""
 
+_ACCOUNTING_SECONDS = 15.0
+"""How long accounting may lag behind the controller."""
+
 _SILENCES = 20
 """Questions in a row that Slurm may leave unanswered while somebody waits for a job."""
 
@@ -193,6 +196,7 @@ def _last_state(job: str, name: str) -> JobState:
     began = time.monotonic()
     said = ""
     silences = 0
+    late: float | None = None
     while True:
         try:
             state = slurmjob.job_state(job, name)
@@ -206,7 +210,10 @@ def _last_state(job: str, name: str) -> JobState:
             if now != said:
                 print(f"{time.strftime('%H:%M:%S')} job {job}: {now}", file=sys.stderr)
             said = now
-            if not state.active:
+            late = late or (None if state.active else time.monotonic() + _ACCOUNTING_SECONDS)
+            # The controller knows that a job has failed before accounting knows its exit code.
+            known = state.state == "COMPLETED" or state.exit_code
+            if not state.active and (known or (late and time.monotonic() > late)):
                 return state
         time.sleep(min(30.0, 1.0 + (time.monotonic() - began) / 20))
 

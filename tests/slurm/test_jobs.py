@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -245,5 +246,5 @@ def test_a_requeued_job_meets_again_elsewhere(project: Path) -> None:
 def test_interactive_shells_of_slurm_wait_for_nobody() -> None:
     code = "from mvat_dist import ranks; print(ranks.read().world_size)"
     assert slurm("salloc", "--quiet", "--nodes=2", sys.executable, "-c", code).strip() == "1"
-    inside = f"srun --nodes=2 {sys.executable} -c '{code}'"
+    inside = f"srun --nodes=2 {shlex.quote(sys.executable)} -c '{code}'"
     assert slurm("salloc", "--quiet", "--nodes=2", "bash", "-c", inside).split() == ["2", "2"]

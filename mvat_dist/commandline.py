@@ -1,11 +1,17 @@
-"""The command-line parser of the commands that take a few options of their own."""
+"""How the commands read their options and print their help."""
 
 from __future__ import annotations
 
 import argparse
 from typing import NoReturn
 
+from jsonargparse import DefaultHelpFormatter
+
 from mvat_dist.errors import UserError
+
+
+class ConfigHelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """jsonargparse's help, with the example's line breaks kept."""
 
 
 class CommandParser(argparse.ArgumentParser):

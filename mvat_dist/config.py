@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mvat_dist.students import Size
+from mvat_dist.students import Size, View
 
 SAMPLE_RATE = 16_000
 """Hz. MANNER is defined at this rate; `mvat_dist.pack` converts every corpus to it."""
@@ -68,6 +68,11 @@ class DistilConfig:
     """Factor of the global view's maps; 0 switches the view off."""
     beta_local: float = 1.0
     """Factor of the local view's maps; 0 switches the view off."""
+
+    @property
+    def view_betas(self) -> dict[View, float]:
+        """Factor of each view's maps."""
+        return {"channel": self.beta_channel, "global": self.beta_global, "local": self.beta_local}
 
 
 @dataclass

@@ -10,14 +10,14 @@ import dataclasses
 import hashlib
 import json
 import re
-from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+from jsonargparse import ArgumentParser, set_parsing_settings
 
 from mvat_dist import students
+from mvat_dist.commandline import ConfigHelpFormatter
 from mvat_dist.config import SAMPLE_RATE, Config
 from mvat_dist.errors import UserError, nearest
 
@@ -48,10 +48,6 @@ _TYPES = {
 }
 
 
-class _HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
-    """jsonargparse's help, with the example's line breaks kept."""
-
-
 def parser(prog: str) -> ArgumentParser:
     """The parser of every command that takes a `Config`."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -61,7 +57,7 @@ def parser(prog: str) -> ArgumentParser:
         epilog=EXAMPLE,
         exit_on_error=False,
         allow_abbrev=False,
-        formatter_class=_HelpFormatter,
+        formatter_class=ConfigHelpFormatter,
     )
     made.add_argument("--config", action="config", help="YAML file with any of the keys below")
     made.add_class_arguments(Config)
@@ -124,7 +120,7 @@ def check(config: Config) -> None:
             f"--distil.method {distil.method} needs a teacher: give --teacher RUN_OR_CHECKPOINT, "
             "or train without one with --distil.method none"
         )
-    if "mvat" in distil.method and not any(betas(config).values()):
+    if "mvat" in distil.method and not any(distil.view_betas.values()):
         raise UserError(
             "every view is switched off: give one of --distil.beta_channel, _global, _local above 0"
         )
@@ -172,12 +168,6 @@ def _check_ranges(config: Config) -> None:
         raise UserError(
             f"--data.segment_seconds is {config.data.segment_seconds}: the spectral loss needs 0.128 s"
         )
-
-
-def betas(config: Config) -> dict[students.View, float]:
-    """Factor of each view in the attention-transfer loss."""
-    distil = config.distil
-    return {"channel": distil.beta_channel, "global": distil.beta_global, "local": distil.beta_local}
 
 
 def as_dict(config: Config) -> dict[str, Any]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
-from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from tabulate import tabulate
 
+from mvat_dist.commandline import ConfigHelpFormatter
 from mvat_dist.data.corpora import list_dns, list_valentini
 from mvat_dist.data.inspection import REASONS
 from mvat_dist.data.packing import REJECTED, pack
@@ -36,10 +36,6 @@ _ABOUT = {
 }
 
 
-class _HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
-    """jsonargparse's help, with the example's line breaks kept."""
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run one of the subcommands."""
     made = _parser()
@@ -61,15 +57,8 @@ def _parser() -> ArgumentParser:
         "Pack a speech corpus into shards, or check packed shards.", prog="python -m mvat_dist.pack"
     )
     commands = made.add_subcommands(required=True, dest="command")
-    layouts: dict[str, tuple[type[Recipe], str]] = {
-        "dns": (
-            DnsRecipe,
-            "DNS-Challenge layout: speech, noise and rooms to mix from, or mixed pairs, or both",
-        ),
-        "valentini": (ValentiniRecipe, "VoiceBank+DEMAND (Valentini-Botinhao): {clean,noisy}_<set>_wav"),
-    }
-    for name, (recipe, help_text) in layouts.items():
-        one = _subparser(help_text)
+    for name, recipe in _RECIPES.items():
+        one = _subparser(_ABOUT[name])
         one.add_argument(
             "--config", action="config", help="recipe: a YAML file with any of the options below"
         )
@@ -94,7 +83,7 @@ def _subparser(description: str, prog: str | None = None) -> ArgumentParser:
         epilog=EXAMPLE,
         exit_on_error=False,
         allow_abbrev=False,
-        formatter_class=_HelpFormatter,
+        formatter_class=ConfigHelpFormatter,
     )
 
 

@@ -207,11 +207,6 @@ class ShardSet:
         return cast("npt.NDArray[np.int64]", self._rows["samples"])
 
     @property
-    def levels(self) -> npt.NDArray[np.float32]:
-        """(N,) RMS levels in dBFS, of the noisy signals where there are two."""
-        return cast("npt.NDArray[np.float32]", self._rows["level_dbfs"])
-
-    @property
     def keys(self) -> list[str]:
         """The N keys, in the order of the shards."""
         return [key.decode("ascii") for key in self._rows["key"].tolist()]

@@ -10,7 +10,7 @@ from torch import Tensor
 from mvat_dist.config import DistilConfig
 from mvat_dist.losses.enhancement import EnhancementLoss, OutputLoss, OutputTargets, Targets
 from mvat_dist.losses.mvat import Maps, energy_map, mvat_loss, shared_blocks
-from mvat_dist.students import Size, View, ViewKey
+from mvat_dist.students import Size, ViewKey
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,7 @@ class Objective:
         """
         self._config = config
         self._enhancement, self._output = EnhancementLoss(), OutputLoss()
-        self._betas: dict[View, float] = {
-            "channel": config.beta_channel,
-            "global": config.beta_global,
-            "local": config.beta_local,
-        }
+        self._betas = config.view_betas
         self.keys: list[ViewKey] = []
         """(side, level, view) of every attention-transfer term, in the network's order."""
         if "mvat" in config.method:

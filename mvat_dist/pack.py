@@ -12,11 +12,13 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from tabulate import tabulate
 
 from mvat_dist.commandline import ConfigHelpFormatter
-from mvat_dist.data.corpora import list_dns, list_valentini
-from mvat_dist.data.inspection import REASONS
-from mvat_dist.data.packing import REJECTED, pack
-from mvat_dist.data.recipes import DnsRecipe, Recipe, ValentiniRecipe
-from mvat_dist.data.verification import verify
+from mvat_dist.data.pack.corpora import list_dns, list_valentini
+from mvat_dist.data.pack.histograms import check_picture, draw
+from mvat_dist.data.pack.inspection import REASONS
+from mvat_dist.data.pack.packing import REJECTED, pack
+from mvat_dist.data.pack.recipes import DnsRecipe, Recipe, ValentiniRecipe
+from mvat_dist.data.pack.statistics import collect, source_table, subset_table
+from mvat_dist.data.pack.verification import verify
 from mvat_dist.errors import UserError, exit_code, nearest
 
 EXAMPLE = """example:
@@ -24,6 +26,7 @@ EXAMPLE = """example:
   python -m mvat_dist.pack valentini --config shards/valentini.yaml --corpus /data/VoiceBank \\
       --out shards/valentini
   python -m mvat_dist.pack verify shards/dns
+  python -m mvat_dist.pack stats shards/dns --out dns.png
 
 Options may be written with - for _.
 """
@@ -47,6 +50,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(_readable(str(error))) from error
     if parsed.command == "verify":
         _verify(parsed.verify)
+    elif parsed.command == "stats":
+        _stats(parsed.stats)
     else:
         _pack(parsed.command, parsed[parsed.command])
 
@@ -73,6 +78,13 @@ def _parser() -> ArgumentParser:
     check.add_argument("corpus", type=str, help="a packed corpus")
     check.add_argument("--workers", type=int, default=0, help="processes; 0: one per core")
     commands.add_subcommand("verify", check, help="check packed shards")
+    about = "Hours of each subset and source, and how levels, SNRs and lengths spread."
+    show = _subparser(about)
+    show.add_argument("corpus", type=str, help="a packed corpus")
+    show.add_argument("--out", type=str, default=None, help="picture to draw: FILE.png, .svg or .pdf")
+    show.add_argument("--sources", type=int, default=8, help="most sources of a subset in the table")
+    show.add_argument("--workers", type=int, default=0, help="processes; 0: one per core")
+    commands.add_subcommand("stats", show, help="hours, and a picture of levels, SNRs and lengths")
     return made
 
 
@@ -96,7 +108,15 @@ def _readable(message: str) -> str:
     """jsonargparse's message on one line, with the nearest option where one is unknown."""
     line = re.sub(r"\s+", " ", message).strip()
     if unknown := re.search(r"(?:unrecognized arguments: --|does not accept option ')([\w.+-]+)", line):
-        known = {"corpus", "out", "workers", "config", *_names(DnsRecipe), *_names(ValentiniRecipe)}
+        known = {
+            "corpus",
+            "out",
+            "workers",
+            "config",
+            "sources",
+            *_names(DnsRecipe),
+            *_names(ValentiniRecipe),
+        }
         line += f"; did you mean {nearest(unknown.group(1).rpartition('.')[2], known)}?"
     return line
 
@@ -110,9 +130,14 @@ def _pack(layout: str, options: Namespace) -> None:
         listing = list_valentini(corpus, [f"trainset_{one}" for one in trainsets], speakers)
     else:
         listing = list_dns(corpus)
-    manifest, already = pack(listing, layout, recipe, out, options.workers)
-    _print_summary(manifest, out)
-    if already:
+    packed = pack(listing, layout, recipe, out, options.workers)
+    _print_summary(packed.manifest, out)
+    if packed.kept_inspections:
+        print(
+            f"went on from an interrupted run: {packed.kept_inspections} files had been inspected and "
+            f"{packed.kept_shards} shards written"
+        )
+    if packed.already:
         print(f"{out} was packed from this corpus with these settings before: nothing to do")
 
 
@@ -152,6 +177,26 @@ def _verify(options: Namespace) -> None:
         f"{options.corpus} is whole: {report.shards} shards, {report.utterances} utterances, "
         f"{report.hours:.3f} hours"
     )
+
+
+def _stats(options: Namespace) -> None:
+    picture = Path(options.out) if options.out is not None else None
+    if picture:
+        check_picture(picture)
+    if options.sources < 1:
+        raise UserError(f"--sources must be at least 1, it is {options.sources}")
+    corpus = Path(options.corpus)
+    statistics = collect(corpus, options.workers)
+    header, rows = subset_table(statistics)
+    print(tabulate(rows, header, colalign=("left", "left", "left")))
+    print("length, level and SNR: median [5 %, 95 %] of the utterances; groups: speakers or recordings\n")
+    header, rows = source_table(statistics, options.sources)
+    print(tabulate(rows, header, colalign=("left", "left")))
+    if picture:
+        draw(
+            statistics, f"{corpus.resolve().name}: {sum(one.hours for one in statistics):.2f} hours", picture
+        )
+        print(f"\npicture: {picture}")
 
 
 if __name__ == "__main__":

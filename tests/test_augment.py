@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mvat_dist.data import augment
+from mvat_dist.data.mix import augment
 
 RATE = 16_000
 FACTORS = [0.8, 0.9, 1.05, 1.1, 1.3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -106,3 +107,9 @@ def test_the_ground_needs_no_torch() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_readme_names_the_keys_that_change_nothing() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (said,) = re.findall(r"keys that change nothing\s\(([^;)]*)", readme)
+    assert re.findall(r"`([\w.]+)`", said) == ["configfile.UNIMPORTANT", *configfile.UNIMPORTANT]

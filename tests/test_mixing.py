@@ -1,4 +1,4 @@
-"""Levels, ratios and rooms against closed forms and direct convolution."""
+"""Levels and ratios against closed forms."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mvat_dist.data import mixing
+from mvat_dist.data.mix import mixing
 
 RANDOM = np.random.default_rng(0)
 
@@ -79,28 +79,15 @@ def test_silence_mixes_without_a_ratio():
     assert not nothing.noisy.any()
 
 
-@pytest.mark.parametrize("direct", [0, 1, 40, 399])
-def test_reverberation_is_a_convolution_with_the_direct_sound_at_lag_zero(direct):
-    room = noise(400, 0.01)
-    room[direct] = 0.8
-    speech = noise(1500)
-    expected = np.convolve(speech.astype(np.float64), room)[direct : direct + 1500]
-    wet = mixing.reverberate(speech, room)
-    np.testing.assert_allclose(wet, expected, atol=1e-6)
-    assert wet.dtype == np.float32
-
-
-def test_a_room_without_reflections_changes_nothing():
-    room = np.zeros(300, np.float32)
-    room[32] = -1.0
-    speech = noise(1000)
-    np.testing.assert_allclose(mixing.reverberate(speech, room), -speech, atol=1e-6)
-
-
-def test_a_room_longer_than_the_segment():
-    room = noise(5000, 1e-3)
-    room[10] = 1.0
-    assert mixing.reverberate(noise(700), room).shape == (700,)
+def test_the_ratio_over_some_samples_and_another_target():
+    speech, disturbance, target = noise(4000), noise(4000, 0.03), noise(4000, 0.05)
+    measured = np.arange(4000) // 500 % 2 == 1
+    mixture = mixing.mix(speech, disturbance, 7.0, -25.0, target=target, measured=measured)
+    heard, added = mixture.speech_gain * speech, mixture.noise_gain * disturbance
+    assert decibels(power(heard[measured]) / power(added[measured])) == pytest.approx(7.0, abs=1e-3)
+    np.testing.assert_allclose(mixture.noisy, heard + added, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(mixture.clean, mixture.speech_gain * target, rtol=1e-5)
+    assert decibels(power(mixture.noisy)) == pytest.approx(-25.0, abs=1e-3)
 
 
 def test_joined_pieces_keep_their_place_and_their_outer_ends():

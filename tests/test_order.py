@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mvat_dist.data.order import Draws, epoch_order
+from mvat_dist.data.mix.order import Draws, epoch_order
 
 UTTERANCES, PER_SHARD = 20_000, 200
 
@@ -46,6 +46,22 @@ def test_a_shard_is_spread_over_the_whole_epoch():
     assert counts.max() <= 42
     chi_square = ((counts - 20) ** 2 / 20).sum()  # 99 x 9 degrees of freedom: 891, standard deviation 42
     assert 720 < chi_square < 1060
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1])
+def test_what_a_stretch_holds_of_a_shard_is_hypergeometric(share):
+    """Samples drawn without replacement: mean n p, variance n p (1 - p) (N - n) / (N - 1)."""
+    items, stretch, epochs = 2000, 200, 150
+    in_shard = int(items * share)
+    member = np.array([epoch_order(1, epoch, items) < in_shard for epoch in range(epochs)])
+    counts = member.reshape(epochs, -1, stretch).sum(axis=2)
+    variance = stretch * share * (1 - share) * (items - stretch) / (items - 1)
+    # Within an epoch the stretches sum to the shard; their mean is exact, their spread is not.
+    np.testing.assert_array_equal(counts.mean(axis=1), stretch * share)
+    np.testing.assert_allclose(counts.mean(axis=0), stretch * share, atol=4 * np.sqrt(variance / epochs))
+    assert counts.var() == pytest.approx(variance, rel=0.15)
+    # Where in the epoch a shard's samples lie: uniform, standard deviation N / sqrt(12).
+    assert np.nonzero(member)[1].std() == pytest.approx(items / np.sqrt(12), rel=0.05)
 
 
 def test_the_order_is_that_of_the_runs_of_yesterday():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy as copying
 import io
 import json
 import multiprocessing
@@ -18,11 +19,14 @@ import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mvat_dist.data.shards import ShardError, ShardSet, index_path, shard_name, subset_names
+from mvat_dist.data.store.codecs import BLOCK, Codec
+from mvat_dist.data.store.shardfile import Sample, ShardError, index_path, shard_name, write_shard
+from mvat_dist.data.store.shards import ShardSet, subset_names
 from mvat_dist.errors import UserError
 from tests.tiny_corpus import pcm, write_pairs, write_sources
 
-LENGTHS = [1, 4095, 4096, 4097, 20_000, 33_333]
+LENGTHS = [1, BLOCK - 1, BLOCK, BLOCK + 1, 20_000, 33_333]
+CODECS: tuple[Codec, ...] = ("flac", "int16")
 
 
 def _noise(seed: int, samples: int) -> np.ndarray:
@@ -34,9 +38,14 @@ def audio() -> dict[str, np.ndarray]:
     return {f"utt_{number}": _noise(number, length) for number, length in enumerate(LENGTHS)}
 
 
-@pytest.fixture(scope="module")
-def sources(audio: dict[str, np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_sources(tmp_path_factory.mktemp("packed corpus"), "train_noise", audio, shards=2)
+@pytest.fixture(scope="module", params=CODECS)
+def sources(
+    request: pytest.FixtureRequest,
+    audio: dict[str, np.ndarray],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    corpus = tmp_path_factory.mktemp("packed corpus")
+    return write_sources(corpus, "train_noise", audio, shards=2, codec=request.param)
 
 
 def test_every_sample_comes_back_exactly(sources: Path, audio: dict[str, np.ndarray]) -> None:
@@ -64,21 +73,27 @@ def test_plain_webdataset_reads_the_same(sources: Path) -> None:
     samples = list(webdataset.WebDataset(urls, shardshuffle=False))
     assert [sample["__key__"] for sample in samples] == subset.keys
     for index, sample in enumerate(samples):
-        decoded, rate = soundfile.read(io.BytesIO(sample["flac"]), dtype="float32")
-        assert rate == 16_000
-        np.testing.assert_array_equal(decoded, subset.read(index))
+        if subset.codec == "flac":
+            decoded, rate = soundfile.read(io.BytesIO(sample["flac"]), dtype="int16")
+            assert rate == 16_000
+        else:
+            decoded = np.load(io.BytesIO(sample["npy"]), allow_pickle=False)
+            assert decoded.dtype == np.int16
+        np.testing.assert_array_equal(decoded / np.float32(32768), subset.read(index))
         assert json.loads(sample["json"]) == subset.meta(index)
 
 
-def test_the_members_of_a_pair_are_adjacent_and_read_by_field(tmp_path: Path) -> None:
-    pairs = {f"pair_{number}": (_noise(number, 900), _noise(number + 9, 900)) for number in range(3)}
-    subset = ShardSet.open(write_pairs(tmp_path, "valid", pairs))
+@pytest.mark.parametrize("codec", CODECS)
+def test_the_members_of_a_pair_are_adjacent_and_read_by_field(tmp_path: Path, codec: Codec) -> None:
+    pairs = {f"pair_{number}": (_noise(number, 9000), _noise(number + 9, 9000)) for number in range(3)}
+    subset = ShardSet.open(write_pairs(tmp_path, "valid", pairs, codec=codec))
     for index, (noisy, clean) in enumerate(pairs.values()):
         np.testing.assert_array_equal(subset.read(index, "noisy"), pcm(noisy) / np.float32(32768))
         np.testing.assert_array_equal(subset.read(index, "clean"), pcm(clean) / np.float32(32768))
     with tarfile.open(tmp_path / "valid" / shard_name(0)) as tar:
         names = tar.getnames()
-    assert names == [f"{key}.{end}" for key in pairs for end in ("clean.flac", "noisy.flac", "json")]
+    ends = [f"{side}.{'flac' if codec == 'flac' else 'npy'}" for side in ("clean", "noisy")]
+    assert names == [f"{key}.{end}" for key in pairs for end in (*ends, "json")]
 
 
 def test_a_flipped_byte_is_named_or_harmless(sources: Path, tmp_path: Path) -> None:
@@ -170,3 +185,86 @@ def test_what_is_not_a_packed_subset_is_refused(sources: Path, tmp_path: Path) -
 class _Bomb:
     def __reduce__(self) -> tuple[object, ...]:
         return os._exit, (3,)
+
+
+def test_a_damaged_index_moves_no_other_utterance(sources: Path, tmp_path: Path) -> None:
+    """Without `strict`, what has no index keeps its place and its key and raises when it is read."""
+    copy = tmp_path / "train_noise"
+    shutil.copytree(sources, copy)
+    index = index_path(copy / shard_name(0))
+    index.write_bytes(index.read_bytes()[:-7])
+    with pytest.raises(ShardError, match=r"audio-000000\.npy: not a readable index"):
+        ShardSet.open(copy)
+    whole, subset = ShardSet.open(sources), ShardSet.open(copy, strict=False)
+    assert len(subset) == len(whole)
+    assert list(subset.damaged) == [0]
+    assert subset.keys == [f"train_noise_{number:07d}" for number in range(3)] + whole.keys[3:]
+    for field in ("read", "meta"):
+        with pytest.raises(ShardError, match=r"audio-000000\.tar, key train_noise_0000001: its index"):
+            getattr(subset, field)(1)
+    for position in range(3, 6):
+        np.testing.assert_array_equal(subset.read(position), whole.read(position))
+    assert copying.copy(subset).keys == subset.keys
+
+
+def test_a_member_that_is_no_flac_is_named(tmp_path: Path) -> None:
+    """A shard whose checksums are right, made by someone who means harm or who packed something else."""
+    harm = pickle.dumps(_Bomb())
+    wave = io.BytesIO()
+    soundfile.write(wave, np.zeros(100), 16_000, format="WAV")
+    stereo = io.BytesIO()
+    soundfile.write(stereo, np.zeros((100, 2)), 16_000, format="FLAC")
+    deep = b"[" * 100_000
+    members = [
+        {"flac": harm, "json": harm},
+        {"flac": wave.getvalue(), "json": b"[]"},
+        {"flac": stereo.getvalue(), "json": deep},
+        {"flac": b"fLaC" + bytes(100), "json": b"\xff"},
+    ]
+    folder = tmp_path / "train_clean"
+    samples = [Sample(f"utt_{at}", one, 100, -25.0, float("nan")) for at, one in enumerate(members)]
+    write_shard(folder / shard_name(0), "sources", samples)
+    manifest = {"format": 1, "subset": "train_clean", "kind": "sources"}
+    shards = [{"name": shard_name(0), "utterances": len(members)}]
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"shards": shards}))
+    subset = ShardSet.open(folder)
+    for index in range(len(members)):
+        for field in ("read", "meta"):
+            with pytest.raises(ShardError, match=rf"audio-000000\.tar, key utt_{index}: its (audio|json) "):
+                getattr(subset, field)(index)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("samples", 0),
+        ("samples", -1),
+        ("key", b"../../x"),
+        ("key", b"/etc/x"),
+        ("key", b"caf\xe9"),
+        ("key", b"UTT"),
+        ("key", b"a\0b"),
+        ("key", b""),
+    ],
+)
+def test_a_foreign_index_is_refused(tmp_path: Path, field: str, value: int | bytes) -> None:
+    """Without samples nothing would ever fill a segment; a key becomes a file's name in many hands."""
+    folder = write_sources(tmp_path, "train_noise", {f"utt_{at}": _noise(at, 100) for at in range(3)})
+    index = index_path(folder / shard_name(0))
+    rows = np.load(index, allow_pickle=False)
+    rows[field][1] = value
+    np.save(index, rows, allow_pickle=False)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["shards"][0].pop("index_sha256")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ShardError, match=r"audio-000000\.npy: (not the index of|a key is not of)"):
+        ShardSet.open(folder)
+
+
+def test_a_manifest_with_fewer_samples_than_utterances_is_refused(tmp_path: Path) -> None:
+    folder = write_sources(tmp_path, "train_noise", {f"utt_{at}": _noise(at, 100) for at in range(3)})
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["shards"][0]["samples"] = 2
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ShardError, match="its samples cannot be right"):
+        ShardSet.open(folder, strict=False)

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mvat_dist.data.shards import FORMAT, MANIFEST, Kind, Sample, encode_flac, shard_name, write_shard
+from mvat_dist.data.store.codecs import Codec, encode
+from mvat_dist.data.store.shardfile import Kind, Sample, extension, index_path, shard_name, write_shard
+from mvat_dist.data.store.shards import FORMAT, MANIFEST
+from mvat_dist.files import sha256
 
 Waveform = np.ndarray
 
@@ -18,21 +21,32 @@ def pcm(waveform: Waveform) -> np.ndarray:
     return np.clip(np.round(waveform * 32768), -32768, 32767).astype(np.int16)
 
 
-def write_sources(corpus: Path, subset: str, audio: Mapping[str, Waveform], shards: int = 1) -> Path:
+def write_sources(
+    corpus: Path, subset: str, audio: Mapping[str, Waveform], shards: int = 1, codec: Codec = "flac"
+) -> Path:
     """A subset of recordings."""
-    members = {key: {"flac": encode_flac(pcm(signal))} for key, signal in audio.items()}
-    return _write(corpus, subset, "sources", members, {key: len(s) for key, s in audio.items()}, shards)
+    members = {key: {extension("audio", codec): encode(pcm(signal), codec)} for key, signal in audio.items()}
+    lengths = {key: len(signal) for key, signal in audio.items()}
+    return _write(corpus, subset, "sources", members, lengths, shards, codec)
 
 
 def write_pairs(
-    corpus: Path, subset: str, pairs: Mapping[str, tuple[Waveform, Waveform]], shards: int = 1
+    corpus: Path,
+    subset: str,
+    pairs: Mapping[str, tuple[Waveform, Waveform]],
+    shards: int = 1,
+    codec: Codec = "flac",
 ) -> Path:
     """A subset of (noisy, clean)."""
     members = {
-        key: {"clean.flac": encode_flac(pcm(clean)), "noisy.flac": encode_flac(pcm(noisy))}
+        key: {
+            extension("clean", codec): encode(pcm(clean), codec),
+            extension("noisy", codec): encode(pcm(noisy), codec),
+        }
         for key, (noisy, clean) in pairs.items()
     }
-    return _write(corpus, subset, "pairs", members, {key: len(p[1]) for key, p in pairs.items()}, shards)
+    lengths = {key: len(pair[1]) for key, pair in pairs.items()}
+    return _write(corpus, subset, "pairs", members, lengths, shards, codec)
 
 
 def _write(
@@ -42,6 +56,7 @@ def _write(
     members: Mapping[str, dict[str, bytes]],
     lengths: Mapping[str, int],
     shards: int,
+    codec: Codec,
 ) -> Path:
     folder = corpus / subset
     folder.mkdir(parents=True)
@@ -50,9 +65,18 @@ def _write(
         samples = [
             Sample(key, members[key] | {"json": b"{}"}, lengths[key], -25.0, float("nan")) for key in keys
         ]
-        write_shard(folder / shard_name(number), kind, samples)
-        rows.append({"name": shard_name(number), "utterances": len(samples)})
-    manifest = {"format": FORMAT, "subset": subset, "kind": kind, "shards": rows}
+        write_shard(folder / shard_name(number), kind, samples, codec)
+        rows.append(
+            {
+                "name": shard_name(number),
+                "utterances": len(samples),
+                "samples": sum(one.samples for one in samples),
+                "bytes": (folder / shard_name(number)).stat().st_size,
+                "sha256": sha256(folder / shard_name(number)),
+                "index_sha256": sha256(index_path(folder / shard_name(number))),
+            }
+        )
+    manifest = {"format": FORMAT, "subset": subset, "kind": kind, "codec": codec, "shards": rows}
     (folder / MANIFEST).write_text(json.dumps(manifest))
     above = corpus / MANIFEST
     subsets = json.loads(above.read_text())["subsets"] if above.exists() else []

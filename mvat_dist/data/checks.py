@@ -5,17 +5,25 @@ A login node asks these questions before a job waits in a queue, the trainer ask
 
 from __future__ import annotations
 
-from pathlib import Path
+import math
+from collections.abc import Sequence
 from typing import Literal
 
-from mvat_dist.config import DataConfig
-from mvat_dist.data.segments import segment_length
-from mvat_dist.data.shards import read_manifest, subset_names
-from mvat_dist.errors import UserError
+from mvat_dist.config import SAMPLE_RATE, DataConfig
+from mvat_dist.data.mix.channel import CODECS, codec_names, writable
+from mvat_dist.data.mix.segments import segment_length, stride_length
+from mvat_dist.data.store.folders import Folder
+from mvat_dist.data.store.packed import Corpus, remote_bytes, shard_count
+from mvat_dist.errors import UserError, nearest
 
 Mode = Literal["sources", "pairs"]
 ITERATED: dict[Mode, str] = {"sources": "train_clean", "pairs": "train_pairs"}
 """The subset whose utterances are visited in turn."""
+_NEEDED: dict[Mode, tuple[str, ...]] = {
+    "sources": ("train_clean", "train_noise"),
+    "pairs": ("train_pairs",),
+}
+_READ: dict[Mode, tuple[str, ...]] = _NEEDED | {"sources": ("train_clean", "train_noise", "train_rir")}
 
 
 def check_config(config: DataConfig) -> None:
@@ -24,52 +32,109 @@ def check_config(config: DataConfig) -> None:
     Raises:
         UserError: names the option, its value and what is allowed.
     """
-    for name in ("snr_db", "level_dbfs", "tempo_range", "gain_db"):
-        low, high = getattr(config, name)
-        if not low <= high:
-            raise UserError(f"--data.{name} [{low}, {high}]: give the lower bound first")
-    for name in ("reverb_probability", "tempo_probability", "remix_probability"):
-        if not 0.0 <= getattr(config, name) <= 1.0:
-            raise UserError(f"--data.{name} {getattr(config, name)}: a probability lies between 0 and 1")
+    _check_ranges(config)
+    _check_lengths(config)
     if config.level_dbfs[1] > 0.0:
         raise UserError(f"--data.level_dbfs {list(config.level_dbfs)}: full scale is 0 dBFS, so at most 0")
     if not 0.5 <= config.tempo_range[0] <= config.tempo_range[1] <= 2.0:
         raise UserError(f"--data.tempo_range {list(config.tempo_range)}: factors lie between 0.5 and 2")
+    _check_channel(config)
+
+
+_PROBABILITIES = (
+    "reverb_probability",
+    "tempo_probability",
+    "remix_probability",
+    "bandwidth_probability",
+    "codec_probability",
+)
+
+
+def _check_ranges(config: DataConfig) -> None:
+    for name in ("snr_db", "level_dbfs", "tempo_range", "gain_db", "bandwidth_hz"):
+        low, high = getattr(config, name)
+        if not low <= high:
+            raise UserError(f"--data.{name} [{low}, {high}]: give the lower bound first")
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise UserError(f"--data.{name} [{low}, {high}]: both must be finite")
+    for name in (*_PROBABILITIES, "activity_threshold", "max_damaged"):
+        if not 0.0 <= getattr(config, name) <= 1.0:
+            what = "probability" if name in _PROBABILITIES else "share"
+            raise UserError(f"--data.{name} {getattr(config, name)}: a {what} lies between 0 and 1")
+    for name in ("workers", "variants"):
+        if not getattr(config, name) >= 0:
+            raise UserError(f"--data.{name} {getattr(config, name)}: must be 0 or above")
+
+
+def _check_lengths(config: DataConfig) -> None:
+    for name in ("segment_seconds", "stride_seconds"):
+        if not math.isfinite(getattr(config, name)):
+            raise UserError(f"--data.{name} {getattr(config, name)}: must be finite")
     if segment_length(config) < 1:
         raise UserError(f"--data.segment_seconds {config.segment_seconds}: must be above 0")
-    if config.stride_seconds < 0.0:
+    if config.stride_seconds < 0:
         raise UserError(f"--data.stride_seconds {config.stride_seconds}: must be 0 or above")
-    if config.workers < 0:
-        raise UserError(f"--data.workers {config.workers}: must be 0 or above")
+    if config.stride_seconds > 0 and stride_length(config) < 1:
+        raise UserError(f"--data.stride_seconds {config.stride_seconds:g}: shorter than one sample at 16 kHz")
+
+
+def _check_channel(config: DataConfig) -> None:
+    low, high = config.bandwidth_hz
+    if not 100.0 <= low <= high <= SAMPLE_RATE / 2:
+        edges = f"band edges lie from 100 to {SAMPLE_RATE // 2} Hz"
+        raise UserError(f"--data.bandwidth_hz {[low, high]}: {edges}")
+    if config.codec_probability == 0.0:
+        return
+    names = codec_names(config)
+    if not names:
+        raise UserError("--data.codecs is empty: name some, or set --data.codec_probability 0")
+    for name in names:
+        if name not in CODECS:
+            raise UserError(f"--data.codecs: no codec {name!r}; did you mean {nearest(name, CODECS)}?")
+        if name not in writable():
+            raise UserError(
+                f"--data.codecs: this machine's libsndfile does not write {name}; it writes "
+                f"{', '.join(sorted(writable()))}"
+            )
 
 
 def training_mode(config: DataConfig) -> Mode:
     """The mode asked for, or the one that the corpus offers.
 
     Raises:
-        UserError: no packed corpus, or one without what the mode needs.
+        UserError: no packed corpus, one without what the mode needs, or a grid in mode `sources`.
     """
-    names = subset_names(config.train)
-    needed: dict[Mode, tuple[str, ...]] = {
-        "sources": ("train_clean", "train_noise"),
-        "pairs": ("train_pairs",),
-    }
-    missing = {mode: [name for name in subsets if name not in names] for mode, subsets in needed.items()}
-    if config.mode != "auto":
-        if missing[config.mode]:
-            raise UserError(
-                f"--data.mode {config.mode} needs {' and '.join(needed[config.mode])}, but {config.train} "
-                f"has only {', '.join(names)}; use --data.mode auto, or pack that part with "
-                "python -m mvat_dist.pack"
-            )
-        return config.mode
-    for mode, absent in missing.items():
-        if not absent:
+    corpus = Corpus.of(config)
+    names = corpus.names
+    missing = {mode: [name for name in subsets if name not in names] for mode, subsets in _NEEDED.items()}
+    if config.mode != "auto" and missing[config.mode]:
+        raise UserError(
+            f"--data.mode {config.mode} needs {' and '.join(_NEEDED[config.mode])}, but {config.train} "
+            f"has only {', '.join(names)}; use --data.mode auto, or pack that part with "
+            "python -m mvat_dist.pack"
+        )
+    for mode in _NEEDED:
+        if config.mode in ("auto", mode) and not missing[mode]:
+            _check_all_used(corpus, mode)
+            if mode == "sources" and config.stride_seconds > 0:
+                raise UserError(
+                    f"--data.stride_seconds {config.stride_seconds:g}: {config.train} is mixed from sources, "
+                    "which have no grid of segments: leave it out, or read pairs with --data.mode pairs"
+                )
             return mode
     raise UserError(
         f"{config.train} has nothing to train on: neither train_clean with train_noise nor train_pairs, only "
         f"{', '.join(names) or 'an empty manifest'}; pack a training corpus with python -m mvat_dist.pack"
     )
+
+
+def _check_all_used(corpus: Corpus, mode: Mode) -> None:
+    """Of several corpora, none may be left out without a word."""
+    if idle := corpus.without(_READ[mode]):
+        raise UserError(
+            f"{idle[0]} has nothing for --data.mode {mode}, as which {corpus.data} is read: leave it out, "
+            "or choose the mode"
+        )
 
 
 def check_readers(config: DataConfig, world_size: int) -> None:
@@ -83,12 +148,26 @@ def check_readers(config: DataConfig, world_size: int) -> None:
     Raises:
         UserError: with the three ways out.
     """
-    folder = Path(config.train) / ITERATED[training_mode(config)]
-    count = len(read_manifest(folder, "a packed subset")["shards"])
+    mode = training_mode(config)
+    corpus = Corpus.of(config)
+    count = shard_count(corpus.subset(ITERATED[mode]))
     needed = world_size * max(1, config.workers)
     if count < needed:
         raise UserError(
-            f"{folder} has {count} {'shard' if count == 1 else 'shards'} for {needed} readers "
+            f"{' and '.join(map(str, corpus.subset(ITERATED[mode])))} has {count} "
+            f"{'shard' if count == 1 else 'shards'} for {needed} readers "
             f"({world_size} ranks x {max(1, config.workers)} workers): pack it into more shards "
             "(python -m mvat_dist.pack ... --min-shards), or use fewer ranks, or fewer --data.workers"
+        )
+    _check_cache(config, [folder for name in _READ[mode] for folder in corpus.subset(name)])
+
+
+def _check_cache(config: DataConfig, folders: Sequence[Folder]) -> None:
+    # Every epoch visits the utterances of all shards in one shuffled order: with less room, almost every
+    # utterance would fetch a shard.
+    size = remote_bytes(folders) / 1e9
+    if size > config.cache_gb:
+        raise UserError(
+            f"the shards of {config.train} that training reads have {size:.1f} GB, and --data.cache_gb is "
+            f"{config.cache_gb:g}: give them room for all, on each node, at --data.cache_dir"
         )

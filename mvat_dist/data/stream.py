@@ -1,106 +1,31 @@
 """Packed shards to training batches: the same global batches on any number of ranks and workers.
 
-The stream is the concatenation of all epochs. Its sample i is (epoch, position) = divmod(i, N), optimiser
-step s takes the samples ``s * batch`` to ``(s + 1) * batch - 1``, and a rank takes its slices of these by
-arithmetic. So no state has to be saved: a run that goes on from step k, on whatever number of ranks, asks
-for ``first_step=k`` and gets what it would have got. A batch may straddle two epochs, nothing is dropped.
+What comes when is arithmetic (`mvat_dist.data.mix.order`), so that a stream's whole state is the number of
+its next step: a run that goes on from step k, on whatever number of ranks, gets what it would have got.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from mvat_dist.config import SAMPLE_RATE, DataConfig
 from mvat_dist.data import workers as readers
-from mvat_dist.data.checks import check_config, training_mode
-from mvat_dist.data.order import LARGEST_SEED, Draws, epoch_order
-from mvat_dist.data.segments import Maker, PairSegments, Segment, SourceSegments, segment_length
-from mvat_dist.data.shards import ShardSet, subset_names
+from mvat_dist.data.identity import differences
+from mvat_dist.data.mix.damage import DamageLog
+from mvat_dist.data.mix.order import RankSlices
+from mvat_dist.data.mix.segments import Segment
+from mvat_dist.data.mix.training import TrainingData as TrainingData
+from mvat_dist.data.store.lessoncodec import LessonArrays
 from mvat_dist.errors import UserError
+from mvat_dist.losses import Lesson
 
 PREFETCH = 4
 """Micro-batches that each worker keeps ready: reverberation, tempo and long files make their cost uneven."""
-
-
-class TrainingData:
-    """The training segments of a packed corpus. Picklable; holds no random state.
-
-    Attributes:
-        mode: `sources` or `pairs`, as chosen.
-        iterated: the subset whose utterances are visited in turn.
-    """
-
-    def __init__(self, config: DataConfig, seed: int) -> None:
-        """Open the corpus at ``config.train``; reads manifests and indices, no audio.
-
-        Raises:
-            UserError: a senseless value, no packed corpus, or one that lacks what `config` asks for.
-        """
-        check_config(config)
-        if not 0 <= seed <= LARGEST_SEED:
-            raise UserError(f"seed {seed}: choose one from 0 to {LARGEST_SEED}")
-        self.config = config
-        self.seed = seed
-        self.mode = training_mode(config)
-        self._maker: Maker = _open_sources(config) if self.mode == "sources" else _open_pairs(config)
-        self.iterated = self._maker.iterated
-
-    def __len__(self) -> int:
-        """Items an epoch: clean utterances, pairs, or places of the grid of segments."""
-        return len(self._maker)
-
-    def item(self, epoch: int, position: int) -> Segment:
-        """The segment at `position` (0 to N - 1) of `epoch`: a pure function, wherever it is called."""
-        item = int(epoch_order(self.seed, epoch, len(self))[position])
-        segment = self._maker.make(item, Draws(self.seed, epoch, position))
-        place = {"mode": self.mode, "epoch": epoch, "position": position}
-        return Segment(segment.noisy, segment.clean, place | segment.recipe)
-
-
-def _open(config: DataConfig, name: str) -> ShardSet:
-    subset = ShardSet.open(Path(config.train) / name)
-    if len(subset) == 0:
-        raise UserError(
-            f"{subset.folder} holds no utterances: its manifest lists what packing left out, and why; "
-            "mend the corpus and pack it again with python -m mvat_dist.pack"
-        )
-    return subset
-
-
-def _open_sources(config: DataConfig) -> SourceSegments:
-    clean, noise = _open(config, "train_clean"), _open(config, "train_noise")
-    _check_length(config, int(clean.samples.sum()), f"all speech of {clean.folder} together")
-    rirs = None
-    if config.reverb_probability > 0.0:
-        if "train_rir" not in subset_names(config.train):
-            raise UserError(
-                f"{config.train} has no room impulse responses (train_rir), but --data.reverb_probability is "
-                f"{config.reverb_probability}: set --data.reverb_probability 0 or pack a corpus that has some"
-            )
-        rirs = _open(config, "train_rir")
-    return SourceSegments(config, clean, noise, rirs)
-
-
-def _open_pairs(config: DataConfig) -> PairSegments:
-    pairs = _open(config, "train_pairs")
-    _check_length(config, int(pairs.samples.max()), f"the longest pair of {pairs.folder}")
-    return PairSegments(config, pairs)
-
-
-def _check_length(config: DataConfig, samples: int, what: str) -> None:
-    if samples < segment_length(config):
-        seconds = samples / SAMPLE_RATE
-        raise UserError(
-            f"--data.segment_seconds {config.segment_seconds:g} is longer than {what} ({seconds:.2f} s): "
-            f"choose at most {seconds:.2f}"
-        )
 
 
 def check_batch(data: TrainingData, batch: int) -> None:
@@ -111,7 +36,7 @@ def check_batch(data: TrainingData, batch: int) -> None:
     """
     if batch > len(data):
         raise UserError(
-            f"--train.batch {batch} is more than an epoch of {data.iterated.folder} has: use at most "
+            f"--train.batch {batch} is more than an epoch of {data.iterated.where} has: use at most "
             f"{len(data)}, or more data"
         )
 
@@ -149,41 +74,44 @@ class Batch:
     """(b, T) float32: the target."""
     recipes: list[dict[str, Any]]
     """How each segment was made."""
+    lesson: Lesson | None = None
+    """What the teacher says of the segments, where a cache was opened."""
+
+    @property
+    def damaged(self) -> int:
+        """Segments that took the place of damaged ones."""
+        return sum(bool(recipe["damage"]) for recipe in self.recipes)
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory; DataLoader calls this where there is a GPU."""
-        return Batch(self.noisy.pin_memory(), self.clean.pin_memory(), self.recipes)
+        return self._moved(torch.Tensor.pin_memory)
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`, copied without waiting where its memory is page-locked."""
-        noisy, clean = (signal.to(device, non_blocking=True) for signal in (self.noisy, self.clean))
-        return Batch(noisy, clean, self.recipes)
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        lesson = self.lesson and self.lesson.moved(move)
+        return Batch(move(self.noisy), move(self.clean), self.recipes, lesson)
 
 
-@dataclass(frozen=True)
-class _Slices:
-    """The global sample numbers of a rank's micro-batches, in order: arithmetic, so resuming costs nothing.
+def stacked(segments: Sequence[Segment]) -> Batch:
+    """The segments, (T,) each, as one micro-batch."""
+    noisy = torch.from_numpy(np.stack([segment.noisy for segment in segments]))
+    clean = torch.from_numpy(np.stack([segment.clean for segment in segments]))
+    lessons = [segment.lesson for segment in segments if segment.lesson is not None]
+    assert len(lessons) in (0, len(segments)), "a segment without its lesson"
+    return Batch(noisy, clean, [segment.recipe for segment in segments], _joined(lessons))
 
-    Accumulation step a of rank r takes the ``micro`` samples from ``(a * world_size + r) * micro`` of each
-    global batch, so that the samples of one forward pass over all ranks are neighbours.
-    """
 
-    batch: int
-    micro: int
-    accumulation: int
-    rank: int
-    world_size: int
-    first_step: int
-    steps: int
-
-    def __iter__(self) -> Iterator[range]:
-        for step in range(self.first_step, self.first_step + self.steps):
-            for turn in range(self.accumulation):
-                first = step * self.batch + (turn * self.world_size + self.rank) * self.micro
-                yield range(first, first + self.micro)
-
-    def __len__(self) -> int:
-        return self.steps * self.accumulation
+def _joined(lessons: Sequence[LessonArrays]) -> Lesson | None:
+    """The lessons of a batch's segments as one, or None where there are none."""
+    if not lessons:
+        return None
+    maps = {key: torch.from_numpy(np.stack([one.maps[key] for one in lessons])) for key in lessons[0].maps}
+    outputs = [one.output for one in lessons if one.output is not None]
+    assert len(outputs) in (0, len(lessons)), "a lesson without its output"
+    return Lesson(maps, torch.from_numpy(np.stack(outputs)) if outputs else None)
 
 
 class _MicroBatches(Dataset["Batch | UserError"]):
@@ -198,9 +126,86 @@ class _MicroBatches(Dataset["Batch | UserError"]):
         except UserError as error:
             # A damaged shard. Returned, for DataLoader would wrap its one clear line in a worker's traceback.
             return error
-        noisy = torch.from_numpy(np.stack([segment.noisy for segment in segments]))
-        clean = torch.from_numpy(np.stack([segment.clean for segment in segments]))
-        return Batch(noisy, clean, [segment.recipe for segment in segments])
+        return stacked(segments)
+
+
+class BatchStream(Iterator[list[Batch]]):
+    """A rank's micro-batches, one list per optimiser step; see `batches`."""
+
+    def __init__(
+        self, data: TrainingData, slices: RankSlices, workers: int, damage_log: DamageLog | None = None
+    ) -> None:
+        self._data = data
+        self._slices = slices
+        self._workers = workers
+        self._damage_log = damage_log or DamageLog()
+        self._identity: dict[str, Any] | None = None
+        self._micro_batches: Iterator[Batch | UserError] | None = None
+
+    def __next__(self) -> list[Batch]:
+        if not self._slices.steps:
+            raise StopIteration
+        if self._micro_batches is None:
+            self._micro_batches = self._start()
+        step: list[Batch] = []
+        for _ in range(self._slices.accumulation):
+            made = next(self._micro_batches)
+            if isinstance(made, UserError):
+                self._micro_batches = None  # whoever asks again gets this step again, from its start
+                raise made
+            step.append(made)
+            self._damage_log.tell(line for recipe in made.recipes for line in recipe["damage"])
+        self._go_to(self._slices.first_step + 1)
+        return step
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values: the next step, and what the stream is a stream of. The same on every rank."""
+        return {"step": self._slices.first_step, **self._subject()}
+
+    def _subject(self) -> dict[str, Any]:
+        if self._identity is None:
+            self._identity = self._data.identity()
+        # The identity leaves the seed out where no segment depends on it; the order always does.
+        return {**self._identity, "batch": self._slices.batch, "seed": self._data.seed}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another stream of the same data was, on whatever ranks, micro-batches and workers.
+
+        The last step stays the one that this stream was made for.
+
+        Raises:
+            UserError: the state of a stream of other data, with what differs.
+        """
+        saved = {name: value for name, value in state.items() if name != "step"}
+        if differing := list(differences(saved, self._subject())):
+            raise UserError(
+                f"the saved stream is of other data ({'; '.join(differing)}): give it what it began with, or "
+                "begin a new run"
+            )
+        self._micro_batches = None
+        self._go_to(state["step"])
+
+    def _go_to(self, step: int) -> None:
+        last = self._slices.first_step + self._slices.steps
+        self._slices = replace(self._slices, first_step=step, steps=max(0, last - step))
+
+    def _start(self) -> Iterator[Batch | UserError]:
+        workers = self._workers
+        loader = DataLoader(
+            _MicroBatches(self._data),
+            sampler=self._slices,
+            batch_size=None,
+            num_workers=workers,
+            multiprocessing_context=readers.START_METHOD if workers else None,
+            worker_init_fn=readers.initialise if workers else None,
+            prefetch_factor=PREFETCH if workers else None,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # DataLoader draws a number; not from the generator of the run
+        )
+        if workers == 0:
+            return iter(loader)
+        with readers.starting():
+            return iter(loader)
 
 
 def batches(
@@ -213,42 +218,17 @@ def batches(
     first_step: int,
     steps: int,
     workers: int,
-) -> Iterator[list[Batch]]:
+) -> BatchStream:
     """This rank's micro-batches of `steps` optimiser steps from `first_step`, one list per step.
 
-    Workers start in this call and end with the iterator; they serve all epochs. `workers` 0 reads in this
-    process. A micro-batch on a machine with CUDA lies in page-locked memory.
+    Workers start with the first step and end with the iterator; they serve all epochs. `workers` 0 reads in
+    this process. A micro-batch on a machine with CUDA lies in page-locked memory.
 
     Raises:
         UserError: at once where `batch` cannot be shared or is larger than an epoch.
-        ShardError: while iterating, for a damaged shard; the message names it and the key.
+        ShardError: while iterating, for a damaged shard that is not borne; it names the shard and the key.
     """
     micro, accumulation = split_batch(batch, world_size, micro_batch)
     check_batch(data, batch)
-    slices = _Slices(batch, micro, accumulation, rank, world_size, first_step, steps)
-    loader = DataLoader(
-        _MicroBatches(data),
-        sampler=slices,
-        batch_size=None,
-        num_workers=workers,
-        multiprocessing_context=readers.START_METHOD if workers else None,
-        worker_init_fn=readers.initialise if workers else None,
-        prefetch_factor=PREFETCH if workers else None,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # DataLoader draws a number; not from the generator of the run
-    )
-    if workers == 0:
-        return _by_step(iter(loader), accumulation)
-    with readers.starting():
-        return _by_step(iter(loader), accumulation)
-
-
-def _by_step(micro_batches: Iterator[Batch | UserError], accumulation: int) -> Iterator[list[Batch]]:
-    step: list[Batch] = []
-    for made in micro_batches:
-        if isinstance(made, UserError):
-            raise made
-        step.append(made)
-        if len(step) == accumulation:
-            yield step
-            step = []
+    slices = RankSlices(batch, micro, accumulation, rank, world_size, first_step, steps)
+    return BatchStream(data, slices, workers)

@@ -10,10 +10,12 @@ from typing import NamedTuple, Protocol, overload
 import soundfile
 
 from mvat_dist.config import SAMPLE_RATE
-from mvat_dist.data.corpora import Pair, list_dns
-from mvat_dist.data.inspection import UnusableError, read_piece
-from mvat_dist.data.mixing import Audio
-from mvat_dist.data.shards import MANIFEST, Field, ShardSet
+from mvat_dist.data.mix.mixing import Audio
+from mvat_dist.data.pack.corpora import Pair, list_dns
+from mvat_dist.data.pack.inspection import UnusableError, read_piece
+from mvat_dist.data.store.folders import MANIFEST, Folder
+from mvat_dist.data.store.packed import open_subset
+from mvat_dist.data.store.shards import Field
 from mvat_dist.errors import UserError
 
 LENGTH_TOLERANCE = SAMPLE_RATE // 100
@@ -41,12 +43,15 @@ class _Clips(Protocol):
 class ValidationClips(Sequence[Clip]):
     """Clips in the order of their keys, read when they are asked for."""
 
-    def __init__(self, folder: Path | str, *, limit: int = 0, max_seconds: float = 0.0) -> None:
+    def __init__(
+        self, data: Folder | str | Sequence[Folder], *, limit: int = 0, max_seconds: float = 0.0
+    ) -> None:
         """Find the clips; reads no audio.
 
         Args:
-            folder: a packed subset of pairs, or a folder with ``noisy`` and ``clean`` side by side in it or
-                below it, matched by ``fileid_N`` or by equal names; WAV or FLAC at any rate.
+            data: a packed subset of pairs, several to be joined, or a folder with ``noisy`` and ``clean``
+                side by side in it or below it, matched by ``fileid_N`` or by equal names; WAV or FLAC at any
+                rate.
             limit: most clips; the same ones every time, spread over all of them. The smaller of two limits
                 takes a part of what the larger one takes. 0 takes all.
             max_seconds: only this much of the start of each clip is read; 0 reads all of it.
@@ -54,8 +59,10 @@ class ValidationClips(Sequence[Clip]):
         Raises:
             UserError: no such folder, or no pairs in it.
         """
-        folder = Path(folder)
-        self._clips: _Clips = _Packed(folder) if (folder / MANIFEST).is_file() else _Plain(folder)
+        folders = [Path(data)] if isinstance(data, str) else [data] if isinstance(data, Folder) else [*data]
+        first = folders[0]
+        plain = len(folders) == 1 and isinstance(first, Path) and not (first / MANIFEST).is_file()
+        self._clips: _Clips = _Plain(Path(str(first))) if plain else _Packed(folders)
         self._frames = round(max_seconds * SAMPLE_RATE) or None
         # In the order of a hash: the first ones in the order of the keys would all be of one speaker.
         spread = sorted(range(len(self._clips.keys)), key=lambda index: _hash(self._clips.keys[index]))
@@ -89,12 +96,12 @@ def _hash(key: str) -> bytes:
 class _Packed:
     """Pairs in shards."""
 
-    def __init__(self, folder: Path) -> None:
-        self._pairs = ShardSet.open(folder)
+    def __init__(self, folders: Sequence[Folder]) -> None:
+        self._pairs = open_subset(folders)
         if self._pairs.kind != "pairs" or len(self._pairs) == 0:
             raise UserError(
-                f"{folder} holds {len(self._pairs)} utterances of kind {self._pairs.kind}: scoring needs a "
-                "packed subset with pairs, such as valid or test_*"
+                f"{self._pairs.where} holds {len(self._pairs)} utterances of kind {self._pairs.kind}: "
+                "scoring needs a packed subset with pairs, such as valid or test_*"
             )
         self.keys = self._pairs.keys
 

@@ -6,7 +6,8 @@ keep the dead rank's sockets open, so that the other ranks would wait for it. Th
 interpreter that imports this package once; a reader then costs milliseconds and shares the imported code.
 
 Slurm sends a job's signals (the warning before the time limit, preemption) to all its processes. Only
-the rank may act on them: it still needs its readers on the way to the checkpoint.
+the rank may act on them: it still needs its readers on the way to the checkpoint. The same holds for the
+workers of `mvat_dist.data.pack.pool`, which shares what is said here of signals.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from multiprocessing import forkserver, resource_tracker
 from types import ModuleType
 
 START_METHOD = "forkserver"
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""The parent's to act on, though all its children get them."""
 _PARENT_CHECK_SECONDS = 1.0
 
 
@@ -41,34 +43,47 @@ def starting() -> Iterator[None]:
 
 
 def _start_server() -> None:
-    """Start the fork server unless it runs. It and all its children inherit a mask that blocks `_SIGNALS`."""
+    """Start the fork server unless it runs."""
     multiprocessing.set_forkserver_preload(["mvat_dist.data.stream"])
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    with signals_blocked():
+        forkserver.ensure_running()
+
+
+@contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Block `SIGNALS` in this thread; what it starts meanwhile, and all its children, inherit that."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         resource_tracker.ensure_running()
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # starting the tracker unblocks two of them
-        forkserver.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # starting the tracker unblocks two of them
+        yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def initialise(worker: int) -> None:  # noqa: ARG001, DataLoader passes the worker's number
     """What a reader does first: follow its rank. (DataLoader itself limits torch to one thread.)"""
-    threading.Thread(target=_follow_rank, daemon=True).start()
+    follow_parent()
 
 
-def _follow_rank() -> None:
-    """End this process with its rank, or when the rank says so; all others' signals are swallowed.
+def follow_parent() -> None:
+    """End this process, whose `SIGNALS` are blocked, with its parent, or when the parent says so."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # of a worker that was started later than the first
+    threading.Thread(target=_follow, daemon=True).start()
+
+
+def _follow() -> None:
+    """Wait for the parent's end or its signal; all others' signals are swallowed.
 
     DataLoader's own watch asks for the parent's number, and that is the fork server, which a reader outlived
     by its rank keeps alive.
     """
-    rank = multiprocessing.parent_process()
-    if rank is None:
-        raise RuntimeError("not in a reader process")
-    while rank.is_alive():
-        received = signal.sigtimedwait(_SIGNALS, _PARENT_CHECK_SECONDS)
-        if received is not None and received.si_pid == rank.pid:
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        raise RuntimeError("not in a child process")
+    while parent.is_alive():
+        received = signal.sigtimedwait(SIGNALS, _PARENT_CHECK_SECONDS)
+        if received is not None and received.si_pid == parent.pid:
             break
     # Not sys.exit: the process's feeder thread may hang in a pipe that nobody reads any more.
     os._exit(0)

@@ -1,0 +1,1 @@
+"""From corpora to shards: find, inspect, plan, write, verify, sum up."""

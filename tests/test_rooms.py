@@ -1,0 +1,67 @@
+"""Speech in rooms, against direct convolution."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mvat_dist.data.mix import rooms
+
+RANDOM = np.random.default_rng(0)
+
+
+def noise(samples: int, scale: float = 0.1) -> np.ndarray:
+    return (scale * RANDOM.standard_normal(samples)).astype(np.float32)
+
+
+@pytest.mark.parametrize("direct", [0, 1, 40, 399])
+def test_reverberation_is_a_convolution_with_the_direct_sound_at_lag_zero(direct):
+    room = noise(400, 0.01)
+    room[direct] = 0.8
+    speech = noise(1500)
+    expected = np.convolve(speech.astype(np.float64), room)[direct : direct + 1500]
+    wet = rooms.reverberate(speech, room)
+    np.testing.assert_allclose(wet, expected, atol=1e-6)
+    assert wet.dtype == np.float32
+
+
+def test_a_room_without_reflections_changes_nothing():
+    room = np.zeros(300, np.float32)
+    room[32] = -1.0
+    speech = noise(1000)
+    np.testing.assert_allclose(rooms.reverberate(speech, room), -speech, atol=1e-6)
+
+
+def test_a_room_longer_than_the_segment():
+    room = noise(5000, 1e-3)
+    room[10] = 1.0
+    assert rooms.reverberate(noise(700), room).shape == (700,)
+
+
+@pytest.mark.parametrize("direct", [0, 37, 1500])
+def test_the_target_keeps_as_much_of_the_room_as_asked_for(direct):
+    room = noise(3000, 0.01)
+    room[direct] = -0.7
+    speech = noise(6000)
+    wet = rooms.reverberate(speech, room)
+    assert rooms.target(speech, wet, room, "reverberant") is wet
+    np.testing.assert_allclose(rooms.target(speech, wet, room, "dry"), -0.7 * speech, rtol=1e-6)
+    # 50 ms at 16 kHz are 800 samples, the direct sound among them; what precedes it is kept, too.
+    kept = room.astype(np.float64)
+    kept[direct + 800 :] = 0.0
+    expected = np.convolve(speech.astype(np.float64), kept)[direct : direct + 6000]
+    early = rooms.target(speech, wet, room, "early")
+    np.testing.assert_allclose(early, expected, atol=2e-6)
+    # What remains of the wet signal is the late part alone, and it comes 50 ms later.
+    click = np.zeros(6000, np.float32)
+    click[100] = 1.0
+    wet = rooms.reverberate(click, room)
+    late = wet - rooms.target(click, wet, room, "early")
+    assert np.abs(late[: 100 + 800]).max() < 1e-6
+    assert np.abs(late[100 + 800 :]).max() > 0.005
+
+
+def test_a_room_shorter_than_its_early_part_is_all_early():
+    room, speech = noise(500), noise(2000)
+    wet = rooms.reverberate(speech, room)
+    np.testing.assert_array_equal(rooms.target(speech, wet, room, "early"), wet)

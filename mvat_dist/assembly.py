@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,23 +10,26 @@ import torch
 from torch import nn
 
 from mvat_dist import checkpoint, modelfile, students
+from mvat_dist.checkpoint import StudentState
 from mvat_dist.collectives import batchnorms, from_rank_zero, together
 from mvat_dist.config import Config
 from mvat_dist.data.checks import check_readers
-from mvat_dist.data.shards import MANIFEST
+from mvat_dist.data.store.folders import Folder
+from mvat_dist.data.store.lessons import Lessons
+from mvat_dist.data.store.packed import Corpus, cache_of, fingerprints, locate
 from mvat_dist.data.stream import TrainingData, check_batch, split_batch
 from mvat_dist.data.validation import ValidationClips
 from mvat_dist.devices import Precision
 from mvat_dist.engine import StudentEngine, deepspeed_config
 from mvat_dist.errors import UserError
-from mvat_dist.files import sha256, write_json
+from mvat_dist.files import check_space, write_json
 from mvat_dist.fleet import Fleet, Student
 from mvat_dist.losses import Objective
 from mvat_dist.models import Manner
 from mvat_dist.ranks import Ranks
 from mvat_dist.rundir import RunDir
 from mvat_dist.seeds import seed_for
-from mvat_dist.teacher import LiveTeacher
+from mvat_dist.teacher import CachedTeacher, LiveTeacher, Teacher
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Inputs:
 
     data: TrainingData
     clips: ValidationClips
-    teacher: LiveTeacher | None
+    teacher: Teacher | None
     objectives: dict[str, Objective]
     """Loss of each student, by name, in the order of the fleet."""
 
@@ -46,25 +48,50 @@ def open_inputs(config: Config, world_size: int, device: torch.device, precision
 
     Raises:
         UserError: nothing packed there, a batch that ranks cannot share, fewer shards than readers, a
-            teacher that is none, or one without a multi-view block in common with a student.
+            teacher that is none, or one without a multi-view block in common with a student, or a teacher
+            cache of other segments or by another teacher.
     """
     check_readers(config.data, world_size)
-    data = TrainingData(config.data, config.seed)
+    lessons = _open_cache(config, precision)
+    data = TrainingData(config.data, config.seed, lessons)
     split_batch(config.train.batch, world_size, config.train.micro_batch)
     check_batch(data, config.train.batch)
     clips = ValidationClips(_held_out(config), limit=config.valid.clips, max_seconds=config.valid.max_seconds)
-    teacher = None
-    if config.distil.method != "none":
-        teacher = LiveTeacher(modelfile.resolve(Path(config.teacher)), device, precision)
+    teacher: Teacher | None = None
+    if lessons is not None:
+        teacher = CachedTeacher(lessons)
+    elif config.distil.method != "none":
+        teacher = LiveTeacher(modelfile.resolve(Path(config.teacher.file)), device, precision)
     objectives = {
-        name: Objective(config.distil, size, teacher.model.size if teacher else None)
+        name: Objective(config.distil, size, teacher.size if teacher else None)
         for name, size in students.select(config.student, config.sizes).items()
     }
+    if teacher:
+        maps = {key for objective in objectives.values() for key in objective.keys}
+        teacher.want(maps, output="output" in config.distil.method)
     return Inputs(data, clips, teacher, objectives)
 
 
-def _held_out(config: Config) -> Path:
-    return Path(config.data.valid) if config.data.valid else Path(config.data.train) / "valid"
+def _open_cache(config: Config, precision: Precision) -> Lessons | None:
+    """The teacher cache, where the run learns from one; it is that of the named teacher, if one is named."""
+    if config.distil.method == "none" or config.teacher.source != "cache":
+        return None
+    lessons = Lessons(config.teacher.cache)
+    lessons.check_precision(precision)
+    if config.teacher.file:
+        file = modelfile.resolve(Path(config.teacher.file))
+        lessons.check_teacher(modelfile.fingerprint(modelfile.load(file).model), file)
+    return lessons
+
+
+def _held_out(config: Config) -> list[Folder]:
+    if config.data.valid:
+        return locate("--data.valid", config.data.valid, cache_of(config.data))
+    if folders := Corpus.of(config.data).subset("valid"):
+        return folders
+    raise UserError(
+        f"{config.data.train} has no subset valid: give one, or a folder of pairs, by --data.valid"
+    )
 
 
 def claim_folder(run: RunDir, config: Config, inputs: Inputs, ranks: Ranks) -> Path | None:
@@ -92,7 +119,7 @@ def _claim(run: RunDir, config: Config, inputs: Inputs) -> Path | None:
         raise UserError(f"--resume never, but {found} is there: choose another --name or --resume auto")
     read = {
         "teacher": inputs.teacher.describe() if inputs.teacher else None,
-        "data": {str(folder): _manifest(folder) for folder in (Path(config.data.train), _held_out(config))},
+        "data": fingerprints([*Corpus.of(config.data).all_folders(), *_held_out(config)]),
     }
     if found:
         run.check_inputs(read)
@@ -102,10 +129,43 @@ def _claim(run: RunDir, config: Config, inputs: Inputs) -> Path | None:
     return found
 
 
-def _manifest(folder: Path) -> str | None:
-    """Hash of a packed folder's manifest, which holds the hashes of its shards; None for plain folders."""
-    file = folder / MANIFEST
-    return sha256(file) if file.is_file() else None
+def position(config: Config, found: Path | None) -> int:
+    """Steps that the student furthest behind has done; one that joins now has done none.
+
+    The others wait for it: it hears what it would have heard in the fleet from the start. Students that were
+    given up do not count.
+    """
+    progress = checkpoint.progress_of(found) if found else {}
+    new = {"steps": 0, "given_up": False}
+    mine: list[dict[str, Any]] = [
+        progress.get(name, new) for name in students.select(config.student, config.sizes)
+    ]
+    return min(int(one["steps"]) for one in [one for one in mine if not one["given_up"]] or mine)
+
+
+def healthy_state(run: RunDir, config: Config, name: str, ranks: Ranks) -> StudentState:
+    """A student as the newest checkpoint has it in which its last gradient was finite, or as it began.
+
+    The same on every rank.
+    """
+
+    def healthy(path: Path) -> bool:
+        return checkpoint.progress_of(path).get(name, {}).get("skipped_in_a_row") == 0
+
+    found = together(lambda: checkpoint.newest(run.checkpoints, healthy) if ranks.rank == 0 else None)
+    found = from_rank_zero(found)
+    state = checkpoint.load(found, name) if found else None
+    return state or StudentState(dict(_network(config, name, None).state_dict()), {}, {})
+
+
+def left_out(found: Path | None, config: Config) -> dict[str, StudentState]:
+    """States of the students that the checkpoint `found` holds and the run no longer trains.
+
+    Later checkpoints keep them, so that such a student can come back.
+    """
+    training = students.select(config.student, config.sizes)
+    absent = checkpoint.progress_of(found).keys() - training.keys() if found else set()
+    return {name: state for name in absent if found and (state := checkpoint.load(found, name))}
 
 
 def build_fleet(
@@ -170,10 +230,4 @@ def _check_disk(folder: Path, config: Config) -> None:
     parameters = sum(students.parameters(size) for size in sizes)
     # fp32 weights and two moments per checkpoint, one more while it is written, and best and last.
     needed = 4 * parameters * (3 * (config.train.keep + 1) + 2)
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise UserError(
-            f"{existing} has {free / 1e9:.1f} GB free, the run's checkpoints need {needed / 1e9:.1f} GB: "
-            "free space or choose another --runs"
-        )
+    check_space(folder, needed, f"the checkpoints of {folder}", "choose another --runs")

@@ -22,9 +22,15 @@ class DataConfig:
     """What is read, and how a training segment is made from it."""
 
     train: str = "shards/dns"
-    """Folder written by `mvat_dist.pack`: a corpus with training subsets."""
+    """Folder written by `mvat_dist.pack`: a corpus with training subsets. Also a URL (s3://, gs://, http://,
+    https://), or a quoted pattern that joins several: 'shards/{dns-en,dns-de}', 's3://bucket/dns-*'."""
     valid: str = ""
-    """Folder of one packed pairs subset for validation; empty: the subset `valid` of `train`."""
+    """One packed pairs subset for validation, given as `train` is; empty: the subset `valid` of `train`."""
+    cache_dir: str = ""
+    """Local folder for copies of the shards at URLs, shared by the processes of a node; empty:
+    mvat_dist in $XDG_CACHE_HOME, or in ~/.cache."""
+    cache_gb: float = 200.0
+    """Most room for these copies in GB; those used the longest time ago go first."""
     mode: Literal["auto", "sources", "pairs"] = "auto"
     """`sources` mixes clean speech and noise on the fly, `pairs` reads mixtures made before;
     `auto` prefers sources where the corpus has them."""
@@ -47,8 +53,44 @@ class DataConfig:
     """Pairs mode: range in dB of a random gain applied to noisy and clean alike."""
     remix_probability: float = 0.0
     """Pairs mode: share of segments whose noise is exchanged for that of another pair."""
+    activity_threshold: float = 0.0
+    """Sources mode: stretches of speech with a smaller share of active 50 ms frames are drawn again;
+    the DNS synthesizer takes 0.6, 0 asks only that they are not silent."""
+    snr_kind: Literal["whole", "active"] = "whole"
+    """Sources mode: the ratio over the whole segment, or over the frames in which the noise is active."""
+    reverb_target: Literal["reverberant", "early", "dry"] = "reverberant"
+    """Sources mode: what of a reverberant room stays in the clean target: all of it, the first 50 ms, or the
+    direct sound alone."""
+    bandwidth_probability: float = 0.0
+    """Share of segments whose noisy side is limited in bandwidth."""
+    bandwidth_hz: tuple[float, float] = (2000.0, 7000.0)
+    """Lowest and highest upper band edge in Hz, drawn uniformly."""
+    codec_probability: float = 0.0
+    """Share of segments whose noisy side goes through a lossy codec."""
+    codecs: str = "mu-law,gsm,mp3,vorbis"
+    """Comma-separated codecs to choose from: `mu-law` and `gsm` at 8 kHz, as on the telephone, `mp3`,
+    `vorbis` and the slow `opus`."""
+    variants: int = 0
+    """Different segments made of every item, taken in turn by the epochs, so that a cache of the
+    teacher can hold them all; 0 makes new ones in every epoch."""
+    on_damage: Literal["fatal", "skip"] = "fatal"
+    """A damaged utterance ends the run, or its segment is replaced by another one and counted."""
+    max_damaged: float = 0.001
+    """Share of damaged segments that `skip` bears."""
     workers: int = 2
     """Reader processes per rank; 0 reads in the training process."""
+
+
+@dataclass
+class TeacherConfig:
+    """Who teaches. ``--teacher FILE`` is short for ``--teacher.file FILE``."""
+
+    file: str = ""
+    """A run folder, a student folder in one, or a checkpoint of the authors; not used by method `none`."""
+    source: Literal["live", "cache"] = "live"
+    """`live` runs the teacher on every batch; `cache` reads what it said of the same segments."""
+    cache: str = ""
+    """Folder written by `mvat_dist.cache`."""
 
 
 @dataclass
@@ -133,7 +175,13 @@ class TrainConfig:
     """Share of the newest batch in BatchNorm's running statistics; 0 keeps the network's own (0.01 in
     most places), which need some 500 steps to forget their start: shorter runs want 0.1."""
     max_skipped: int = 100
-    """Consecutive steps with a non-finite loss after which a student is given up."""
+    """Consecutive steps with a non-finite gradient after which a student is rolled back or given up."""
+    rollbacks: int = 1
+    """Times a student goes back to the last checkpoint that it was well in, with half its learning rate,
+    before it is given up; the others train on meanwhile."""
+    watchdog_seconds: float = 1_800.0
+    """A rank that completes no step, validation or save for so many seconds writes its stacks to the logs
+    and ends; give more where one validation takes longer."""
 
 
 @dataclass
@@ -166,8 +214,7 @@ class Config:
 
     student: str = "all"
     """Comma-separated names from the table of sizes (or from `sizes`), or `all`."""
-    teacher: str = ""
-    """A run folder, a student folder in one, or a checkpoint of the authors; not used by method `none`."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     sizes: dict[str, Size] = field(default_factory=dict)
     """Sizes of your own, by name."""
     data: DataConfig = field(default_factory=DataConfig)

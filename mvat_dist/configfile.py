@@ -10,13 +10,15 @@ import dataclasses
 import hashlib
 import json
 import re
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_settings
 
-from mvat_dist import students
+from mvat_dist import locations, students
 from mvat_dist.commandline import ConfigHelpFormatter
 from mvat_dist.config import SAMPLE_RATE, Config
 from mvat_dist.errors import UserError, nearest
@@ -31,13 +33,20 @@ UNIMPORTANT = (
     "name",
     "resume",
     "data.workers",
+    "data.cache_dir",
+    "data.cache_gb",
+    "data.on_damage",
+    "data.max_damaged",
     "engine.zero_stage",
     "engine.device",
     "train.keep",
+    "train.watchdog_seconds",
     "track",
 )
 """Keys that change where and how a run is computed, not what: they are no part of its identity."""
 
+
+_PARSER_MODE = "mvat_dist"
 
 _TYPES = {
     "int": "a whole number",
@@ -51,8 +60,10 @@ _TYPES = {
 def parser(prog: str) -> ArgumentParser:
     """The parser of every command that takes a `Config`."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_loader(_PARSER_MODE, _load_yaml, exceptions=(yaml.YAMLError,))
     made = ArgumentParser(
         prog=prog,
+        parser_mode=_PARSER_MODE,
         description="Train a fleet of students beside one teacher, or a teacher alone.",
         epilog=EXAMPLE,
         exit_on_error=False,
@@ -64,6 +75,20 @@ def parser(prog: str) -> ArgumentParser:
     return made
 
 
+def _load_yaml(text: str) -> Any:
+    """YAML in which ``teacher: FILE`` is short for ``teacher: {file: FILE}``."""
+    # jsonargparse's own loader reads 1e-3 as a number, which YAML 1.1 does not.
+    loaded = get_loader("yaml")(text)
+    if isinstance(loaded, dict) and isinstance(loaded.get("teacher"), str):
+        loaded["teacher"] = {"file": loaded["teacher"]}
+    return loaded
+
+
+def _written_out(argv: Sequence[str]) -> list[str]:
+    """The command line with ``--teacher FILE`` written out as ``--teacher.file FILE``."""
+    return [re.sub(r"^--teacher(?=$|=)", "--teacher.file", argument) for argument in argv]
+
+
 def parse(argv: list[str] | None, prog: str = "python -m mvat_dist.train") -> Config:
     """The checked configuration for a command line.
 
@@ -73,7 +98,8 @@ def parse(argv: list[str] | None, prog: str = "python -m mvat_dist.train") -> Co
     """
     made = parser(prog)
     try:
-        parsed = made.instantiate(made.parse_args(argv))
+        given = sys.argv[1:] if argv is None else argv
+        parsed = made.instantiate(made.parse_args(_written_out(given)))
     except SystemExit:
         raise  # --help and --print_config
     except Exception as error:
@@ -87,8 +113,9 @@ def parse(argv: list[str] | None, prog: str = "python -m mvat_dist.train") -> Co
 def _make_paths_absolute(config: Config) -> None:
     """A run is the same experiment from whichever folder it is started."""
     config.runs = str(Path(config.runs).absolute())
-    config.data.train = str(Path(config.data.train).absolute())
-    for holder, name in ((config, "teacher"), (config.data, "valid")):
+    config.data.train = locations.absolute(config.data.train)
+    config.data.valid = config.data.valid and locations.absolute(config.data.valid)
+    for holder, name in ((config.teacher, "file"), (config.teacher, "cache")):
         if getattr(holder, name):
             setattr(holder, name, str(Path(getattr(holder, name)).absolute()))
 
@@ -113,18 +140,38 @@ def check(config: Config) -> None:
     Raises:
         UserError: with the key at fault and the fix.
     """
+    for option, location in (("--data.train", config.data.train), ("--data.valid", config.data.valid)):
+        locations.check(option, location)
     students.select(config.student, config.sizes)
     distil = config.distil
-    if distil.method != "none" and not config.teacher:
-        raise UserError(
-            f"--distil.method {distil.method} needs a teacher: give --teacher RUN_OR_CHECKPOINT, "
-            "or train without one with --distil.method none"
-        )
+    _check_teacher(config)
     if "mvat" in distil.method and not any(distil.view_betas.values()):
         raise UserError(
             "every view is switched off: give one of --distil.beta_channel, _global, _local above 0"
         )
     _check_ranges(config)
+
+
+def _check_teacher(config: Config) -> None:
+    teacher, method = config.teacher, config.distil.method
+    for key, value in (("file", teacher.file), ("cache", teacher.cache)):
+        if locations.is_url(value):
+            raise UserError(f"--teacher.{key} {value} is a URL: copy it to a folder of this machine")
+    if method == "none":
+        return
+    if teacher.source == "cache" and not teacher.cache:
+        raise UserError(
+            "--teacher.source cache needs --teacher.cache FOLDER: make one with python -m mvat_dist.cache"
+        )
+    if teacher.source == "live" and teacher.cache:
+        raise UserError(
+            f"--teacher.cache {teacher.cache} would not be read: add --teacher.source cache, or leave it out"
+        )
+    if teacher.source == "live" and not teacher.file:
+        raise UserError(
+            f"--distil.method {method} needs a teacher: give --teacher RUN_OR_CHECKPOINT, "
+            "or train without one with --distil.method none"
+        )
 
 
 def _check_ranges(config: Config) -> None:
@@ -137,26 +184,17 @@ def _check_ranges(config: Config) -> None:
         "train.save_every": train.save_every,
         "train.keep": train.keep,
         "train.max_skipped": train.max_skipped,
+        "train.watchdog_seconds": train.watchdog_seconds,
         "track.every": config.track.every,
         "optim.lr": optim.lr,
         "optim.eps": optim.eps,
+        "data.cache_gb": config.data.cache_gb,
         "data.segment_seconds": config.data.segment_seconds,
     }
     for key, value in positive.items():
         if value <= 0:
             raise UserError(f"--{key} is {value}: it must be above 0")
-    not_negative = {
-        "seed": config.seed,
-        "valid.clips": config.valid.clips,
-        "valid.max_seconds": config.valid.max_seconds,
-        "optim.clip_norm": optim.clip_norm,
-        "optim.weight_decay": optim.weight_decay,
-        "distil.weight": config.distil.weight,
-        "distil.output_weight": config.distil.output_weight,
-    }
-    for key, value in not_negative.items():
-        if value < 0:
-            raise UserError(f"--{key} is {value}: it must not be negative")
+    _check_not_negative(config)
     if not all(0 <= beta < 1 for beta in optim.betas):
         raise UserError(f"--optim.betas is {list(optim.betas)}: both lie from 0 to below 1")
     if not 0 <= train.batchnorm_momentum <= 1:
@@ -168,6 +206,23 @@ def _check_ranges(config: Config) -> None:
         raise UserError(
             f"--data.segment_seconds is {config.data.segment_seconds}: the spectral loss needs 0.128 s"
         )
+
+
+def _check_not_negative(config: Config) -> None:
+    optim = config.optim
+    not_negative = {
+        "seed": config.seed,
+        "train.rollbacks": config.train.rollbacks,
+        "valid.clips": config.valid.clips,
+        "valid.max_seconds": config.valid.max_seconds,
+        "optim.clip_norm": optim.clip_norm,
+        "optim.weight_decay": optim.weight_decay,
+        "distil.weight": config.distil.weight,
+        "distil.output_weight": config.distil.output_weight,
+    }
+    for key, value in not_negative.items():
+        if value < 0:
+            raise UserError(f"--{key} is {value}: it must not be negative")
 
 
 def as_dict(config: Config) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -145,6 +146,42 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def only_writer(path: Path, doing: str, *, wait: bool = False) -> Iterator[None]:
+    """Keep a second writer out; the lock ends with the process, however that ends.
+
+    Args:
+        path: a folder or a file that is there, to hold the lock.
+        doing: what a second one is told that the first is doing.
+        wait: for the first one, which needs a moment only.
+
+    Raises:
+        UserError: another process has the lock.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise UserError(f"another process is {doing}: wait for it or end it") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(folder: Path) -> list[Path]:
+    """Remove what killed writers left below `folder` under temporary names; the caller is its only writer."""
+    left = [path for path in folder.rglob(f".*{TEMPORARY_SUFFIX}") if not path.is_symlink()]
+    for path in left:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    return left
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` atomically as UTF-8."""
     with atomic_file(path) as temporary:
@@ -165,3 +202,29 @@ def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def existing_folder(path: Path) -> Path:
+    """The nearest folder at or above `path` that is there."""
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
+
+
+def check_space(folder: Path, needed: float, what: str, choice: str) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Args:
+        folder: where it will be written; it need not exist yet.
+        needed: bytes.
+        what: in words, as the subject of the refusal.
+        choice: what the user can choose instead.
+
+    Raises:
+        UserError: with the space needed and the space there.
+    """
+    place = existing_folder(folder)
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise UserError(
+            f"{what} needs about {needed / 1e9:.2f} GB, and {place} has {free / 1e9:.2f} GB free: "
+            f"free space or {choice}"
+        )

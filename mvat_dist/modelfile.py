@@ -6,6 +6,7 @@ scoring and by anyone else. Checkpoints of the authors (``.pth``) are read too.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -117,3 +118,12 @@ def teacher_of(run: Path) -> Path | None:
     record = RunDir(run).inputs
     teacher = read_json(record)["teacher"] if record.is_file() else None
     return Path(teacher["file"]) if teacher else None
+
+
+def fingerprint(model: Manner) -> str:
+    """Hexadecimal SHA-256 of a network's weights and BatchNorm statistics."""
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -74,6 +74,15 @@ class Size:
         levels = range(1, self.depth + 1) if self.kind == "base" else [self.depth]
         return [(side, level) for side in ("encoder", "decoder") for level in levels]
 
+    def views(self, samples: int) -> dict[ViewKey, int]:
+        """Every view feature, in the network's order, and its frames for `samples` of input."""
+        frames = self.frames(samples)
+        return {
+            (side, level, view): frames[level if side == "encoder" else level - 1]
+            for side, level in self.blocks()
+            for view in VIEWS
+        }
+
 
 SIZES: dict[str, Size] = {
     "manner-l": Size("base", 120),

@@ -12,10 +12,11 @@ import shlex
 import sys
 from pathlib import Path
 
-from mvat_dist import configfile, dispatch, launch, rundir, slurmjob, students
+from mvat_dist import cache, cachejob, configfile, dispatch, launch, rundir, slurmjob, students
 from mvat_dist.commandline import CommandParser
 from mvat_dist.config import SAMPLE_RATE, Config
 from mvat_dist.data.checks import check_config, check_readers
+from mvat_dist.data.store.lessons import read_header
 from mvat_dist.errors import UserError, exit_code
 from mvat_dist.rundir import RunDir
 
@@ -42,7 +43,20 @@ def parser() -> argparse.ArgumentParser:
         help="where; auto is Slurm where there is one, else this machine (default: auto)",
     )
     add("--dry-run", action="store_true", help="show the plan and the job script; start and write nothing")
+    add(
+        "--cache",
+        type=int,
+        metavar="TASKS",
+        help="fill a teacher cache by an array of so many jobs; the other options are then those of "
+        "python -m mvat_dist.cache",
+    )
     add("--wait", action="store_true", help="wait for the job; the exit code is that of the training")
+    _add_shape(made)
+    _add_slurm(made)
+    return made
+
+
+def _add_shape(made: argparse.ArgumentParser) -> None:
     shape = made.add_argument_group("size of the job")
     add = shape.add_argument
     add("--nodes", type=int, default=1, help="default: 1")
@@ -51,6 +65,9 @@ def parser() -> argparse.ArgumentParser:
     add("--cpus-per-task", type=int, help="default: --data.workers + 1")
     add("--mem", help="memory per node, as sbatch takes it: 64G")
     add("--time", default="1-00:00:00", help="limit in minutes or as D-HH:MM:SS (default: 1-00:00:00)")
+
+
+def _add_slurm(made: argparse.ArgumentParser) -> None:
     slurm = made.add_argument_group("Slurm (the site's defaults where left out)")
     add = slurm.add_argument
     add("--partition")
@@ -75,7 +92,6 @@ def parser() -> argparse.ArgumentParser:
         default=1000,
         help="times the job is queued again after its time limit or a preemption (default: 1000)",
     )
-    return made
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -87,6 +103,9 @@ def main(argv: list[str] | None = None) -> None:
             `dispatch.EXIT_BUSY`.
     """
     options, rest = parser().parse_known_args(argv)
+    if options.cache is not None:
+        _fill_cache(options, rest)
+        return
     config = configfile.parse(rest, prog="python -m mvat_dist.submit")
     resources = _resources(options, config)
     run = RunDir(rundir.run_folder(config))
@@ -97,14 +116,31 @@ def main(argv: list[str] | None = None) -> None:
         _say_local(reason, resources, options)
     if options.dry_run:
         if not reason:
-            print(f"\n{slurmjob.script(slurmjob.executor(run.submitit, dispatch.job_name(run), resources))}")
+            print(f"\n{dispatch.job_script(run, resources)}")
         return
     if reason:
-        code = dispatch.locally(run, rest, resources)
+        code = dispatch.locally(run, config, rest, resources)
     else:
         code = dispatch.on_slurm(run, config, resources, wait=options.wait)
     if code:
         raise SystemExit(code)
+
+
+def _fill_cache(options: argparse.Namespace, rest: list[str]) -> None:
+    if options.cache < 1:
+        raise UserError(f"--cache {options.cache}: give at least one task")
+    if options.nodes != 1 or (options.tasks_per_node or 1) != 1 or (options.gpus_per_node or 1) != 1:
+        raise UserError(
+            "--cache TASKS: each task is one process with at most one GPU; leave --nodes and "
+            "--tasks-per-node out, and give --gpus-per-node 1 or none"
+        )
+    if options.wait:
+        raise UserError("--wait is for training; watch the array with squeue")
+    resources = _resources(options, cache.parse(rest)[1])
+    local = _why_local(options)
+    if local:
+        print(f"local    {local}: the cache is filled by this machine's cores")
+    cachejob.start(rest, options.cache, resources, local=bool(local), dry_run=options.dry_run)
 
 
 def minutes(text: str) -> int:
@@ -133,8 +169,7 @@ def minutes(text: str) -> int:
     return -(-total // 60)
 
 
-def _resources(options: argparse.Namespace, config: Config) -> slurmjob.Resources:
-    """What the options ask for, with the gaps filled."""
+def _check_counts(options: argparse.Namespace) -> None:
     at_least = {
         "nodes": 1,
         "gpus_per_node": 0,
@@ -147,18 +182,28 @@ def _resources(options: argparse.Namespace, config: Config) -> slurmjob.Resource
         value = getattr(options, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value}: give at least {least}")
+
+
+def _other_options(pairs: list[str]) -> dict[str, str | bool]:
+    """sbatch's long options by name, from KEY or KEY=VALUE each."""
+    more: dict[str, str | bool] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not re.fullmatch(r"(--)?[A-Za-z][A-Za-z0-9-]*", key):
+            raise UserError(f"--slurm {pair!r}: give KEY or KEY=VALUE, as in --slurm mail-type=END")
+        more[key.removeprefix("--")] = value if equals else True
+    return more
+
+
+def _resources(options: argparse.Namespace, config: Config) -> slurmjob.Resources:
+    """What the options ask for, with the gaps filled."""
+    _check_counts(options)
     gpus = options.gpus_per_node or None
     tasks = options.tasks_per_node or gpus or 1
     if gpus and tasks > gpus:
         raise UserError(
             f"--tasks-per-node {tasks} for {gpus} GPUs per node: every task needs a GPU of its own"
         )
-    more: dict[str, str | bool] = {}
-    for pair in options.slurm:
-        key, equals, value = pair.partition("=")
-        if not re.fullmatch(r"(--)?[A-Za-z][A-Za-z0-9-]*", key):
-            raise UserError(f"--slurm {pair!r}: give KEY or KEY=VALUE, as in --slurm mail-type=END")
-        more[key.removeprefix("--")] = value if equals else True
     try:
         srun_args = tuple(shlex.split(options.srun_args))
     except ValueError as error:
@@ -174,7 +219,7 @@ def _resources(options: argparse.Namespace, config: Config) -> slurmjob.Resource
         max_restarts=options.max_restarts,
         setup=tuple(options.setup),
         srun_args=srun_args,
-        more=more,
+        more=_other_options(options.slurm),
         **{name: getattr(options, name) for name in _SLURM_ONLY if name != "time"},
     )
 
@@ -193,11 +238,28 @@ def _check(config: Config, resources: slurmjob.Resources, run: RunDir) -> None:
         )
     check_config(config.data)
     check_readers(config.data, processes)
-    if config.distil.method != "none" and not Path(config.teacher).exists():
-        raise UserError(
-            f"no such teacher: {config.teacher}; give a run folder or a checkpoint with --teacher"
-        )
+    _check_teacher(config)
     run.check_config(config)
+
+
+def _check_teacher(config: Config) -> None:
+    teacher = config.teacher
+    if config.distil.method == "none":
+        return
+    if teacher.file and not Path(teacher.file).exists():
+        raise UserError(f"no such teacher: {teacher.file}; give a run folder or a checkpoint with --teacher")
+    if teacher.source == "cache":
+        read_header(Path(teacher.cache))
+
+
+def _teacher_in_words(config: Config) -> str:
+    if config.distil.method == "none":
+        return ""
+    if config.teacher.source == "cache":
+        header = read_header(Path(config.teacher.cache))
+        name, megabytes = header["teacher"]["name"], header["bytes"] / 1e6
+        return f" beside {name} as cached in {config.teacher.cache} ({megabytes:.0f} MB)"
+    return f" beside {config.teacher.file}"
 
 
 def _plan(config: Config, resources: slurmjob.Resources, run: RunDir) -> str:
@@ -205,9 +267,9 @@ def _plan(config: Config, resources: slurmjob.Resources, run: RunDir) -> str:
     samples = round(config.data.segment_seconds * SAMPLE_RATE)
     sizes = students.select(config.student, config.sizes)
     processes = resources.nodes * resources.tasks_per_node
-    teacher = f" beside {config.teacher}" if config.distil.method != "none" else ""
     batch = config.train.batch
-    lines = [f"train    {config.distil.method}{teacher}, {config.train.steps} steps of {batch} segments"]
+    what = config.distil.method + _teacher_in_words(config)
+    lines = [f"train    {what}, {config.train.steps} steps of {batch} segments"]
     lines += [
         f"         {name}: {students.parameters(size) / 1e6:.2f} M parameters, "
         f"{students.macs(size, samples) / 1e9:.3g} GMAC per {config.data.segment_seconds:g} s"

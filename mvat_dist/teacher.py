@@ -1,43 +1,73 @@
-"""The teacher: frozen, outside every engine, and asked once per batch for all students."""
+"""The teacher behind one interface: run on every batch, or read from a cache. Asked once for all students."""
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from mvat_dist import modelfile
+from mvat_dist.data.store.lessons import Lessons
+from mvat_dist.data.stream import Batch
 from mvat_dist.devices import Precision
 from mvat_dist.losses import Lesson, energy_map
 from mvat_dist.models import Manner
-from mvat_dist.students import ViewKey
+from mvat_dist.students import Size, ViewKey
+
+
+class Teacher(Protocol):
+    """What the students need of a teacher."""
+
+    @property
+    def size(self) -> Size:
+        """Its architecture."""
+
+    def want(self, maps: Collection[ViewKey], output: bool) -> None:
+        """Choose what its lessons hold: energy maps by (side, level, view), and whether its output."""
+
+    def __call__(self, batch: Batch) -> Lesson:
+        """What it says of a micro-batch, on the batch's device."""
+
+    def describe(self) -> dict[str, Any]:
+        """What a run records of it, as JSON values."""
 
 
 class LiveTeacher:
-    """Runs the teacher network on every batch."""
+    """Runs the teacher network on every batch; it is frozen, and outside every engine."""
 
     def __init__(self, file: Path, device: torch.device, precision: Precision) -> None:
         loaded = modelfile.load(file)
         self.file = file
         self.name = loaded.name
         self.model: Manner = loaded.model.to(device).eval().requires_grad_(False)
-        self.wanted_maps: set[ViewKey] = set()
-        """(side, level, view) of the maps that some student's loss needs."""
-        self.wants_output = False
-        """Whether some student's loss needs the enhanced waveform."""
+        self._maps: set[ViewKey] = set()
+        self._output = False
         self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
+    @property
+    def size(self) -> Size:
+        """Its architecture."""
+        return self.model.size
+
+    def want(self, maps: Collection[ViewKey], output: bool) -> None:
+        """Choose what its lessons hold."""
+        self._maps, self._output = set(maps), output
+
+    def __call__(self, batch: Batch) -> Lesson:
+        """What it makes of the batch's noisy side."""
+        return self.hear(batch.noisy)
+
     @torch.no_grad()
-    def __call__(self, noisy: Tensor) -> Lesson:
-        """What the teacher makes of `noisy` (B, T): maps (B, T_b) and, where wanted, output (B, T)."""
+    def hear(self, noisy: Tensor) -> Lesson:
+        """What it makes of `noisy` (B, T): maps (B, T_b) and, where wanted, output (B, T)."""
         with self._autocast:
             output, views = self.model(noisy, return_views=True)
-        maps = {key: energy_map(feature) for key, feature in views.items() if key in self.wanted_maps}
-        return Lesson(maps, output.float() if self.wants_output else None)
+        maps = {key: energy_map(feature) for key, feature in views.items() if key in self._maps}
+        return Lesson(maps, output.float() if self._output else None)
 
     def describe(self) -> dict[str, Any]:
         """What a run records of its teacher, as JSON values."""
@@ -46,13 +76,35 @@ class LiveTeacher:
             "file": str(self.file.resolve()),
             "name": self.name,
             "size": size,
-            "sha256": self.fingerprint(),
+            "sha256": modelfile.fingerprint(self.model),
         }
 
-    def fingerprint(self) -> str:
-        """Hexadecimal SHA-256 of the weights and BatchNorm statistics."""
-        digest = hashlib.sha256()
-        for key, value in sorted(self.model.state_dict().items()):
-            digest.update(key.encode())
-            digest.update(value.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+
+class CachedTeacher:
+    """Hands on what the readers found in a teacher cache."""
+
+    def __init__(self, lessons: Lessons) -> None:
+        self._lessons = lessons
+
+    @property
+    def size(self) -> Size:
+        """Architecture of the teacher that filled the cache."""
+        return self._lessons.size
+
+    def want(self, maps: Collection[ViewKey], output: bool) -> None:
+        """Choose what its lessons hold, before the readers start.
+
+        Raises:
+            UserError: the cache does not hold it.
+        """
+        self._lessons.want(maps, output)
+
+    def __call__(self, batch: Batch) -> Lesson:
+        """What came with the batch."""
+        assert batch.lesson is not None, "the stream was opened with the cache"
+        return batch.lesson
+
+    def describe(self) -> dict[str, Any]:
+        """The teacher that filled the cache, and which cache it was."""
+        header = self._lessons.header
+        return {**header["teacher"], "cache": str(self._lessons.folder), "codec": header["codec"]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -21,6 +21,11 @@ class Lesson:
     """Energy maps (B, T_b) by (side, level, view)."""
     output: Tensor | None
     """Enhanced waveform (B, T), where a method asks for it."""
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Lesson:
+        """The lesson with `move` applied to each of its tensors."""
+        maps = {key: move(values) for key, values in self.maps.items()}
+        return Lesson(maps, None if self.output is None else move(self.output))
 
 
 @dataclass(frozen=True)

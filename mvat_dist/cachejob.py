@@ -1,0 +1,66 @@
+"""Fill a teacher cache on a cluster: a Slurm array through submitit, a part of the shards to each task."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+from submitit.core.utils import DelayedSubmission
+
+from mvat_dist import cache, slurmjob
+from mvat_dist.data.mix.training import TrainingData
+from mvat_dist.errors import UserError, exit_code
+from mvat_dist.slurmjob import Resources
+
+
+class CacheTask:
+    """What a task of the array runs. Its pickle holds the command line only."""
+
+    def __init__(self, argv: list[str]) -> None:
+        self.argv = argv
+
+    def __call__(self, part: str) -> None:
+        """Cache one part, as ``python -m mvat_dist.cache`` with these arguments."""
+        code = exit_code(cache.main, [*self.argv, f"--part={part}"])
+        if code:
+            raise SystemExit(code)
+
+    def checkpoint(self, part: str) -> DelayedSubmission:
+        """What submitit runs after a requeue: the same, which keeps the finished shards."""
+        return DelayedSubmission(self, part)
+
+
+def start(argv: list[str], tasks: int, resources: Resources, *, local: bool, dry_run: bool) -> None:
+    """Fill the cache of ``python -m mvat_dist.cache`` with arguments `argv`, here or by an array of `tasks`.
+
+    Raises:
+        UserError: a mistake in the arguments, or Slurm refused the job.
+    """
+    options, config = cache.parse(argv)
+    out = Path(options.out).absolute()
+    if local:
+        cache.main([*argv, "--dry-run"] if dry_run else argv)
+        return
+    # What a login node can know: no array may wait in the queue for nothing.
+    TrainingData(config.data, config.seed).check_numbered()
+    if not config.teacher.file or not Path(config.teacher.file).exists():
+        raise UserError(
+            f"no such teacher: {config.teacher.file or 'none was given'}; name one with --teacher"
+        )
+    name = re.sub(r"[^\w.+-]", "_", f"mvat-cache-{out.name}", flags=re.ASCII)
+    folder = out / "submitit"
+    executor = slurmjob.executor(folder, name, resources)
+    print(f"cache    {out}: {tasks} tasks, each with every {tasks}th shard")
+    if dry_run:
+        print(f"\n{slurmjob.script(executor)}")
+        return
+    jobs: list[Any] = slurmjob.submit(executor, CacheTask(argv), [f"{part}/{tasks}" for part in range(tasks)])
+    number = jobs[0].split("_")[0]
+    print(
+        f"job      {number}\n"
+        f"follow   tail -F {shlex.quote(str(folder))}/{number}_*_log.out\n"
+        f"         squeue -j {number}\n"
+        f"cancel   scancel {number}"
+    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ logger = logging.getLogger(__name__)
 _PREFIX = "step-"
 _MANIFEST = "manifest.json"
 _FLEET = "fleet.json"
+
+FORMAT = 1
+"""Of the files of a checkpoint; raised when an older one can no longer be read."""
 
 
 @dataclass
@@ -42,17 +46,21 @@ def save(folder: Path, step: int, states: dict[str, StudentState], keep: int) ->
     """Write the checkpoint of `step`; of all that are there, leave it and the newest ones before it.
 
     `keep` usable ones stay, this one among them. Called on one rank, the folder's only writer: what a
-    killed one left half written or half removed goes too.
+    killed one left half written or half removed goes too. Newer means written later: where a student joined
+    the fleet, the steps begin again, for that student.
     """
     for unfinished in folder.glob(f".{_PREFIX}*{TEMPORARY_SUFFIX}"):
         shutil.rmtree(unfinished)
     path = folder / f"{_PREFIX}{step:08d}"
+    serial = 1 + max(map(_serial, _folders(folder)), default=0)
     with atomic_directory(path) as temporary:
         for name, state in states.items():
             save_file(state.weights, temporary / f"{name}.weights.safetensors")
             save_file(state.optimizer, temporary / f"{name}.optimizer.safetensors")
         progress = {name: state.progress for name, state in states.items()}
-        write_json(temporary / _FLEET, {"step": step, "students": progress})
+        write_json(
+            temporary / _FLEET, {"format": FORMAT, "serial": serial, "step": step, "students": progress}
+        )
         files = {file.name: _fingerprint(file) for file in sorted(temporary.iterdir())}
         write_json(temporary / _MANIFEST, files)
     _remove_superseded(path, keep)
@@ -62,26 +70,26 @@ def save(folder: Path, step: int, states: dict[str, StudentState], keep: int) ->
 def _remove_superseded(written: Path, keep: int) -> None:
     """Remove all but `written` and the ``keep - 1`` usable checkpoints before it.
 
-    A later step than the one just written was damaged, or the run was rewound: it must not win at the
-    next start. Those that stay are read in full, for a damaged one in their number is no reserve.
+    Those that stay are read in full, for a damaged one in their number is no reserve.
     """
     kept = 1
     for old in reversed(_folders(written.parent)):
         if old == written:
             continue
-        if kept < keep and step_of(old) < step_of(written) and _damage(old) is None:
+        if kept < keep and _damage(old) is None:
             kept += 1
         else:
             shutil.rmtree(old)
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest checkpoint whose files are all there and unchanged; None where none was ever complete.
+def newest(folder: Path, wanted: Callable[[Path], bool] = lambda _: True) -> Path | None:
+    """The newest `wanted` checkpoint whose files are all there and unchanged; None where there is none.
 
     A damaged checkpoint is reported by name and the one before it is used. Changes nothing on disk.
 
     Raises:
-        UserError: there are checkpoints and each is damaged: the run would silently start over.
+        UserError: there are checkpoints and each is damaged: the run would silently start over; or the
+            newest whole one has another format.
     """
     damaged = {}
     for path in reversed(_folders(folder)):
@@ -89,7 +97,10 @@ def newest(folder: Path) -> Path | None:
             continue
         reason = _damage(path)
         if reason is None:
-            return path
+            _check_format(path)
+            if wanted(path):
+                return path
+            continue
         logger.warning("checkpoint %s is damaged (%s): looking for one before it", path, reason)
         damaged[path.name] = reason
     if damaged:
@@ -101,6 +112,20 @@ def newest(folder: Path) -> Path | None:
     return None
 
 
+def _check_format(path: Path) -> None:
+    """Refuse a checkpoint that another version of this package wrote in another way.
+
+    Raises:
+        UserError: with both formats.
+    """
+    found = read_json(path / _FLEET).get("format", FORMAT)  # the first ones did not say
+    if found != FORMAT:
+        raise UserError(
+            f"checkpoint {path} has format {found}, this version reads {FORMAT}: go on with the version of "
+            "mvat_dist that the run's environment.json names, or start another run with --name"
+        )
+
+
 def step_of(path: Path) -> int:
     """Optimiser steps done when the checkpoint was written."""
     return int(path.name.removeprefix(_PREFIX))
@@ -108,7 +133,7 @@ def step_of(path: Path) -> int:
 
 def load(path: Path, name: str) -> StudentState | None:
     """The state of student `name`, or None where the checkpoint does not hold that student."""
-    progress = read_json(path / _FLEET)["students"]
+    progress = progress_of(path)
     if name not in progress:
         return None
     return StudentState(
@@ -118,10 +143,26 @@ def load(path: Path, name: str) -> StudentState | None:
     )
 
 
+def progress_of(path: Path) -> dict[str, dict[str, Any]]:
+    """What the students that the checkpoint holds have been through, by name, as JSON values."""
+    found: dict[str, dict[str, Any]] = read_json(path / _FLEET)["students"]
+    # The first checkpoints had one step for all.
+    return {name: {"steps": step_of(path), **progress} for name, progress in found.items()}
+
+
 def _folders(folder: Path) -> list[Path]:
-    """Folders named as checkpoints are, by step; one without a manifest is half removed."""
+    """Folders named as checkpoints are, the oldest first; one without a manifest is half removed."""
     found = folder.glob(f"{_PREFIX}*") if folder.is_dir() else []
-    return sorted((path for path in found if path.name.removeprefix(_PREFIX).isdecimal()), key=step_of)
+    named = [path for path in found if path.name.removeprefix(_PREFIX).isdecimal()]
+    return sorted(named, key=lambda path: (_serial(path), step_of(path)))
+
+
+def _serial(path: Path) -> int:
+    """Number of the checkpoint in the order of writing; 0 where it cannot be read, or none was written."""
+    try:
+        return int(read_json(path / _FLEET).get("serial", 0))
+    except (OSError, ValueError, AttributeError):
+        return 0
 
 
 def _fingerprint(file: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import shlex
@@ -12,22 +11,20 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from mvat_dist import configfile, launch, rundir, slurmjob
+from submitit.slurm.slurm import SlurmExecutor
+
+from mvat_dist import configfile, launch, rundir, runstate, slurmjob
 from mvat_dist.config import Config
-from mvat_dist.errors import EXIT_USER_ERROR, UserError
-from mvat_dist.files import make_folder, read_json, write_json
+from mvat_dist.errors import EXIT_BUSY, EXIT_USER_ERROR, UserError
+from mvat_dist.files import read_json, write_json
+from mvat_dist.lock import INHERITED, Purpose, RunLock
 from mvat_dist.rundir import RunDir
 from mvat_dist.slurmjob import JobState, Resources
 
-EXIT_BUSY = 3
-"""Exit code where another process starts or trains the run: it is in good hands, but not finished, so
-``submit ... && evaluate ...`` must not go on."""
-
-_LOCK = ".submit.lock"
 _LOCK_SECONDS = 10.0
-"""A submission holds the lock for a moment, a local run for its whole life: longer waiting is in vain."""
+"""A submission holds the lock for a moment."""
 
 _ACCOUNTING_SECONDS = 15.0
 """How long accounting may lag behind the controller."""
@@ -41,21 +38,29 @@ def job_name(run: RunDir) -> str:
     return re.sub(r"[^\w.+-]", "_", f"mvat-{run.path.name}", flags=re.ASCII)
 
 
-def locally(run: RunDir, argv: list[str], resources: Resources) -> int:
+def locally(run: RunDir, config: Config, argv: list[str], resources: Resources) -> int:
     """Train in processes of this machine, in the foreground; the exit code, 0 only for a finished run."""
-    with _alone_in(run) as (alone, is_new):
-        if _finished(run):
+    if _finished(run, config):
+        return 0
+    if job := _active_job(run):
+        print(f"a job trains this run: nothing new was started\n{_follow(run, job)}")
+        return EXIT_BUSY
+    with _alone_in(run, "train") as (lock, is_new):
+        if lock is None:
+            return EXIT_BUSY
+        if _finished(run, config):  # by the one before us
             return 0
-        if not alone:
-            return EXIT_BUSY
-        if job := _active_job(run):
-            print(f"a job trains this run: nothing new was started\n{_follow(run, job)}")
-            return EXIT_BUSY
         _record(run, argv, resources, cluster="local", pid=os.getpid())
         sys.stdout.flush()
         command = [sys.executable, "-m", "mvat_dist.train", *argv]
-        code = launch.run(command, resources.nodes * resources.tasks_per_node, run.logs)
-        if is_new and code == EXIT_USER_ERROR:
+        os.environ[INHERITED] = lock.token
+        try:
+            code = launch.run(command, resources.nodes * resources.tasks_per_node, run.logs)
+        finally:
+            del os.environ[INHERITED]
+        if code not in {0, EXIT_BUSY}:
+            runstate.record_end(run, runstate.why(code))
+        if is_new and code == EXIT_USER_ERROR and not run.status.exists():
             # Nothing was trained: leave nothing that looks like a run.
             for file in [run.job, *run.logs.glob("rank-*.log")]:
                 file.unlink()
@@ -69,18 +74,25 @@ def on_slurm(run: RunDir, config: Config, resources: Resources, *, wait: bool) -
 
     `EXIT_BUSY` where a process of some machine trains the run: no job will.
     """
-    with _alone_in(run) as (alone, _):
-        if _finished(run):
-            return 0
-        if not alone:
-            return EXIT_BUSY
-        job = _active_job(run)
-        if job is None:
-            job = _submit(run, config, resources)
-        else:
-            _same_experiment(run, config, job)
-            print("this run is in the queue already; nothing new was submitted")
-        print(_follow(run, job))
+    if _finished(run, config):
+        return 0
+    submitted = False
+    job = _active_job(run)
+    if job is None:
+        with _alone_in(run, "start") as (lock, _):
+            if _finished(run, config):
+                return 0
+            # The one before us may have submitted it, and its job may train already.
+            job = _active_job(run)
+            if job is None:
+                if lock is None:
+                    return EXIT_BUSY
+                job = _submit(run, config, resources)
+                submitted = True
+    if not submitted:
+        _same_experiment(run, config, job)
+        print("this run is in the queue already; nothing new was submitted")
+    print(_follow(run, job))
     return _wait_for(run, job) if wait else 0
 
 
@@ -98,15 +110,25 @@ def _same_experiment(run: RunDir, config: Config, job: str) -> None:
         )
 
 
+def _executor(run: RunDir, resources: Resources) -> tuple[SlurmExecutor, list[str]]:
+    """What submits the run's job, and the arguments of the training in it."""
+    argv = ["--config", str(run.config)]
+    return slurmjob.executor(run.submitit, job_name(run), resources, argv), argv
+
+
+def job_script(run: RunDir, resources: Resources) -> str:
+    """The text that sbatch would get."""
+    return slurmjob.script(_executor(run, resources)[0])
+
+
 def _submit(run: RunDir, config: Config, resources: Resources) -> str:
     """Submit the job; what a refused one would leave behind is removed again."""
-    executor = slurmjob.executor(run.submitit, job_name(run), resources)
+    executor, argv = _executor(run, resources)
     before = set(run.path.iterdir())
     # The job reads the resolved configuration: the user may edit the original while the job waits.
     run.create(config)
-    argv = ["--config", str(run.config)]
     try:
-        job = slurmjob.submit(executor, argv)
+        [job] = slurmjob.submit(executor, slurmjob.TrainJob(argv))
     except UserError:
         for path in set(run.path.iterdir()) - before:
             if path.is_file():
@@ -130,12 +152,11 @@ def _record(run: RunDir, argv: list[str], resources: Resources, **where: Any) ->
     write_json(run.job, start)
 
 
-def _finished(run: RunDir) -> bool:
+def _finished(run: RunDir, config: Config) -> bool:
     """Whether the run has done all its steps; says so."""
-    status = run.read_status()
-    if status.get("state") != "finished":
+    if not run.finished(config):
         return False
-    print(f"this run is finished ({status['step']} steps): nothing to do")
+    print(f"this run is finished ({config.train.steps} steps): nothing to do")
     return True
 
 
@@ -219,46 +240,17 @@ def _last_state(job: str, name: str) -> JobState:
 
 
 @contextlib.contextmanager
-def _alone_in(run: RunDir) -> Iterator[tuple[bool, bool]]:
-    """Make the run's folder and hold its lock: (whether it was to be had, whether the folder is new).
+def _alone_in(run: RunDir, purpose: Purpose) -> Iterator[tuple[RunLock | None, bool]]:
+    """Make the run's folder and hold its lock: (the lock where it was to be had, whether the folder is new).
 
     Folders made here that are still empty at the end are removed again.
     """
-    made = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
-    make_folder(run.path)
-    lock = _take_lock(run.path / _LOCK)
+    is_new = not run.path.exists()
+    lock = RunLock(run.path, purpose)
+    owner = lock.acquire(patience=_LOCK_SECONDS)
+    if owner:
+        print(f"this run is being started or trained by {owner}: nothing new was started")
     try:
-        if lock is None:
-            start = read_json(run.job) if run.job.exists() else {}
-            who = f"process {start.get('pid')} on {start.get('host')}" if start else "another process"
-            print(f"this run is being started or trained by {who}: nothing new was started")
-        yield lock is not None, bool(made)
+        yield None if owner else lock, is_new
     finally:
-        if lock is not None:
-            (run.path / _LOCK).unlink(missing_ok=True)
-            lock.close()
-        for folder in made:
-            with contextlib.suppress(OSError):  # not empty: something came of it
-                folder.rmdir()
-
-
-def _take_lock(path: Path) -> IO[str] | None:
-    """An open file that holds the lock until it is closed, by whatever death; None where another has it."""
-    deadline = time.monotonic() + _LOCK_SECONDS
-    while True:
-        file = path.open("a")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            if time.monotonic() > deadline:
-                return None
-            time.sleep(0.2)
-            continue
-        except OSError:
-            return file  # a file system without locks: Slurm's own queue still shows the first job
-        # The one before us removes the file: a lock on a removed file keeps nobody out.
-        with contextlib.suppress(FileNotFoundError):
-            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
-                return file
-        file.close()
+        lock.release()

@@ -16,8 +16,11 @@ import torch
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
     safe_get_local_optimizer_state,
+    safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
 from torch import Tensor, nn
@@ -163,6 +166,20 @@ class StudentEngine:
         whole |= {name: buffer.detach().cpu().clone() for name, buffer in self._buffers.items()}
         return whole
 
+    @torch.no_grad()
+    def load_weights(self, whole: dict[str, Tensor]) -> None:
+        """Continue from `weights` of any ZeRO stage and number of ranks. Every rank must call it."""
+        for name, parameter in self.module.named_parameters():
+            value = whole[name].to(self.device)
+            if self.zero_stage == 3:
+                length = safe_get_local_fp32_param(parameter).numel()
+                safe_set_local_fp32_param(parameter, _partition(value, length))
+                continue
+            parameter.copy_(value)
+            if self.zero_stage > 0:  # the optimiser has a copy of its own, which the next step would restore
+                safe_set_full_fp32_param(parameter, value)
+        self.restore_buffers({name: whole[name].to(self.device) for name in self._buffers})
+
     def optimizer_state(self) -> dict[str, Tensor]:
         """Whole moments as ``exp_avg.NAME`` and the update count ``step``. Every rank must call it."""
         states = self._engine.basic_optimizer.state
@@ -181,9 +198,12 @@ class StudentEngine:
 
     def load_optimizer_state(self, whole: dict[str, Tensor]) -> None:
         """Continue from `optimizer_state` of any ZeRO stage and number of ranks."""
-        if not whole:
-            return
         states = self._engine.basic_optimizer.state
+        if not whole:  # from before the first update, when there are no moments or all are zero
+            for state in states.values():
+                for value in state.values():
+                    value.zero_()
+            return
         if self.zero_stage == 0:
             for name, parameter in self.module.named_parameters():
                 moments = {key: whole[f"{key}.{name}"].to(self.device, copy=True) for key in MOMENTS}
@@ -200,13 +220,8 @@ class StudentEngine:
         if self.zero_stage < 3:
             safe_set_full_optimizer_state(parameter, whole, key)
             return
-        # DeepSpeed 0.19.8 cuts the whole value into equal parts without the padding that its own
-        # partitions have, and fails wherever the ranks do not divide the size: cut it here.
         length = safe_get_local_optimizer_state(parameter, key).numel()
-        ranks = torch.distributed.get_world_size()
-        padded = nn.functional.pad(whole.flatten(), (0, length * ranks - whole.numel()))
-        mine = padded[torch.distributed.get_rank() * length :][:length]
-        safe_set_local_optimizer_state(parameter, mine, key)
+        safe_set_local_optimizer_state(parameter, _partition(whole, length), key)
 
     def _create_zero_states(self) -> None:
         """Make ZeRO allocate its partitions of the moments, which it does at the first update.
@@ -219,3 +234,14 @@ class StudentEngine:
         self.backward(0.0 * self(silence, return_views=False).sum())
         self.step(Hyperparameters(lr=0.0, beta1=0.9))
         self.restore_buffers(buffers)
+
+
+def _partition(whole: Tensor, length: int) -> Tensor:
+    """This rank's `length` values of `whole` as ZeRO stage 3 cuts it, the last ones padded with zeros.
+
+    DeepSpeed 0.19.8 leaves out the padding when it cuts a whole value itself, and fails wherever the ranks do
+    not divide the size.
+    """
+    ranks = torch.distributed.get_world_size()
+    padded = nn.functional.pad(whole.flatten(), (0, length * ranks - whole.numel()))
+    return padded[torch.distributed.get_rank() * length :][:length]

@@ -9,6 +9,16 @@ from collections.abc import Callable, Iterable
 
 EXIT_USER_ERROR = 2
 
+EXIT_BUSY = 3
+"""Exit code where another process starts or trains the run: it is in good hands, but not finished, so
+``submit ... && evaluate ...`` must not go on."""
+
+EXIT_HUNG = 4
+"""Exit code of a training that its watchdog ended."""
+
+EXIT_PORT = 5
+"""Exit code where another program listens on the port on which the ranks should meet."""
+
 # Conditions of the machine that the user, not a developer, has to mend, and how.
 _MACHINE_ERRORS = {
     errno.ENOSPC: ("the disk is full", "free space or choose another place"),
@@ -28,9 +38,24 @@ class UserError(Exception):
         say: whether this process prints it; of many ranks that meet the same mistake, one does.
     """
 
+    code = EXIT_USER_ERROR
+    """Exit code of a command that ends with it."""
+
     def __init__(self, message: str, *, say: bool = True) -> None:
         super().__init__(message)
         self.say = say
+
+
+class BusyError(UserError):
+    """Another process starts or trains the run."""
+
+    code = EXIT_BUSY
+
+
+class PortTakenError(UserError):
+    """Another program listens where the ranks should meet; a new start takes another port."""
+
+    code = EXIT_PORT
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -54,15 +79,15 @@ def machine_refusal(error: OSError) -> str | None:
 def exit_code(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
     """Run ``main(argv)`` as a command and return the process's exit code.
 
-    0 on success, 2 (with one line on stderr) for a `UserError` and for a full, read-only or
-    forbidden disk, 130 for Ctrl-C. Any other exception is a defect and propagates.
+    0 on success, the error's code (2, with one line on stderr) for a `UserError`, 2 for a full,
+    read-only or forbidden disk, 130 for Ctrl-C. Any other exception is a defect and propagates.
     """
     try:
         main(argv)
     except UserError as error:
         if error.say:
             print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return error.code
     except OSError as error:
         refusal = machine_refusal(error)
         if refusal is None:

@@ -16,10 +16,13 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
+from mvat_dist import locations, modelfile
 from mvat_dist import metrics as metric_table
-from mvat_dist import modelfile
 from mvat_dist.commandline import CommandParser
-from mvat_dist.data.shards import subset_names
+from mvat_dist.data.store.folders import Folder, read_manifest
+from mvat_dist.data.store.packed import Corpus, locate
+from mvat_dist.data.store.remote import RemoteError
+from mvat_dist.data.store.shardcache import Cache
 from mvat_dist.data.validation import ValidationClips
 from mvat_dist.errors import UserError, exit_code
 from mvat_dist.files import make_folder, write_json, write_text
@@ -74,31 +77,44 @@ def networks_of(run: Path, which: Which) -> dict[str, LoadedModel]:
     return found | {name: modelfile.load(file) for name, file in students.items()}
 
 
-def held_out(data: Path, limit: int, max_seconds: float) -> dict[str, ValidationClips]:
+def held_out(
+    data: Path | str, limit: int, max_seconds: float, cache: Cache | None = None
+) -> dict[str, ValidationClips]:
     """The held-out clips below `data`, by section: every ``test_*`` subset of a packed corpus (``valid``
     where it has none), or `data` itself.
+
+    Args:
+        data: folder, URL or pattern.
+        limit: most clips of a section, as for `ValidationClips`.
+        max_seconds: of each clip, as for `ValidationClips`.
+        cache: for copies of what lies at a URL; None is the default one.
 
     Raises:
         UserError: no such folder, no held-out pairs in it, or damaged shards.
     """
-    folders = [data]
-    if names := _subsets(data):
+    cache = cache or Cache()
+    folders = locate("--data", data, cache)
+    sections = {locations.name(str(folders[0])): folders}
+    if _is_corpus(folders[0]):
+        corpus = Corpus("--data", data, cache)
+        names = corpus.names
         tests = [name for name in names if name.startswith("test_")] or [n for n in names if n == "valid"]
         if not tests:
             raise UserError(f"{data} has no subset test_* or valid to score on; it has {', '.join(names)}")
-        folders = [data / name for name in tests]
+        sections = {name: corpus.subset(name) for name in tests}
     return {
-        folder.resolve().name: ValidationClips(folder, limit=limit, max_seconds=max_seconds)
-        for folder in folders
+        name: ValidationClips(its, limit=limit, max_seconds=max_seconds) for name, its in sections.items()
     }
 
 
-def _subsets(data: Path) -> list[str]:
-    """Names of the subsets of a packed corpus; empty for anything else, which `ValidationClips` judges."""
+def _is_corpus(folder: Folder) -> bool:
+    """Whether it is a packed corpus; what else it may be is judged by `ValidationClips`."""
     try:
-        return subset_names(data)
+        return "subsets" in read_manifest(folder, "a packed corpus")
+    except RemoteError:
+        raise
     except UserError:
-        return []
+        return False
 
 
 def score_sections(
@@ -183,7 +199,7 @@ def _write(
     write_text(out / "rows.jsonl", "".join(line + "\n" for line in lines))
     record = {
         "run": str(arguments.run.absolute()),
-        "data": str(arguments.data.absolute()),
+        "data": locations.absolute(arguments.data),
         "weights": arguments.weights,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "machine": f"{platform.node()} {platform.machine()}, torch {torch.__version__}",
@@ -218,8 +234,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="a run folder, a student's folder or a model file")
-    data = "packed corpus (its test_* subsets, else valid), packed subset, or folder with noisy/ and clean/"
-    add("--data", type=Path, required=True, help=data)
+    data = (
+        "packed corpus (its test_* subsets, else valid) or packed subset, as a folder, URL or quoted "
+        "pattern; or a folder with noisy/ and clean/"
+    )
+    add("--data", required=True, help=data)
+    add("--cache-dir", default="", help="folder for copies of what lies at URLs (default: as in training)")
     add("--metrics", default=DEFAULT_METRICS, help=f"of {', '.join(METRICS)} (default: %(default)s)")
     add("--limit", type=int, default=0, help="most clips of each test set (default: all)")
     add(
@@ -256,7 +276,8 @@ def main(argv: list[str] | None = None) -> None:
     metrics = metric_table.select(arguments.metrics)
     device = _device(arguments.device)
     networks = networks_of(arguments.run, arguments.weights)
-    sets = held_out(arguments.data, arguments.limit, arguments.max_seconds)
+    cache = Cache(arguments.cache_dir)
+    sets = held_out(arguments.data, arguments.limit, arguments.max_seconds, cache)
     out = arguments.out or _default_out(arguments)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: give a folder")
@@ -282,7 +303,7 @@ def _device(choice: str) -> torch.device:
 def _default_out(arguments: argparse.Namespace) -> Path:
     run: Path = arguments.run
     folder = run if run.is_dir() else run.parent
-    return folder / "evaluate" / f"{arguments.data.resolve().name}-{arguments.weights}"
+    return folder / "evaluate" / f"{locations.name(arguments.data)}-{arguments.weights}"
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from mvat_dist.data.stream import Batch
 from mvat_dist.engine import StudentEngine
 from mvat_dist.losses import Objective, Prepared
 from mvat_dist.students import Size
-from mvat_dist.teacher import LiveTeacher
+from mvat_dist.teacher import Teacher
 from mvat_dist.timing import Stopwatch
 
 
@@ -57,13 +57,19 @@ class Meter:
 class Progress:
     """What a student has been through."""
 
+    steps: int = 0
+    """Steps of the run that are behind it: a student that joined later is behind the others for a while."""
     updates: int = 0
     """Steps that changed the weights."""
     skipped: int = 0
     """Steps left out because the gradient was not finite."""
     skipped_in_a_row: int = 0
+    rollbacks: int = 0
+    """Times it went back to a checkpoint after too many skipped steps in a row."""
+    lr_factor: float = 1.0
+    """Factor of its learning rate: every rollback halves it."""
     given_up: bool = False
-    """True after too many skipped steps in a row: the student stays as it is, the others go on."""
+    """True where rollbacks did not help: the student stays as it is, the others go on."""
     validated: int = 0
     """Steps done at the last validation."""
     best: float | None = None
@@ -88,10 +94,11 @@ class Student:
         self.engine.backward(terms["loss"])
         self.meter.add(terms, len(noisy))
 
-    def update(self, now: schedule.Hyperparameters, statistics: dict[str, Tensor], max_skipped: int) -> None:
+    def update(self, now: schedule.Hyperparameters, statistics: dict[str, Tensor]) -> None:
         """Apply the step's gradient, or undo the step's traces if it is not finite on some rank."""
         progress = self.progress
-        if self.engine.step(now):
+        progress.steps += 1
+        if self.engine.step(now._replace(lr=now.lr * progress.lr_factor)):
             progress.updates += 1
             progress.skipped_in_a_row = 0
             return
@@ -99,7 +106,14 @@ class Student:
         self.meter.step.zero_()
         progress.skipped += 1
         progress.skipped_in_a_row += 1
-        progress.given_up = progress.skipped_in_a_row >= max_skipped
+
+    def roll_back(self, state: StudentState) -> None:
+        """Take weights and moments from `state`, and half the learning rate from now on."""
+        self.engine.load_weights(state.weights)
+        self.engine.load_optimizer_state(state.optimizer)
+        self.progress.skipped_in_a_row = 0
+        self.progress.rollbacks += 1
+        self.progress.lr_factor /= 2
 
     def state(self) -> StudentState:
         """Everything needed to go on. Every rank must call it."""
@@ -117,37 +131,35 @@ class Student:
 class Fleet:
     """Students that learn side by side from the same batches and the same teacher."""
 
-    def __init__(self, students: Iterable[Student], teacher: LiveTeacher | None, config: Config) -> None:
+    def __init__(self, students: Iterable[Student], teacher: Teacher | None, config: Config) -> None:
         self.students = list(students)
         self.teacher = teacher
-        if teacher:
-            teacher.wanted_maps = {key for student in self.students for key in student.objective.keys}
-            teacher.wants_output = "output" in config.distil.method
         self.config = config
         self.stopwatch = Stopwatch()
+        self.stepped: list[Student] = []
+        """Students that made the last step."""
 
-    @property
-    def learning(self) -> list[Student]:
-        """Students that have not been given up."""
-        return [student for student in self.students if not student.progress.given_up]
+    def at(self, step: int) -> list[Student]:
+        """Students that have done `step` steps and have not been given up."""
+        return [one for one in self.students if one.progress.steps == step and not one.progress.given_up]
 
     def step(self, micro_batches: Sequence[Batch], step: int) -> schedule.Hyperparameters:
-        """Optimiser step `step`, counted from 0, of every student on this rank's micro-batches."""
+        """Optimiser step `step`, counted from 0, of the students that it is the next of."""
         now = schedule.at(step, self.config.train.steps, self.config.optim)
-        learning, clock = self.learning, self.stopwatch
+        learning, clock = self.at(step), self.stopwatch
+        self.stepped = learning
         statistics = [student.engine.copy_buffers() for student in learning]
         for batch in micro_batches:
             on_device = batch.to(learning[0].engine.device)
-            noisy, clean = on_device.noisy, on_device.clean
             with clock.section("teacher"):
-                lesson = self.teacher(noisy) if self.teacher else None
+                lesson = self.teacher(on_device) if self.teacher else None
             with clock.section("students"):
-                prepared = learning[0].objective.prepare(noisy, clean, lesson)
+                prepared = learning[0].objective.prepare(on_device.noisy, on_device.clean, lesson)
                 for student in learning:
-                    student.learn(noisy, prepared)
+                    student.learn(on_device.noisy, prepared)
         with clock.section("update"):
             for student, before in zip(learning, statistics, strict=True):
-                student.update(now, before, self.config.train.max_skipped)
+                student.update(now, before)
         with clock.section("communication"):
             sum_in_place([student.meter.step for student in learning])
             average_batchnorm(student.engine.module for student in learning)

@@ -19,11 +19,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from mvat_dist.errors import EXIT_PORT
 from mvat_dist.ranks import LOCAL_LAUNCHER, RANK_VARIABLES, Ranks, export, free_port
 
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 20.0
 """After one rank has failed: the others notice, note it in their records and end, or are ended."""
+
+_PORTS = 3
+"""Ports to try: between the choice of a free one and its use another program may take it."""
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 _PR_SET_PDEATHSIG = 1
@@ -62,8 +66,18 @@ def run(command: Sequence[str], processes: int, logs: Path) -> int:
     """Run `command` as ranks 0 to `processes` - 1 and return the exit code of the first that fails.
 
     Rank 0 has this terminal; rank N > 0 appends to ``logs/rank-N.log``. Signals that ask to stop are
-    passed on to every rank, once each time. A process ended by signal s counts as exit code 128 + s.
+    passed on to every rank, once each time. A process ended by signal s counts as exit code 128 + s. Where
+    the ranks' port is taken all start again with another.
     """
+    for _ in range(_PORTS - 1):
+        code = _run_once(command, processes, logs)
+        if code != EXIT_PORT:
+            return code
+        print("another program was faster to take the port of the ranks: starting again", file=sys.stderr)
+    return _run_once(command, processes, logs)
+
+
+def _run_once(command: Sequence[str], processes: int, logs: Path) -> int:
     group = _Group()
     port = free_port()
     try:
@@ -140,13 +154,15 @@ class _Group:
         while running := [member for member in self.members if member.code() is None]:
             first = first or next((member for member in self.members if self._failed(member)), None)
             if first and deadline is None:
-                deadline = time.monotonic() + _GRACE_SECONDS
+                deadline = time.monotonic() + (0.0 if first.code() == EXIT_PORT else _GRACE_SECONDS)
             if deadline is not None and time.monotonic() > deadline:
                 break
             time.sleep(_POLL_SECONDS)
         first = first or next((member for member in self.members if self._failed(member)), None)
         if first is None:
             return max(member.code() or 0 for member in self.members)
+        if first.code() == EXIT_PORT:
+            return EXIT_PORT
         self._explain(first, rank_zero_hangs=self.members[0] in running)
         return first.code() or 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 
@@ -18,5 +19,8 @@ def quieten(rank: int) -> None:
     )
     for chatty in ("DeepSpeed", "deepspeed", "torch.distributed"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
+    # When a rank is killed, Python's tracker of its readers' semaphores outlives it and complains.
+    kept = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (kept, "ignore:resource_tracker:UserWarning")))
     # DeepSpeed 0.19.8 calls names that torch 2.13 has renamed, once per step.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mvat_dist import configfile, evaluate, modelfile, pack, students, submit
 from mvat_dist.commandline import CommandParser
-from mvat_dist.data import synthetic
+from mvat_dist.data.demo import synthetic
 from mvat_dist.errors import UserError, exit_code
 from mvat_dist.files import read_json
 from mvat_dist.rundir import run_folder

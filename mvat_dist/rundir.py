@@ -10,6 +10,7 @@ import dataclasses
 import secrets
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +29,8 @@ This folder is one run of mvat_dist.
 
 config.yaml        the resolved configuration; `python -m mvat_dist.train --config config.yaml` goes on
 environment.json   versions, host and ranks of the latest start
-STATUS             state, step and time, as JSON
+STATUS             state, step, why it stopped, restarts, as JSON; `python -m mvat_dist.status THIS_FOLDER`
+lock/, heartbeat   who writes here now, and that process's sign of life
 inputs.json        which teacher (fingerprint of its weights) and which shards (hash of their manifest)
 deepspeed.json     the configuration that DeepSpeed got for each student
 checkpoints/       step-NNNNNNNN/: all that is needed to go on; safetensors and JSON
@@ -99,12 +101,17 @@ class RunDir:
     def check_config(self, config: Config) -> None:
         """Refuse to mix two experiments in one folder. One that has saved nothing yet may be replaced.
 
+        Students may join and leave; none may change its size.
+
         Raises:
             UserError: with every key that differs.
         """
         if not (self.config.exists() and self.checkpoints.exists()):
             return
-        differing = changed_keys(configfile.parse(["--config", str(self.config)]), config)
+        before = configfile.parse(["--config", str(self.config)])
+        differing = changed_keys(
+            before, config, but_for=() if _resized(before, config) else ("student", "sizes")
+        )
         if differing:
             raise UserError(
                 f"{self.path} holds a run with another configuration ({', '.join(differing)}): "
@@ -171,21 +178,37 @@ class RunDir:
     def write_status(self, state: State, step: int, **more: Any) -> None:
         """Record the run's state; readers see the old or the new one, never a part."""
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        write_json(self.status, {"state": state, "step": step, "time": now, **more})
+        self.replace_status({"state": state, "step": step, "time": now, **more})
+
+    def replace_status(self, status: dict[str, Any]) -> None:
+        """`write_status` with all fields given."""
+        write_json(self.status, status)
+
+    def finished(self, config: Config) -> bool:
+        """Whether every student of `config` has done all its steps, or was given up on the way."""
+        status = self.read_status()
+        wanted = students.select(config.student, config.sizes)
+        return status.get("state") == "finished" and wanted.keys() <= status.get("students", {}).keys()
 
     def read_status(self) -> dict[str, Any]:
         """The last written status, or an empty dict before the first."""
         return dict(read_json(self.status)) if self.status.exists() else {}
 
 
-def changed_keys(old: Config, new: Config) -> list[str]:
-    """``key: old -> new`` for every key in which two runs are not the same science."""
+def changed_keys(old: Config, new: Config, but_for: Sequence[str] = ()) -> list[str]:
+    """``key: old -> new`` for every key, `but_for` some, in which two runs are not the same science."""
     before, after = configfile.science(old), configfile.science(new)
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
+        if before.get(key) != after.get(key) and key not in but_for
     ]
+
+
+def _resized(old: Config, new: Config) -> bool:
+    """Whether a student that both have is of another size in the second."""
+    before, after = (students.select(config.student, config.sizes) for config in (old, new))
+    return any(before[name] != after[name] for name in before.keys() & after.keys())
 
 
 def run_name(config: Config) -> str:

@@ -13,9 +13,8 @@ import logging
 import os
 import shlex
 import shutil
-import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,19 +22,12 @@ from typing import Any
 from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import SlurmExecutor
 
-from mvat_dist import ranks
+from mvat_dist import ranks, squeue
 from mvat_dist.errors import UserError, exit_code
 from mvat_dist.files import read_json
 from mvat_dist.launch import without_ranks
 
-ACTIVE = {
-    "PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT",
-    "RESIZING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT",
-}  # fmt: skip
-"""States from which a job still goes on, or comes back."""
-
 _NO_CONFIGURATION = "Could not establish a configuration source"
-_ANSWER_SECONDS = 60.0
 _ENDED = "State,ExitCode,JobName"
 _TIMEOUTS = 1_000_000
 """submitit's own count of restarts, by which it would give up after three: the trainer's is the one."""
@@ -104,8 +96,8 @@ class Resources:
     """Any other sbatch option, by its long name; True for one without a value."""
 
 
-def executor(folder: Path, job_name: str, resources: Resources) -> SlurmExecutor:
-    """The submitit executor that writes its files to `folder`.
+def executor(folder: Path, job_name: str, resources: Resources, argv: Sequence[str] = ()) -> SlurmExecutor:
+    """The submitit executor that writes its files to `folder`; the training's arguments are `argv`.
 
     Raises:
         UserError: a value that cannot stand in a job script.
@@ -142,6 +134,8 @@ def executor(folder: Path, job_name: str, resources: Resources) -> SlurmExecutor
         setup=[*_setup(folder, resources), *resources.setup],
         srun_args=list(resources.srun_args),
     )
+    if argv:
+        made.update_parameters(teardown=_teardown(argv))
     return made
 
 
@@ -155,7 +149,7 @@ def _setup(folder: Path, resources: Resources) -> list[str]:
         "# Once a rank has ended, the others get this many seconds to end as well. Not --kill-on-bad-exit:",
         "# a killed rank's code would hide that of the failed one, which is 2 for a mistake of the user.",
         'export SLURM_WAIT="${SLURM_WAIT:-180}" SLURM_KILL_BAD_EXIT="${SLURM_KILL_BAD_EXIT:-0}"',
-        f"export MVAT_MAX_RESTARTS={resources.max_restarts}",
+        f"export MVAT_MAX_RESTARTS={resources.max_restarts} MVAT_SIGNAL_LEAD={resources.signal_delay}",
         "ulimit -c 0",
         "# What a killed submitit leaves half-written would make its next try fail.",
         f'pickle={job}_submitted.pkl; [ -e "$pickle" ] || [ ! -e "$pickle.save_tmp" ] || '
@@ -164,14 +158,25 @@ def _setup(folder: Path, resources: Resources) -> list[str]:
     ]
 
 
+def _teardown(argv: Sequence[str]) -> list[str]:
+    """After the ranks: a rank that was killed cannot have the job queued again, nor say how it ended."""
+    python = shlex.quote(sys.executable)
+    return ["code=$?", f'{python} -m mvat_dist.requeue "$code" {shlex.join(argv)}', 'exit "$code"']
+
+
 def script(made: SlurmExecutor) -> str:
     """The text that sbatch would get."""
     text: str = made._make_submission_file_text(made._submitit_command_str, "")
     return text
 
 
-def submit(made: SlurmExecutor, argv: list[str]) -> str:
-    """Submit the job and return its number; on a refusal leave none of its files behind.
+def submit(made: SlurmExecutor, task: Callable[..., None], array: Sequence[str] = ()) -> list[str]:
+    """Submit a job, or an array of jobs, and return their numbers; on a refusal leave no file behind.
+
+    Args:
+        made: from `executor`.
+        task: what every rank of the job runs; it is pickled.
+        array: one job for each of these, which `task` gets as its argument; empty for one job without.
 
     Raises:
         UserError: sbatch refused, in Slurm's own words.
@@ -182,13 +187,14 @@ def submit(made: SlurmExecutor, argv: list[str]) -> str:
     try:
         # submitit prints what sbatch said, and raises it too: once is enough.
         with contextlib.redirect_stderr(words), outside_of_jobs():
-            return str(made.submit(TrainJob(argv)).job_id)
+            jobs = made.map_array(task, array) if array else [made.submit(task)]
+            return [str(job.job_id) for job in jobs]
     except (FailedJobError, FailedSubmissionError) as error:
         for left in set(folder.iterdir()) - before:
             left.unlink()
         if not before:
             folder.rmdir()
-        raise UserError(f"Slurm refused the job: {_one_line(str(error))}") from error
+        raise UserError(f"Slurm refused the job: {squeue.one_line(str(error))}") from error
 
 
 @contextlib.contextmanager
@@ -218,7 +224,7 @@ class JobState:
 
     @property
     def active(self) -> bool:
-        return self.state in ACTIVE
+        return self.state in squeue.ACTIVE
 
 
 def job_state(job_id: str, job_name: str) -> JobState:
@@ -229,16 +235,13 @@ def job_state(job_id: str, job_name: str) -> JobState:
     Raises:
         UserError: the controller does not answer.
     """
-    told = _slurm(["squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%T\t%r\t%j"])
-    if told.returncode and "Invalid job id" not in told.stderr:
-        raise UserError(f"squeue cannot say whether job {job_id} still runs: {_one_line(told.stderr)}")
     seen = JobState("UNKNOWN")
-    for state, reason, name in (line.split("\t", 2) for line in told.stdout.splitlines()):
-        if name == job_name:
-            seen = JobState(state, reason)
+    for row in squeue.queued(job_id):
+        if row.name == job_name:
+            seen = JobState(row.state, row.reason)
     if seen.active:
         return seen
-    told = _slurm(["sacct", "-X", "--noheader", "--parsable2", f"--jobs={job_id}", f"--format={_ENDED}"])
+    told = squeue.run(["sacct", "-X", "--noheader", "--parsable2", f"--jobs={job_id}", f"--format={_ENDED}"])
     for state, code, name in (line.split("|", 2) for line in told.stdout.splitlines()):
         if name == job_name:
             returned, ended_by = (int(number) for number in code.split(":"))
@@ -254,13 +257,13 @@ def why_not_here() -> str | None:
     """
     if not (shutil.which("sbatch") and shutil.which("srun")):
         return "no Slurm here"
-    told = _slurm(["scontrol", "ping"])
+    told = squeue.run(["scontrol", "ping"])
     if "is UP" in told.stdout:
         return None
     if _NO_CONFIGURATION in told.stderr:
         return "Slurm's programs are here, but no cluster is configured"
     raise UserError(
-        f"Slurm is configured but does not answer ({_one_line(told.stderr or told.stdout)}): "
+        f"Slurm is configured but does not answer ({squeue.one_line(told.stderr or told.stdout)}): "
         "try again when it does, or choose --cluster local"
     )
 
@@ -279,21 +282,3 @@ def _warn_of_changed_code() -> None:
     record = Path(os.environ.get("SUBMITIT_FOLDER", "")).parent / "job.json"
     if record.exists() and read_json(record).get("code") not in {None, code_fingerprint()}:
         print("warning: mvat_dist has changed since this job was submitted", file=sys.stderr)
-
-
-def _slurm(command: list[str]) -> subprocess.CompletedProcess[str]:
-    configuration = os.environ.get("SLURM_CONF")
-    if configuration and not Path(configuration).exists():  # Slurm would wait a minute for it
-        return subprocess.CompletedProcess(
-            command, 1, "", f"SLURM_CONF names {configuration}, which is not there"
-        )
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_SECONDS)
-    except (FileNotFoundError, subprocess.TimeoutExpired) as error:
-        return subprocess.CompletedProcess(command, 1, "", str(error))
-
-
-def _one_line(words: str) -> str:
-    """``sbatch: error: a`` and ``sbatch: error: b`` become ``a; b``."""
-    lines = [line.split("error: ", 1)[-1].strip() for line in words.splitlines()]
-    return "; ".join(line for line in lines if line) or "no reason given"

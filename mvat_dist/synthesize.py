@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from mvat_dist.commandline import CommandParser
-from mvat_dist.data.synthetic import make_corpus
+from mvat_dist.data.demo.synthetic import make_corpus
 from mvat_dist.errors import exit_code
 
 

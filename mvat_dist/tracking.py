@@ -15,9 +15,10 @@ import netrc
 import os
 import re
 import secrets
+import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -35,6 +36,8 @@ _CONNECT_SECONDS = 10
 _UPLOAD_SECONDS = 40
 _FINISH_SECONDS = 50
 _TEARDOWN_SECONDS = 10
+
+_STOPPED_BY_SLURM = {128 + signal.SIGTERM, 128 + signal.SIGUSR2}
 
 
 class History:
@@ -96,10 +99,10 @@ class Tracker:
         self._folder = folder
         self._service_started = False
 
-    def rewind(self, step: int) -> None:
-        """Start or go on from `step`: later rows are forgotten."""
-        for history in self._histories.values():
-            history.rewind(step)
+    def rewind(self, steps: Mapping[str, int]) -> None:
+        """Start or go on from each student's step: later rows are forgotten."""
+        for name, history in self._histories.items():
+            history.rewind(steps[name])
 
     def connect(self, config: TrackConfig, run_config: dict[str, Any]) -> None:
         """Open one W&B run per student, grouped by fleet; on any trouble go on without."""
@@ -157,12 +160,14 @@ class Tracker:
             self._tell(name, partial(self._runs[name].log, row))
 
     def finish(self, exit_code: int = 0) -> None:
-        """Close the W&B runs; give up after a minute in all rather than hold an allocation."""
+        """Close the W&B runs; give up after a minute in all rather than hold an allocation.
+
+        Runs that Slurm stopped are marked as preempted: a sweep takes them for failed otherwise.
+        """
         if not self._service_started:
             return
         closing = [
-            partial(self._tell, name, partial(run.finish, exit_code=exit_code))
-            for name, run in self._runs.items()
+            partial(self._tell, name, partial(_close, run, exit_code)) for name, run in self._runs.items()
         ]
         _in_parallel(closing, _FINISH_SECONDS)
         # Else the SDK does it when the interpreter exits: without limit, and with a traceback after a crash.
@@ -216,6 +221,12 @@ def _has_credentials() -> bool:
         return netrc.netrc().authenticators(host) is not None
     except (OSError, ValueError, netrc.NetrcParseError):  # none, or not readable as one
         return False
+
+
+def _close(run: Any, exit_code: int) -> None:
+    if exit_code in _STOPPED_BY_SLURM and not run.offline:
+        run.mark_preempting()  # tells the service, and does not wait
+    run.finish(exit_code=exit_code)
 
 
 def _teardown() -> None:

@@ -10,14 +10,20 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import time
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from mvat_dist import configfile, ranks, rundir
 from mvat_dist.config import Config
-from mvat_dist.errors import UserError, exit_code
+from mvat_dist.errors import PortTakenError, UserError, exit_code
 
-# A validation may keep ranks apart for minutes; a hang must still end.
-_COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+if TYPE_CHECKING:
+    import torch
+
+    from mvat_dist.devices import Precision
+
+_PORT_SECONDS = 30.0
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -26,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         UserError: anything the user can mend; nothing has been trained then.
         SystemExit: 128 plus the signal's number where somebody asked the run to stop: its state is
-            saved, and the same command goes on.
+            saved, and the same command goes on. `errors.EXIT_HUNG` ends it at once, without this.
     """
     try:
         config = configfile.parse(argv)
@@ -49,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _is_finished(run: rundir.RunDir, config: Config) -> bool:
     run.check_config(config)
-    return run.read_status().get("state") == "finished"
+    return run.finished(config)
 
 
 def _say_how_it_ended(run: rundir.RunDir, config: Config) -> None:
@@ -66,9 +72,50 @@ def _say_how_it_ended(run: rundir.RunDir, config: Config) -> None:
 
 def _train(config: Config, here: ranks.Ranks, run: rundir.RunDir) -> int:
     """Run the trainer inside a process group; the exit code."""
-    # Imported late: --help and a refused option answer at once.
+    device, precision = _device(config, here)
     import torch
 
+    from mvat_dist import engine, stopping
+    from mvat_dist.guard import Guard
+    from mvat_dist.logs import quieten
+    from mvat_dist.trainer import Trainer
+
+    quieten(here.rank)
+    stop = stopping.StopRequest()
+    stop.listen()
+    guard = Guard(run, here, config.train.watchdog_seconds)
+    trainer: Trainer | None = None
+    code, words, orderly = 1, "", False
+    try:
+        _await_port(here)
+        # The watchdogs end a hang, and with more to say; this is for a process whose threads hang too.
+        engine.init_distributed(device, timedelta(seconds=2 * config.train.watchdog_seconds))
+        trainer = Trainer(config, here, run, device, precision, guard)
+        first = trainer.step
+        reason = trainer.train(stop)
+        code, orderly = 128 + reason if reason else 0, True
+    except BaseException as error:
+        if guard.is_lost():  # whatever failed in a folder that is not there
+            raise guard.lost() from error
+        words = _in_one_line(error)
+        code = error.code if isinstance(error, UserError) else code
+        raise
+    finally:
+        if trainer:
+            trainer.close(code, words)
+        # gloo's threads abort a process that ends without this. NCCL's way out asks the other ranks,
+        # which after an error on this one may wait elsewhere.
+        if torch.distributed.is_initialized() and (orderly or device.type == "cpu"):
+            torch.distributed.destroy_process_group()
+        guard.leave()
+    if reason:
+        stopping.requeue(reason, here, progressed=trainer.step > first)
+    return code
+
+
+def _device(config: Config, here: ranks.Ranks) -> tuple[torch.device, Precision]:
+    """Choose the device, and tell DeepSpeed, which asks the environment when it is imported."""
+    # Imported late: --help and a refused option answer at once.
     from mvat_dist import devices
 
     device, precision = devices.choose(config.engine, here.local_rank)
@@ -76,32 +123,31 @@ def _train(config: Config, here: ranks.Ranks, run: rundir.RunDir) -> int:
         os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed binds the device of this number
     else:
         os.environ["DS_ACCELERATOR"] = "cpu"
+    return device, precision
 
-    from mvat_dist import engine, stopping
-    from mvat_dist.logs import quieten
-    from mvat_dist.trainer import Trainer
 
-    quieten(here.rank)
-    stop = stopping.StopRequest()
-    stop.listen()
-    engine.init_distributed(device, _COLLECTIVE_TIMEOUT)
-    trainer: Trainer | None = None
-    code = 1
-    try:
-        trainer = Trainer(config, here, run, device, precision)
-        first = trainer.step
-        reason = trainer.train(stop)
-        code = 128 + reason if reason else 0
-    finally:
-        if trainer:
-            trainer.close(code)
-        # gloo's threads abort a process that ends without this. NCCL's way out asks the other ranks,
-        # which after an error on this one may wait elsewhere.
-        if code != 1 or device.type == "cpu":
-            torch.distributed.destroy_process_group()
-    if reason:
-        stopping.requeue(reason, here, progressed=trainer.step > first)
-    return code
+def _in_one_line(error: BaseException) -> str:
+    """What STATUS says about an error."""
+    words = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return words.strip().partition("\n")[0][:500]
+
+
+def _await_port(here: ranks.Ranks) -> None:
+    """On rank 0, wait until the port of the rendezvous is free: a former life may still be ending there.
+
+    Raises:
+        PortTakenError: it is not; the next start takes another port.
+    """
+    # Another launcher's own store listens there already.
+    if here.rank or here.world_size == 1 or here.launcher not in {"slurm", "local"}:
+        return
+    deadline = time.monotonic() + (_PORT_SECONDS if here.launcher == "slurm" else 0.0)
+    while not ranks.port_is_free(here.master_port):
+        if time.monotonic() > deadline:
+            raise PortTakenError(
+                f"another program listens on port {here.master_port} of this node: start again"
+            )
+        time.sleep(0.5)
 
 
 if __name__ == "__main__":

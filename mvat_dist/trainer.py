@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import time
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -10,51 +12,80 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mvat_dist import assembly, checkpoint, collectives, configfile, environment, modelfile
+from mvat_dist import assembly, checkpoint, collectives, configfile, environment, modelfile, relief
 from mvat_dist.collectives import together
 from mvat_dist.config import Config
-from mvat_dist.data.stream import batches
+from mvat_dist.data.mix.damage import DamageBudget
+from mvat_dist.data.stream import Batch, BatchStream, batches
 from mvat_dist.devices import Precision
 from mvat_dist.errors import UserError
 from mvat_dist.fleet import Student
+from mvat_dist.guard import Guard
 from mvat_dist.models import Manner
 from mvat_dist.ranks import Ranks
 from mvat_dist.rundir import RunDir, State
+from mvat_dist.runstate import RunState, signal_name
 from mvat_dist.schedule import Hyperparameters
 from mvat_dist.stopping import StopRequest
 from mvat_dist.summary import summarise
 from mvat_dist.tracking import Tracker
 from mvat_dist.validate import validate
 
+logger = logging.getLogger(__name__)
+
 VALIDATION_METRICS = ("pesq_wb", "stoi", "si_sdr")
+
+_FOLDER_LOST = 1 << 16
+"""Above every signal's number: what rank 0 tells the others where the folder is no longer its own."""
 
 
 class Trainer:
     """One rank of a run."""
 
     def __init__(
-        self, config: Config, ranks: Ranks, run: RunDir, device: torch.device, precision: Precision
+        self,
+        config: Config,
+        ranks: Ranks,
+        run: RunDir,
+        device: torch.device,
+        precision: Precision,
+        guard: Guard,
     ) -> None:
         """Open everything, on all ranks together.
 
         Raises:
             UserError: anything about the data, the teacher or the folder that the user can mend.
+            BusyError: another process trains the run.
         """
         self.config = config
+        self.guard = guard
         self.ranks = ranks
         self.run = run
         self.device = device
         self.inputs = together(lambda: assembly.open_inputs(config, ranks.world_size, device, precision))
+        guard.enter()
         found = assembly.claim_folder(run, config, self.inputs, ranks)
-        self.step = checkpoint.step_of(found) if found else 0
+        self.step = assembly.position(config, found)
+        self.state = together(lambda: self._begin() if ranks.rank == 0 else None)
         self.fleet = assembly.build_fleet(config, ranks, run, self.inputs, found, device, precision)
+        self._left_out = assembly.left_out(found, config) if ranks.rank == 0 else {}
         self.tracker = together(lambda: self._open_record() if ranks.rank == 0 else None)
+        self._first = self.step
         self._steps_in_row = 0
+        self._damage: DamageBudget | None = None
+        if config.data.on_damage == "skip":
+            self._damage = DamageBudget(config.data.max_damaged, len(self.inputs.data))
 
     @property
     def finished(self) -> bool:
         """Whether every step has been done."""
         return self.step >= self.config.train.steps
+
+    def _begin(self) -> RunState:
+        """Note this start before anything else can fail."""
+        state = RunState(self.run, self.config.train.steps, self.step)
+        state.write("running", self.step)
+        return state
 
     def _open_record(self) -> Tracker:
         environment.record(self.run.environment, self.ranks)
@@ -62,7 +93,7 @@ class Trainer:
         for name in names:
             self.run.student(name).mkdir(parents=True, exist_ok=True)
         tracker = Tracker(self.run.path, {name: self.run.history(name) for name in names})
-        tracker.rewind(self.step)
+        tracker.rewind({student.name: student.progress.steps for student in self.fleet.students})
         tracker.connect(self.config.track, configfile.as_dict(self.config))
         return tracker
 
@@ -74,9 +105,36 @@ class Trainer:
         """
         train = self.config.train
         self._status("running")
-        if self.step and self._due(train.validate_every) and not self._validated():
-            self._validate()  # the last start stopped before it could
-        stream = batches(
+        self.guard.progress("starting", self.step)
+        if self.step and self._due(train.validate_every):
+            waiting = [one for one in self.fleet.at(self.step) if one.progress.validated < self.step]
+            if waiting:
+                self._validate(waiting)  # the last start stopped before it could
+        stream = self._stream()
+        relief.refuse_if_hopeless(self.fleet, self.config, self.run, self.ranks)
+        reason = 0
+        with self._progress_bar() as bar:
+            while not self.finished and not reason:
+                began = time.monotonic()
+                with self.fleet.stopwatch.section("data"):
+                    micro_batches = next(stream)
+                now = self.fleet.step(micro_batches, self.step)
+                self.step += 1
+                self._steps_in_row += 1
+                self._count_damage(micro_batches)
+                self._done("step", began)
+                bar.update()
+                reason = self._agreed(stop)
+                self._after_step(now, bar, stopping=bool(reason))
+        if reason:
+            self._say_saved(reason, stop)
+        self._status("finished" if self.finished else "stopped")
+        return reason
+
+    def _stream(self) -> BatchStream:
+        """This rank's micro-batches of the remaining steps."""
+        train = self.config.train
+        return batches(
             self.inputs.data,
             batch=train.batch,
             micro_batch=train.micro_batch,
@@ -86,34 +144,65 @@ class Trainer:
             steps=train.steps - self.step,
             workers=self.config.data.workers,
         )
-        reason = 0
-        with self._progress_bar() as bar:
-            while not self.finished and not reason:
-                with self.fleet.stopwatch.section("data"):
-                    micro_batches = next(stream)
-                now = self.fleet.step(micro_batches, self.step)
-                self.step += 1
-                self._steps_in_row += 1
-                bar.update()
-                reason = 0 if self.finished else collectives.largest(stop.signal)
-                self._after_step(now, bar, stopping=bool(reason))
-        self._status("finished" if self.finished else "stopped")
-        return reason
+
+    def _count_damage(self, micro_batches: list[Batch]) -> None:
+        """Count replaced segments over all ranks, so that all of them refuse at the same step."""
+        if self._damage is None:
+            return
+        damaged = torch.tensor([float(sum(batch.damaged for batch in micro_batches))], device=self.device)
+        collectives.sum_in_place([damaged])
+        self._damage.count(int(damaged.item()), self.config.train.batch)
+        if refusal := self._damage.refusal():
+            raise UserError(refusal, say=self.ranks.rank == 0)
+
+    def _agreed(self, stop: StopRequest) -> int:
+        """The signal on which all ranks stop after this step; 0 where they go on, or are done anyway.
+
+        Raises:
+            UserError: the folder was removed, or another process has taken the run over.
+        """
+        train = self.config.train
+        writes = any(
+            self._due(every) for every in (self.config.track.every, train.validate_every, train.save_every)
+        )
+        writes = writes or bool(stop.signal)
+        lost = self.ranks.rank == 0 and writes and not self._folder_is_ours()
+        told = collectives.largest(_FOLDER_LOST if lost else stop.signal)
+        if told == _FOLDER_LOST:
+            raise self.guard.lost()
+        return 0 if self.finished else told
+
+    def _folder_is_ours(self) -> bool:
+        return self.guard.intact() and all(
+            self.run.student(student.name).is_dir() for student in self.fleet.students
+        )
+
+    def _done(self, what: Literal["step", "validation", "save"], began: float) -> None:
+        """Something that began at `began` is complete: tell the watchdog, and remember how long it took."""
+        self.guard.progress("training", self.step)
+        # The first step of a start loads and compiles.
+        if self.state and self.step > self._first + (what == "step"):
+            self.state.took(what, time.monotonic() - began)
+
+    def _say_saved(self, reason: int, stop: StopRequest) -> None:
+        """Record how long it took from the signal to the saved state."""
+        if not self.state:
+            return
+        seconds, name = round(stop.waited(), 2), signal_name(reason)
+        logger.info(
+            "%s: everything was saved after step %d, %.1f s after the signal", name, self.step, seconds
+        )
+        self._status("running", reason=name, signal={"name": name, "seconds_to_saved": seconds})
 
     def _after_step(self, now: Hyperparameters, bar: tqdm[Any], *, stopping: bool) -> None:
         """Record, validate and save where the step number says so; save at once when stopping."""
         train, clock = self.config.train, self.fleet.stopwatch
-        if not self.fleet.learning:
-            raise UserError(
-                f"every student of {self.run.path} was given up after {train.max_skipped} steps in a row "
-                "with a non-finite gradient: lower --optim.lr or look at the data",
-                say=self.ranks.rank == 0,
-            )
+        relief.relieve(self.fleet, self.config, self.run, self.ranks)
         if self._due(self.config.track.every):
             self._record(now, bar)
         if self._due(train.validate_every) and not stopping:
             with clock.section("validation"):
-                self._validate()
+                self._validate(self._well)
         if self._due(train.save_every) or stopping:
             with clock.section("checkpoint"):
                 self._save()
@@ -127,25 +216,39 @@ class Trainer:
         heard = self._steps_in_row * self.config.train.batch * self.config.data.segment_seconds
         speed = heard / elapsed
         self._steps_in_row = 0
-        losses = {}
-        for student in self.fleet.students:
+        losses, rows = {}, {}
+        for student in self._well:
             row: dict[str, Any] = {
                 **student.meter.take_row(),
-                "lr": now.lr,
+                "lr": now.lr * student.progress.lr_factor,
                 "gradient_norm": student.engine.gradient_norm,
                 "skipped": student.progress.skipped,
                 "audio_seconds_per_second": speed,
                 "time": shares,
             }
+            if self._damage:
+                row["damaged"] = self._damage.damaged
             losses[student.name.removeprefix("manner-")] = f"{row['loss']:.3f}"
-            if self.tracker:
-                self.tracker.log(student.name, self.step, **row)
+            rows[student.name] = row
         bar.set_postfix(losses, refresh=False)
-        self._status("running", audio_seconds_per_second=speed)
 
-    def _validate(self) -> None:
-        """Score every student on the held-out clips; keep the weights of its best score."""
-        learning = self.fleet.learning
+        def write() -> None:
+            if self.tracker:
+                for name, row in rows.items():
+                    self.tracker.log(name, self.step, **row)
+            self._status("running", audio_seconds_per_second=speed)
+
+        together(write)
+
+    @property
+    def _well(self) -> list[Student]:
+        """Students that made the last step and were not given up after it."""
+        return [student for student in self.fleet.stepped if not student.progress.given_up]
+
+    def _validate(self, learning: list[Student]) -> None:
+        """Score students on the held-out clips; keep the weights of the best score of each."""
+        began = time.monotonic()
+        self.guard.progress("validating", self.step)
         weights = {student.name: student.engine.weights() for student in learning}
         rows = validate(
             {student.name: self._plain_copy(student, weights[student.name]) for student in learning},
@@ -158,12 +261,12 @@ class Trainer:
         )
         means = summarise(rows, VALIDATION_METRICS)
         improved: list[Student] = []
+        scores: dict[str, dict[str, Any]] = {}
         for student in learning:
             summaries = means[student.name]
             row: dict[str, Any] = {f"valid/{metric}": found.mean for metric, found in summaries.items()}
             row |= {f"valid/{metric}_failed": sum(f.failed.values()) for metric, f in summaries.items()}
-            if self.tracker:
-                self.tracker.log(student.name, self.step, **row)
+            scores[student.name] = row
             student.progress.validated = self.step
             score, best = summaries[self.config.valid.best].mean, student.progress.best
             if score is not None and (best is None or score > best):
@@ -171,13 +274,14 @@ class Trainer:
                 improved.append(student)
 
         def write() -> None:
+            if self.tracker:
+                for name, row in scores.items():
+                    self.tracker.log(name, self.step, **row)
             for student in improved:
                 self._write_weights(student, "best", weights[student.name])
 
         together(lambda: write() if self.ranks.rank == 0 else None)
-
-    def _validated(self) -> bool:
-        return all(student.progress.validated == self.step for student in self.fleet.learning)
+        self._done("validation", began)
 
     def _plain_copy(self, student: Student, weights: dict[str, Tensor]) -> Manner:
         """The student outside its engine: under ZeRO stage 3 an engine's forward is collective, and ranks
@@ -188,20 +292,26 @@ class Trainer:
 
     def _save(self) -> None:
         """A checkpoint of all students, and the weights that users take away."""
+        began = time.monotonic()
+        self.guard.progress("saving", self.step)
         states = {student.name: student.state() for student in self.fleet.students}
 
         def write() -> None:
-            checkpoint.save(self.run.checkpoints, self.step, states, self.config.train.keep)
+            kept = self._left_out | states
+            checkpoint.save(self.run.checkpoints, self.step, kept, self.config.train.keep)
+            if self.state:
+                self.state.saved(self.step)
             for student in self.fleet.students:
                 self._write_weights(student, "last", states[student.name].weights)
 
         together(lambda: write() if self.ranks.rank == 0 else None)
+        self._done("save", began)
 
     def _write_weights(
         self, student: Student, which: Literal["best", "last"], weights: dict[str, Tensor]
     ) -> None:
         file = self.run.weights(student.name, which)
-        modelfile.save(file, weights, name=student.name, size=student.size, step=self.step)
+        modelfile.save(file, weights, name=student.name, size=student.size, step=student.progress.steps)
 
     def _progress_bar(self) -> tqdm[Any]:
         return tqdm(
@@ -215,13 +325,17 @@ class Trainer:
         )
 
     def _status(self, state: State, **more: Any) -> None:
-        if self.ranks.rank == 0:
+        if self.state:
             progress = {student.name: asdict(student.progress) for student in self.fleet.students}
-            self.run.write_status(state, self.step, steps=self.config.train.steps, students=progress, **more)
+            self.state.write(state, self.step, students=progress, **more)
 
-    def close(self, exit_code: int) -> None:
+    def close(self, exit_code: int, reason: str) -> None:
         """Leave a truthful status and close the record, also after an error."""
-        if self.ranks.rank == 0 and self.run.read_status().get("state") == "running":
-            self._status("failed", exit_code=exit_code)
+        self.guard.progress("ending", self.step)
+        if self.state and self.guard.intact() and self.run.read_status().get("state") == "running":
+            try:
+                self._status("failed", exit_code=exit_code, reason=reason)
+            except OSError as error:
+                logger.warning("the status of %s cannot be written: %s", self.run.path, error)
         if self.tracker:
             self.tracker.finish(exit_code)

@@ -11,7 +11,8 @@
 # The trainer reads nodes, tasks, addresses and ports from Slurm. Paths are relative to where sbatch was
 # called. `mvat-distill-JOB.log` there tells how the job went, runs/slurm/JOB-RANK.log what each rank says.
 # At its time limit or when preempted the trainer saves, and the job is queued again: at most
-# MVAT_MAX_RESTARTS times (default 1000; `sbatch --export ALL,MVAT_MAX_RESTARTS=0` for never).
+# MVAT_MAX_RESTARTS times (default 1000; `sbatch --export ALL,MVAT_MAX_RESTARTS=0` for never). With another
+# --signal than below say so, for the warning where it comes too late: MVAT_SIGNAL_LEAD=300.
 
 #SBATCH --job-name=mvat-distill
 #SBATCH --nodes=4
@@ -66,7 +67,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
 # Once a rank has ended, the others get this many seconds to end as well. Not --kill-on-bad-exit: the code of
 # a killed rank would hide that of the failed one, which is 2 for a mistake that the user can mend.
 export SLURM_WAIT=${SLURM_WAIT:-180} SLURM_KILL_BAD_EXIT=${SLURM_KILL_BAD_EXIT:-0}
-export MVAT_MAX_RESTARTS=${MVAT_MAX_RESTARTS:-1000}
+export MVAT_MAX_RESTARTS=${MVAT_MAX_RESTARTS:-1000} MVAT_SIGNAL_LEAD=${MVAT_SIGNAL_LEAD:-120}
 ulimit -c 0
 
 logs=runs/slurm
@@ -82,5 +83,7 @@ code=$?
 if ((code)); then
     printf '%s ended with exit code %s; the end of %s-0.log:\n' "$(date '+%F %T')" "$code" "$log"
     tail -n 15 "$log-0.log"
+    # A killed rank cannot have the job queued again, nor say how it ended.
+    python -m mvat_dist.requeue "$code" "$@"
 fi
 exit "$code"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import signal
 import socket
@@ -15,13 +16,14 @@ import torch
 from mvat_dist import checkpoint
 from mvat_dist.checkpoint import StudentState
 from mvat_dist.errors import UserError
+from mvat_dist.files import sha256
 
 
 def state(value: float) -> StudentState:
     return StudentState(
         {"weight": torch.full((4,), value), "bn.num_batches_tracked": torch.tensor(3)},
         {"step": torch.tensor(2.0), "exp_avg.weight": torch.randn(4)},
-        {"updates": 2, "best": 1.5, "row": [0.1, 2.0]},
+        {"steps": 2, "updates": 2, "best": 1.5, "row": [0.1, 2.0]},
     )
 
 
@@ -149,3 +151,14 @@ sys.exit(exit_code(lambda _: checkpoint.save(Path(sys.argv[1]), 2, {"a": state},
     assert f"file-size limit is reached at {tmp_path / 'step-00000002'}" in ended.stderr
     assert checkpoint.newest(tmp_path) == good
     assert list(tmp_path.iterdir()) == [good]
+
+
+def test_a_checkpoint_of_another_version_is_refused_by_its_format(tmp_path: Path) -> None:
+    written = checkpoint.save(tmp_path, 1, {"a": state(1.0)}, keep=1)
+    fleet, manifest = (written / name for name in ("fleet.json", "manifest.json"))
+    fleet.write_text(fleet.read_text().replace(f'"format": {checkpoint.FORMAT}', '"format": 0'))
+    sums = json.loads(manifest.read_text())
+    sums["fleet.json"] = {"bytes": fleet.stat().st_size, "sha256": sha256(fleet)}
+    manifest.write_text(json.dumps(sums))
+    with pytest.raises(UserError, match=r"step-00000001 has format 0, this version reads 1: go on with"):
+        checkpoint.newest(tmp_path)

@@ -94,6 +94,10 @@ def every_stage(rank: int) -> dict[str, Any]:
         found[f"{stage}"]["reloaded_buffers"] = other.copy_buffers()
         train_step(other, 60, mine)
         found[f"{stage}"]["continued"] = other.weights()
+        other.load_weights(found["0"]["weights"])
+        other.load_optimizer_state(found["0"]["state"])
+        train_step(other, 60, mine)
+        found[f"{stage}"]["again"] = other.weights()
         if stage == 0:
             train_step(engine, 60, mine)
             found["uninterrupted"] = engine.weights()
@@ -150,3 +154,11 @@ def test_state_moves_between_stages(two_ranks: list[dict[str, Any]], stage: int)
             torch.testing.assert_close(
                 found[f"{stage}"]["continued"][name], found["uninterrupted"][name], rtol=1e-5, atol=1e-7
             )
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_going_back_is_as_if_nothing_had_happened(two_ranks: list[dict[str, Any]], stage: int) -> None:
+    """An engine that takes older weights and moments makes the same step from there, to the last bit."""
+    for found in two_ranks:
+        for key, value in found[f"{stage}"]["continued"].items():
+            assert torch.equal(found[f"{stage}"]["again"][key], value), key

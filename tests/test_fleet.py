@@ -33,6 +33,7 @@ def test_a_student_that_never_recovers_is_given_up(corpus: Path, tmp_path: Path)
         "--optim.schedule=constant",
         "--optim.clip_norm=0",
         "--train.max_skipped=2",
+        "--train.rollbacks=0",
     ]
     argv = command(corpus, tmp_path, "diverging", ["--student=tiny", "--distil.method=none", *diverging])
     done = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=120, check=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -163,3 +164,26 @@ def test_killing_the_launcher_leaves_no_rank(tmp_path: Path) -> None:
     process.wait()
     until(lambda: not any(alive(pid) for pid in members))
     os.kill(int((tmp_path / "child.pid").read_text()), signal.SIGKILL)
+
+
+def test_a_port_that_another_program_took_is_exchanged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # What every rank does first: rank 0 looks at the port, the others would wait for it.
+    meet = """
+import os, sys, time
+from mvat_dist import errors, ranks, train
+code = errors.exit_code(lambda _: train._await_port(ranks.read()))
+if os.environ["RANK"] == "1" and os.environ["MASTER_PORT"] == sys.argv[1]:
+    time.sleep(600)
+sys.exit(code)
+"""
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        taken = other.getsockname()[1]
+        ports = iter([taken, ranks.free_port()])
+        monkeypatch.setattr(launch, "free_port", lambda: next(ports))
+        assert launch.run(python(meet, str(taken)), 2, tmp_path) == 0
+    assert next(ports, None) is None
+    assert "starting again" in capfd.readouterr().err

@@ -12,15 +12,18 @@ from tests.conftest import REPOSITORY
 PACKAGE = REPOSITORY / "mvat_dist"
 
 ENTRY = {
-    "train", "submit", "dispatch", "slurmjob", "launch", "evaluate", "pack", "synthesize", "quickstart",
+    "train", "submit", "cache", "cachejob", "dispatch", "slurmjob", "launch", "evaluate", "pack",
+    "synthesize", "quickstart", "status", "requeue",
 }  # fmt: skip
 RUN = {
-    "trainer", "assembly", "fleet", "engine", "teacher", "checkpoint", "tracking", "validate", "scoring",
-    "speed", "modelfile", "collectives", "devices", "environment", "logs", "stopping", "timing",
+    "trainer", "assembly", "caching", "cachecheck", "fleet", "engine", "teacher", "checkpoint", "tracking",
+    "validate", "scoring", "speed", "modelfile", "collectives", "devices", "environment", "logs", "stopping",
+    "timing", "guard", "relief", "watchdog",
 }  # fmt: skip
 PARTS = {"models", "losses", "data", "metrics", "summary", "schedule"}
 GROUND = {
     "config", "configfile", "students", "rundir", "ranks", "errors", "files", "seeds", "commandline",
+    "lock", "heartbeat", "squeue", "runstate", "locations",
 }  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate((GROUND, PARTS, RUN, ENTRY)) for room in rooms}
 FOREIGN_TO_PARTS = {"deepspeed", "submitit", "wandb"}

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mvat_dist import configfile, dispatch, rundir, slurmjob, submit
+from mvat_dist import configfile, dispatch, rundir, slurmjob, students, submit
 from mvat_dist.errors import UserError
 from mvat_dist.rundir import RunDir
 from tests.tiny_corpus import write_pairs, write_sources
@@ -322,15 +322,21 @@ def test_the_job_keeps_the_configuration_it_was_submitted_with(place: Path) -> N
     assert rundir.run_folder(again) == run.path
 
 
+def finish(run: RunDir) -> None:
+    """Leave the run as one that has trained all its students."""
+    config = configfile.parse([*COMMON])
+    run.create(config)
+    run.write_status("finished", 100, students={name: {} for name in students.select(config.student)})
+
+
 def test_a_finished_run_is_not_started_again(
     place: Path, slurm: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = RunDir(place / "runs" / "one")
-    run.create(configfile.parse([*COMMON]))
-    run.write_status("finished", 100)
+    finish(run)
     for cluster in ("slurm", "local"):
         submit.main([*COMMON, f"--cluster={cluster}"])
-        assert "finished (100 steps): nothing to do" in capsys.readouterr().out
+        assert "finished (100000 steps): nothing to do" in capsys.readouterr().out
     assert not slurm.exists()
 
 
@@ -345,18 +351,14 @@ def test_another_configuration_under_the_same_name_is_refused(place: Path) -> No
 
 
 @pytest.mark.usefixtures("slurm")
-def test_a_run_in_progress_is_left_alone(
-    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dispatch, "_LOCK_SECONDS", 0.3)
+def test_a_run_in_progress_is_left_alone(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = place / "runs" / "one"
-    folder.mkdir(parents=True)
-    code = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); "
-    code += "print(flush=True); input()"
+    code = "import sys; from pathlib import Path; from mvat_dist.lock import RunLock; "
+    code += (
+        "assert RunLock(Path(sys.argv[1]), 'train').acquire() is None; print(flush=True); sys.stdin.read()"
+    )
     other = subprocess.Popen(
-        [sys.executable, "-c", code, str(folder / ".submit.lock")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
+        [sys.executable, "-c", code, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     with other:
         assert other.stdout
@@ -366,15 +368,17 @@ def test_a_run_in_progress_is_left_alone(
             with pytest.raises(SystemExit) as ended:
                 submit.main([*COMMON, f"--cluster={cluster}"])
             assert ended.value.code == dispatch.EXIT_BUSY
-            assert "nothing new was started" in capsys.readouterr().out
+            said = capsys.readouterr().out
+            assert f"trained by process {other.pid} on" in said
+            assert "nothing new was started" in said
         run = RunDir(folder)
-        run.create(configfile.parse([*COMMON]))
-        run.write_status("finished", 100)
+        finish(run)
         submit.main([*COMMON, "--cluster=local"])
         other.kill()
     # A lock dies with its owner: here the run could start.
-    with dispatch._alone_in(RunDir(folder)) as (alone, is_new):
-        assert (alone, is_new) == (True, False)
+    with dispatch._alone_in(RunDir(folder), "start") as (lock, is_new):
+        assert lock is not None
+        assert not is_new
 
 
 def test_what_a_job_pickles_is_its_command_line() -> None:

@@ -11,9 +11,9 @@ import pytest
 import soundfile
 
 from mvat_dist import pack, synthesize
-from mvat_dist.data.noises import MAKERS, RATE
-from mvat_dist.data.shards import ShardSet
-from mvat_dist.data.synthetic import shoebox
+from mvat_dist.data.demo.noises import MAKERS, RATE
+from mvat_dist.data.demo.synthetic import shoebox
+from mvat_dist.data.store.shards import ShardSet
 from mvat_dist.errors import exit_code
 
 pytest.importorskip(

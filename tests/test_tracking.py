@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import pytest
 from mvat_dist import tracking
 from mvat_dist.config import TrackConfig
 from mvat_dist.tracking import History, Tracker
+from tests.wandb_server import Server, listening
 
 
 def rows_of(file: Path) -> list[dict[str, Any]]:
@@ -158,47 +158,17 @@ def test_the_record_goes_on_when_the_service_is_struck(tmp_path: Path, number: i
 
 
 @pytest.fixture
-def silent_server() -> Iterator[str]:
-    """A W&B server that opens runs and then answers nothing more until the test is over."""
-    over = threading.Event()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            if "file_stream" in self.path:
-                over.wait(60)
-                return
-            answer: dict[str, Any] = {"errors": [{"message": "not here"}]}
-            if b"RunResumeStatus" in body:
-                answer = {"data": {"model": None}}
-            if b"upsertBucket" in body:
-                name = json.loads(body)["variables"]["name"]
-                project = {"id": "p", "name": "p", "entity": {"id": "e", "name": "e"}}
-                bucket = {"id": name, "name": name, "displayName": name, "project": project}
-                bucket |= {"config": "{}", "sweepName": None, "historyLineCount": 0}
-                answer = {"data": {"upsertBucket": {"bucket": bucket, "inserted": True}}}
-            data = json.dumps(answer).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, format: str, *args: object) -> None:
-            del format, args
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    over.set()
-    server.shutdown()
-    server.server_close()
+def wandb_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    with listening() as server:
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        yield server
 
 
 def test_runs_share_one_deadline_at_the_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silent_server: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wandb_server: Server
 ) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setenv("WANDB_BASE_URL", silent_server)
+    wandb_server.silence = threading.Event()
     monkeypatch.setattr(tracking, "_UPLOAD_SECONDS", 3)
     names = ("a", "b", "c")
     tracker = Tracker(tmp_path, {name: tmp_path / f"{name}.jsonl" for name in names})
@@ -209,6 +179,21 @@ def test_runs_share_one_deadline_at_the_end(
     begin = time.monotonic()
     tracker.finish()
     assert 2 < time.monotonic() - begin < 8
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "preempted"), [(128 + signal.SIGTERM, True), (128 + signal.SIGUSR2, True), (1, False)]
+)
+def test_a_run_that_slurm_stops_counts_as_preempted(
+    tmp_path: Path, wandb_server: Server, exit_code: int, preempted: bool
+) -> None:
+    """Else a sweep takes it for failed, and nobody goes on with it."""
+    tracker = Tracker(tmp_path, {"a": tmp_path / "a.jsonl"})
+    tracker.connect(TrackConfig(), {})
+    tracker.log("a", 1, loss=1.0)
+    tracker.finish(exit_code)
+    assert any(sent.get("complete") for sent in wandb_server.taken)
+    assert any(sent.get("preempting") for sent in wandb_server.taken) is preempted
 
 
 def test_disabled_leaves_no_trace(tmp_path: Path) -> None:

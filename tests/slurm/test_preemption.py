@@ -1,9 +1,10 @@
-"""A run that Slurm interrupts: it saves, comes back if it should, and learns as if nothing had happened."""
+"""A run that Slurm interrupts, beside the fault matrix: what stays away, and what a killed rank costs."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.numpy import load_file
 
 from mvat_dist import slurmjob
 from mvat_dist.rundir import RunDir
+from tests.faults.cluster import ranks_of
 from tests.slurm.conftest import accounting, slurm, submit, until
 
 pytestmark = pytest.mark.slurm
@@ -73,50 +75,6 @@ def undisturbed(folder: Path, training: list[str]) -> tuple[RunDir, str]:
     return start("undisturbed", folder, training)
 
 
-def assert_went_on(run: RunDir, job: str, before: dict[str, list[str]], undisturbed: RunDir) -> None:
-    """The job comes back once, goes on behind its saved step, and ends as the undisturbed run."""
-    ended(run, job)
-    assert (run.read_status()["state"], run.read_status()["step"]) == ("finished", STEPS)
-    assert restarts(job) == 1
-    assert accounting(job, "State")[0] == ["COMPLETED"]
-    for student in STUDENTS:
-        # Rows hold speeds and times, so a step that was made twice would not read the same.
-        assert rows(run, student)[: len(before[student])] == before[student]
-        assert [step for step, _ in losses(run, student)] == list(range(1, STEPS + 1))
-        assert losses(run, student) == losses(undisturbed, student)
-        weights, same = (load_file(one.weights(student, "last")) for one in (run, undisturbed))
-        assert {key: value.tobytes() for key, value in weights.items()} == {
-            key: value.tobytes() for key, value in same.items()
-        }
-    # Both starts left a W&B run of every student, under one id: `wandb sync` joins them.
-    ids = [path.name.split("-", 3)[-1] for path in run.path.glob("wandb/offline-run-*")]
-    assert list(Counter(ids).values()) == [2] * len(STUDENTS)
-
-
-def test_a_run_out_of_time_goes_on_where_it_was(
-    folder: Path, training: list[str], undisturbed: tuple[RunDir, str]
-) -> None:
-    run, job = start("timed", folder, training)
-    learnt(run)
-    slurm("scancel", "--signal=USR2", job)  # as Slurm does before the time limit
-    _, before = saved(run)
-    ended(*undisturbed)
-    assert_went_on(run, job, before, undisturbed[0])
-
-
-def test_a_preempted_run_goes_on_when_there_is_room_again(
-    folder: Path, training: list[str], undisturbed: tuple[RunDir, str]
-) -> None:
-    ended(*undisturbed)  # the urgent job will ask for all four nodes
-    run, job = start("preempted", folder, training)
-    learnt(run)
-    flags = ["--job-name=mvat-urgent", "--partition=urgent", "--nodes=4", "--cpus-per-task=8"]
-    urgent = slurm("sbatch", "--parsable", *flags, "--output=/dev/null", "--wrap=true").strip()
-    _, before = saved(run)
-    assert accounting(urgent, "State")[0] == ["COMPLETED"]
-    assert_went_on(run, job, before, undisturbed[0])
-
-
 def test_a_cancelled_run_is_saved_and_stays_away(folder: Path, training: list[str]) -> None:
     run, job = start("cancelled", folder, training)
     learnt(run)
@@ -141,3 +99,24 @@ def test_a_run_restarts_no_more_often_than_allowed(folder: Path, training: list[
     assert restarts(job) == 0
     log = (run.submitit / f"{job}_0_log.out").read_text()
     assert f"job {job} is not requeued: 0 restarts of 0" in log
+
+
+def test_a_killed_rank_brings_the_job_back(
+    folder: Path, training: list[str], undisturbed: tuple[RunDir, str]
+) -> None:
+    # A rank that hears nothing more from the other ends by itself; Slurm would give it three minutes.
+    run, job = start("killed", folder, training, "--train.save_every=5")
+    until(lambda: len(list(run.checkpoints.glob("step-*"))) > 0, 120)
+    os.kill(ranks_of(job)[0], signal.SIGKILL)
+    ended(run, job)
+    ended(*undisturbed)
+    found = run.read_status()
+    assert (found["state"], found["step"], found["restarts"], restarts(job)) == ("finished", STEPS, 1, 1)
+    assert found["starts"][1]["step"] >= 5
+    for student in STUDENTS:
+        assert losses(run, student) == losses(undisturbed[0], student)
+        weights, same = (load_file(one.weights(student, "last")) for one in (run, undisturbed[0]))
+        assert {key: value.tobytes() for key, value in weights.items()} == {
+            key: value.tobytes() for key, value in same.items()
+        }
+    assert f"job {job} is queued again" in (run.submitit / f"{job}_0_log.out").read_text()

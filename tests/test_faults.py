@@ -1,0 +1,25 @@
+"""Local cells of the fault matrix that run with every change; `make faults` runs all."""
+
+from __future__ import annotations
+
+import pytest
+
+import tests.faults.local  # noqa: F401, registers the faults
+from tests.faults.fleet import Bench
+from tests.faults.matrix import CannotError, Fault, Moment, ci_cells, run_cell
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("fault bench"))
+
+
+@pytest.mark.parametrize(
+    ("fault", "moment"),
+    [pytest.param(*cell, id=f"{cell[0].name}, {cell[1].words}") for cell in ci_cells(slurm=False)],
+)
+def test_a_disturbed_run_ends_as_the_undisturbed_one(bench: Bench, fault: Fault, moment: Moment) -> None:
+    try:
+        run_cell(fault, moment, bench)
+    except CannotError as error:
+        pytest.skip(str(error))

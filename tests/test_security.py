@@ -124,6 +124,25 @@ def test_a_configuration_runs_no_code(tmp_path: Path, canary: Path) -> None:
     assert not canary.exists()
 
 
+_REMEMBERS = 'for one; do printf "%s\\0" "$one"; done > "$SEEN"; exit 143'
+
+
+def fake_programs(folder: Path, srun: str) -> Path:
+    """A cluster of shell scripts that takes every job."""
+    folder.mkdir()
+    scripts = {
+        "srun": srun,
+        "sacct": "exit 0",
+        "squeue": "exit 0",
+        "scontrol": 'echo "Slurmctld(primary) at here is UP"',
+        "sbatch": 'echo "Submitted batch job 7"',
+    }
+    for name, script in scripts.items():
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+    return folder
+
+
 def small_corpus(folder: Path) -> Path:
     """Enough for `submit` to accept it."""
     tone = np.sin(np.arange(8000) / 10) / 10
@@ -159,15 +178,13 @@ def test_a_name_is_a_name_in_the_jobs_script(
         place / "corpus", "train_clean", {f"c{i}": np.zeros(8000) + 0.1 for i in range(4)}, shards=4
     )
     write_sources(place / "corpus", "train_noise", {"n0": np.zeros(8000) + 0.1})
+    programs = fake_programs(tmp_path / "bin", srun=_REMEMBERS)
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
     options = ["--distil.method=none", "--student=manner-s-0.6gf", "--data.train=corpus", f"--name={name}"]
     submit.main([*options, f"--runs={name} runs", "--cluster=slurm", "--dry-run"])
     shown = capsys.readouterr().out
     script = place / "job.sh"
     script.write_text(shown[shown.index("#!") :])
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    (programs / "srun").write_text('#!/bin/sh\nfor one; do printf "%s\\0" "$one"; done > "$SEEN"\nexit 143\n')
-    (programs / "srun").chmod(0o755)
     seen = tmp_path / "seen"
     before = sorted(path.name for path in place.iterdir())
     done = subprocess.run(
@@ -229,18 +246,7 @@ def test_a_run_with_everything_on_writes_no_secret(tmp_path: Path) -> None:
 
 def test_a_submission_writes_no_secret(tmp_path: Path) -> None:
     corpus = small_corpus(tmp_path / "corpus")
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    scripts = {
-        "srun": "exit 1",
-        "sacct": "exit 0",
-        "squeue": "exit 0",
-        "scontrol": 'echo "Slurmctld(primary) at here is UP"',
-        "sbatch": 'echo "Submitted batch job 7"',
-    }
-    for name, script in scripts.items():
-        (programs / name).write_text(f"#!/bin/sh\n{script}\n")
-        (programs / name).chmod(0o755)
+    programs = fake_programs(tmp_path / "bin", srun="exit 1")
     options = ["--distil.method=none", "--student=manner-s-0.6gf", f"--data.train={corpus}", "--name=one"]
     done = subprocess.run(
         [sys.executable, "-m", "mvat_dist.submit", *options, f"--runs={tmp_path / 'runs'}"],

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from mvat_dist import launch
 from mvat_dist.rundir import RunDir
 
 DEADLINE = 150.0
@@ -118,7 +119,7 @@ class Training:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=self._words,
-            start_new_session=True,
+            preexec_fn=launch._follow_parent,  # a test that is ended leaves no ranks behind, held for ever
         )
         self._ranks: dict[int, int] = {}
 

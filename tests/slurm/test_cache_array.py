@@ -1,4 +1,4 @@
-"""A teacher cache filled by an array of jobs: the same bytes as from one process, also after a requeue."""
+"""A teacher cache filled by an array of jobs: the same bytes as from one process, though a task died."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def test_an_array_fills_the_cache(corpus: Path, tmp_path: Path) -> None:
-    """Three tasks, one of them requeued as soon as it runs; 8 shards of an utterance, 20 segments of each."""
+    """Three tasks, one of them cancelled as it runs; the same command then fills what is missing."""
     teacher = write_teacher(tmp_path / "a teacher.safetensors", seed=5)
     given = [
         f"--teacher={teacher}",
@@ -39,9 +39,11 @@ def test_an_array_fills_the_cache(corpus: Path, tmp_path: Path) -> None:
 
     first = f"{number}_0"
     until(lambda: states().get(first) == "RUNNING", 60)
-    slurm("scontrol", "requeue", first)
-    until(lambda: first not in states() or states()[first] == "RUNNING", 200)
-    until(lambda: (out / "teacher.json").exists(), 200)
+    slurm("scancel", first)
+    until(lambda: not states(), 120)
+    assert not (out / "teacher.json").exists()
+    assert submit("--cache=3", f"--out={out}", *given, cwd=tmp_path).returncode == 0
+    until(lambda: (out / "teacher.json").exists(), 120)
 
     alone = tmp_path / "by one process"
     cache.main([f"--out={alone}", *given])

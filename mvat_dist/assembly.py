@@ -230,4 +230,5 @@ def _check_disk(folder: Path, config: Config) -> None:
     parameters = sum(students.parameters(size) for size in sizes)
     # fp32 weights and two moments per checkpoint, one more while it is written, and best and last.
     needed = 4 * parameters * (3 * (config.train.keep + 1) + 2)
-    check_space(folder, needed, f"the checkpoints of {folder}", "choose another --runs")
+    there = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    check_space(folder, needed - there, f"the checkpoints of {folder}", "choose another --runs")

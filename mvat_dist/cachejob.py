@@ -10,8 +10,9 @@ from typing import Any
 from submitit.core.utils import DelayedSubmission
 
 from mvat_dist import cache, slurmjob
+from mvat_dist.config import Config
 from mvat_dist.data.mix.training import TrainingData
-from mvat_dist.errors import UserError, exit_code
+from mvat_dist.errors import exit_code
 from mvat_dist.slurmjob import Resources
 
 
@@ -32,23 +33,16 @@ class CacheTask:
         return DelayedSubmission(self, part)
 
 
-def start(argv: list[str], tasks: int, resources: Resources, *, local: bool, dry_run: bool) -> None:
-    """Fill the cache of ``python -m mvat_dist.cache`` with arguments `argv`, here or by an array of `tasks`.
+def on_slurm(
+    out: Path, config: Config, argv: list[str], tasks: int, resources: Resources, *, dry_run: bool
+) -> None:
+    """Fill the cache in `out` by an array of `tasks`; each runs ``python -m mvat_dist.cache`` with `argv`.
 
     Raises:
-        UserError: a mistake in the arguments, or Slurm refused the job.
+        UserError: segments that no cache can hold, or Slurm refused the job.
     """
-    options, config = cache.parse(argv)
-    out = Path(options.out).absolute()
-    if local:
-        cache.main([*argv, "--dry-run"] if dry_run else argv)
-        return
     # What a login node can know: no array may wait in the queue for nothing.
     TrainingData(config.data, config.seed).check_numbered()
-    if not config.teacher.file or not Path(config.teacher.file).exists():
-        raise UserError(
-            f"no such teacher: {config.teacher.file or 'none was given'}; name one with --teacher"
-        )
     name = re.sub(r"[^\w.+-]", "_", f"mvat-cache-{out.name}", flags=re.ASCII)
     folder = out / "submitit"
     executor = slurmjob.executor(folder, name, resources)

@@ -290,12 +290,9 @@ def forecast_of(here: Colleague, shards: list[NDArray[np.int64]]) -> Forecast:
 
 def numbers_by_shard(data: TrainingData) -> Iterator[NDArray[np.int64]]:
     """For each audio shard the numbers of the segments that begin with its utterances, in their order."""
-    utterances = data.utterances
-    counts = [shard["utterances"] for shard in data.iterated.manifest["shards"]]
-    ends = np.cumsum(counts)
-    for first, last in zip(ends - counts, ends, strict=True):
-        items = np.flatnonzero((utterances >= first) & (utterances < last))
-        items = items[np.argsort(utterances[items], kind="stable")]
+    ends = np.cumsum([shard["utterances"] for shard in data.iterated.manifest["shards"]])
+    # Items stand in the order of the utterances that they begin with.
+    for items in np.split(np.arange(len(data)), np.searchsorted(data.utterances, ends))[:-1]:
         yield (items[:, None] + len(data) * np.arange(data.variants)).reshape(-1)
 
 

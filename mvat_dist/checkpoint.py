@@ -52,7 +52,7 @@ def save(folder: Path, step: int, states: dict[str, StudentState], keep: int) ->
     for unfinished in folder.glob(f".{_PREFIX}*{TEMPORARY_SUFFIX}"):
         shutil.rmtree(unfinished)
     path = folder / f"{_PREFIX}{step:08d}"
-    serial = 1 + max(map(_serial, _folders(folder)), default=0)
+    serial = 1 + max((_serial(old) or 0 for old in _folders(folder)), default=0)
     with atomic_directory(path) as temporary:
         for name, state in states.items():
             save_file(state.weights, temporary / f"{name}.weights.safetensors")
@@ -92,6 +92,7 @@ def newest(folder: Path, wanted: Callable[[Path], bool] = lambda _: True) -> Pat
             newest whole one has another format.
     """
     damaged = {}
+    any_whole = False
     for path in reversed(_folders(folder)):
         if not (path / _MANIFEST).is_file():
             continue
@@ -100,10 +101,11 @@ def newest(folder: Path, wanted: Callable[[Path], bool] = lambda _: True) -> Pat
             _check_format(path)
             if wanted(path):
                 return path
+            any_whole = True
             continue
         logger.warning("checkpoint %s is damaged (%s): looking for one before it", path, reason)
         damaged[path.name] = reason
-    if damaged:
+    if damaged and not any_whole:
         named = ", ".join(f"{name} ({reason})" for name, reason in damaged.items())
         raise UserError(
             f"{folder}: every checkpoint is damaged: {named}; restore a copy of one, or move them away to "
@@ -151,18 +153,23 @@ def progress_of(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _folders(folder: Path) -> list[Path]:
-    """Folders named as checkpoints are, the oldest first; one without a manifest is half removed."""
+    """Folders named as checkpoints are, the oldest first; one without a manifest is half removed.
+
+    One that cannot say when it was written counts as the newest, so that it is named before it is passed
+    over.
+    """
     found = folder.glob(f"{_PREFIX}*") if folder.is_dir() else []
     named = [path for path in found if path.name.removeprefix(_PREFIX).isdecimal()]
-    return sorted(named, key=lambda path: (_serial(path), step_of(path)))
+    serials = {path: _serial(path) for path in named}
+    return sorted(named, key=lambda path: (serials[path] is None, serials[path] or 0, step_of(path)))
 
 
-def _serial(path: Path) -> int:
-    """Number of the checkpoint in the order of writing; 0 where it cannot be read, or none was written."""
+def _serial(path: Path) -> int | None:
+    """Number of the checkpoint in the order of writing, 0 in the first ones; None where it cannot be read."""
     try:
         return int(read_json(path / _FLEET).get("serial", 0))
     except (OSError, ValueError, AttributeError):
-        return 0
+        return None
 
 
 def _fingerprint(file: Path) -> dict[str, Any]:

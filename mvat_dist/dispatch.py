@@ -15,7 +15,7 @@ from typing import Any
 
 from submitit.slurm.slurm import SlurmExecutor
 
-from mvat_dist import configfile, launch, rundir, runstate, slurmjob
+from mvat_dist import clock, configfile, launch, rundir, runstate, slurmjob
 from mvat_dist.config import Config
 from mvat_dist.errors import EXIT_BUSY, EXIT_USER_ERROR, UserError
 from mvat_dist.files import read_json, write_json
@@ -143,7 +143,7 @@ def _record(run: RunDir, argv: list[str], resources: Resources, **where: Any) ->
     start = {
         **where,
         "host": socket.gethostname(),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "time": clock.now(),
         "nodes": resources.nodes,
         "tasks_per_node": resources.tasks_per_node,
         "argv": argv,

@@ -6,7 +6,6 @@ import argparse
 import json
 import platform
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
-from mvat_dist import locations, modelfile
+from mvat_dist import clock, locations, modelfile
 from mvat_dist import metrics as metric_table
 from mvat_dist.commandline import CommandParser
 from mvat_dist.data.store.folders import Folder, read_manifest
@@ -201,7 +200,7 @@ def _write(
         "run": str(arguments.run.absolute()),
         "data": locations.absolute(arguments.data),
         "weights": arguments.weights,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "time": clock.now(),
         "machine": f"{platform.node()} {platform.machine()}, torch {torch.__version__}",
         "networks": {
             name: {

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from mvat_dist import heartbeat, squeue
+from mvat_dist import clock, heartbeat, squeue
 from mvat_dist.errors import UserError
 from mvat_dist.files import fsync, make_folder
 
@@ -68,7 +68,7 @@ def myself(token: str, purpose: Purpose) -> Owner:
         born=_born(os.getpid()),
         job=os.environ.get("SLURM_JOB_ID", ""),
         restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
-        since=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        since=clock.now(),
     )
 
 

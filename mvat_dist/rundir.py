@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mvat_dist import configfile, students
+from mvat_dist import clock, configfile, students
 from mvat_dist.config import Config
 from mvat_dist.errors import UserError
 from mvat_dist.files import make_folder, read_json, write_json, write_text
@@ -177,8 +177,7 @@ class RunDir:
 
     def write_status(self, state: State, step: int, **more: Any) -> None:
         """Record the run's state; readers see the old or the new one, never a part."""
-        now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        self.replace_status({"state": state, "step": step, "time": now, **more})
+        self.replace_status({"state": state, "step": step, "time": clock.now(), **more})
 
     def replace_status(self, status: dict[str, Any]) -> None:
         """`write_status` with all fields given."""

@@ -14,6 +14,7 @@ import socket
 import time
 from typing import Any
 
+from mvat_dist import clock
 from mvat_dist.errors import EXIT_HUNG
 from mvat_dist.rundir import RunDir, State
 
@@ -26,11 +27,6 @@ LOST = "ended without a word (killed, or its node failed)"
 
 _STARTS = 20
 """Starts that STATUS remembers; all are counted."""
-
-
-def now() -> str:
-    """Local time with its offset from UTC, as it stands in STATUS."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 def signal_name(number: int) -> str:
@@ -61,7 +57,7 @@ def record_end(run: RunDir, reason: str) -> None:
     """Note how a training ended that could not say so itself; one that did is left alone."""
     found = run.read_status()
     if found.get("state") == "running":
-        found |= {"state": "failed", "reason": reason, "time": now()}
+        found |= {"state": "failed", "reason": reason, "time": clock.now()}
         run.replace_status(found)
 
 
@@ -82,7 +78,7 @@ class RunState:
         starts: list[dict[str, Any]] = list(before.get("starts", []))
         if starts:
             starts[-1] |= {"to_step": before["step"], "ended": before.get("reason") or _ended(before)}
-        start = {"time": now(), "step": step, "host": socket.gethostname(), **life()}
+        start = {"time": clock.now(), "step": step, "host": socket.gethostname(), **life()}
         self.slowest: dict[str, float] = dict(before.get("slowest", {}))
         """Seconds of the slowest step, validation and save of all starts."""
         self._known: dict[str, Any] = {
@@ -107,7 +103,7 @@ class RunState:
 
     def saved(self, step: int) -> None:
         """A checkpoint of `step` is complete."""
-        self._known["checkpoint"] = {"step": step, "time": now()}
+        self._known["checkpoint"] = {"step": step, "time": clock.now()}
 
     def took(self, what: str, seconds: float) -> None:
         """Remember the slowest step, validation and save."""

@@ -136,11 +136,15 @@ def _fill_cache(options: argparse.Namespace, rest: list[str]) -> None:
         )
     if options.wait:
         raise UserError("--wait is for training; watch the array with squeue")
-    resources = _resources(options, cache.parse(rest)[1])
-    local = _why_local(options)
-    if local:
-        print(f"local    {local}: the cache is filled by this machine's cores")
-    cachejob.start(rest, options.cache, resources, local=bool(local), dry_run=options.dry_run)
+    asked, config = cache.parse(rest)
+    resources = _resources(options, config)
+    _check_teacher_file(config.teacher.file)
+    if reason := _why_local(options):
+        print(f"local    {reason}: the cache is filled by this machine's cores")
+        cache.main([*rest, "--dry-run"] if options.dry_run else rest)
+        return
+    out = Path(asked.out).absolute()
+    cachejob.on_slurm(out, config, rest, options.cache, resources, dry_run=options.dry_run)
 
 
 def minutes(text: str) -> int:
@@ -246,10 +250,17 @@ def _check_teacher(config: Config) -> None:
     teacher = config.teacher
     if config.distil.method == "none":
         return
-    if teacher.file and not Path(teacher.file).exists():
-        raise UserError(f"no such teacher: {teacher.file}; give a run folder or a checkpoint with --teacher")
     if teacher.source == "cache":
         read_header(Path(teacher.cache))
+    if teacher.file or teacher.source == "live":
+        _check_teacher_file(teacher.file)
+
+
+def _check_teacher_file(file: str) -> None:
+    if not file or not Path(file).exists():
+        raise UserError(
+            f"no such teacher: {file or 'none was given'}; give a run folder or a checkpoint with --teacher"
+        )
 
 
 def _teacher_in_words(config: Config) -> str:

@@ -49,7 +49,8 @@ def test_keeps_the_newest(tmp_path: Path) -> None:
 
 
 def damage(path: Path, how: str = "flip") -> None:
-    file = path / ("manifest.json" if how == "manifest" else "a.weights.safetensors")
+    files = {"manifest": "manifest.json", "fleet": "fleet.json"}
+    file = path / files.get(how, "a.weights.safetensors")
     content = bytearray(file.read_bytes())
     if how == "flip":
         content[-1] ^= 1
@@ -60,7 +61,7 @@ def damage(path: Path, how: str = "flip") -> None:
         file.write_bytes(content[: len(content) // 2])
 
 
-@pytest.mark.parametrize("how", ["flip", "truncate", "remove", "manifest"])
+@pytest.mark.parametrize("how", ["flip", "truncate", "remove", "manifest", "fleet"])
 def test_a_damaged_checkpoint_is_named_and_passed_over(
     tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -98,6 +99,15 @@ def test_the_same_step_again_replaces_it(tmp_path: Path) -> None:
     assert found is not None
     assert torch.equal(found.weights["weight"], torch.full((4,), 2.0))
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_search_that_finds_nothing_is_no_damage(tmp_path: Path) -> None:
+    """Where a whole checkpoint is there but not wanted, a damaged one beside it does not end the run."""
+    for step in (1, 2):
+        path = checkpoint.save(tmp_path, step, {"a": state(1.0)}, keep=2)
+    damage(path)
+    assert checkpoint.newest(tmp_path, lambda _: False) is None
+    assert checkpoint.newest(tmp_path) == tmp_path / "step-00000001"
 
 
 def test_only_damaged_checkpoints_are_refused(tmp_path: Path) -> None:

@@ -8,13 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from mvat_dist import launch, ranks
+from tests.waiting import until
 
 REPORT = """
 import json, os, sys
@@ -47,13 +46,6 @@ def launcher(command: list[str], processes: int, logs: Path) -> list[str]:
     code = "import json, sys; from pathlib import Path; from mvat_dist import launch; "
     code += "sys.exit(launch.run(json.loads(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])))"
     return python(code, json.dumps(command), str(processes), str(logs))
-
-
-def until(true: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
 
 
 def alive(pid: int) -> bool:
@@ -149,7 +141,7 @@ time.sleep(600)
     process = subprocess.Popen(
         launcher(python(stay, str(tmp_path)), 2, tmp_path), stderr=subprocess.PIPE, text=True
     )
-    until(lambda: len(list(tmp_path.glob("*.pid"))) == 2)
+    until(lambda: len(list(tmp_path.glob("*.pid"))) == 2, 20)
     process.send_signal(sent)
     _, said = process.communicate(timeout=20)
     assert (process.returncode, said) == (code, "")
@@ -158,11 +150,11 @@ time.sleep(600)
 
 def test_killing_the_launcher_leaves_no_rank(tmp_path: Path) -> None:
     process = subprocess.Popen(launcher(python(STAY, str(tmp_path)), 2, tmp_path))
-    until(lambda: {"0.pid", "1.pid"} <= {file.name for file in tmp_path.glob("*.pid")})
+    until(lambda: {"0.pid", "1.pid"} <= {file.name for file in tmp_path.glob("*.pid")}, 20)
     members = [int((tmp_path / f"{rank}.pid").read_text()) for rank in (0, 1)]
     process.kill()
     process.wait()
-    until(lambda: not any(alive(pid) for pid in members))
+    until(lambda: not any(alive(pid) for pid in members), 20)
     os.kill(int((tmp_path / "child.pid").read_text()), signal.SIGKILL)
 
 

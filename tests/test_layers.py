@@ -23,7 +23,7 @@ RUN = {
 PARTS = {"models", "losses", "data", "metrics", "summary", "schedule"}
 GROUND = {
     "config", "configfile", "students", "rundir", "ranks", "errors", "files", "seeds", "commandline",
-    "lock", "heartbeat", "squeue", "runstate", "locations",
+    "clock", "lock", "heartbeat", "squeue", "runstate", "locations",
 }  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate((GROUND, PARTS, RUN, ENTRY)) for room in rooms}
 FOREIGN_TO_PARTS = {"deepspeed", "submitit", "wandb"}

@@ -24,6 +24,7 @@ from mvat_dist.errors import EXIT_BUSY, EXIT_HUNG
 from mvat_dist.rundir import RunDir
 from tests.faults.processes import children, rank_of
 from tests.tiny_corpus import write_pairs, write_sources
+from tests.waiting import until
 
 STEPS = 40
 OPTIONS = (
@@ -90,11 +91,12 @@ def ended(process: subprocess.Popen[str], code: int) -> str:
 def until_saved(run: RunDir, process: subprocess.Popen[str], count: int = 1) -> None:
     """Wait until the run has `count` new checkpoints."""
     before = checkpoints(run)
-    deadline = time.monotonic() + 150
-    while len([name for name in checkpoints(run) if not before or name > before[-1]]) < count:
+
+    def saved() -> bool:
         assert process.poll() is None, process.stderr and process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+        return len([name for name in checkpoints(run) if not before or name > before[-1]]) >= count
+
+    until(saved, 150, pause=0.01)
 
 
 def killed_in_a_save(run: RunDir, process: subprocess.Popen[str]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mvat_dist import launch
 from mvat_dist.rundir import RunDir
+from tests import waiting
 
 DEADLINE = 150.0
 """Seconds within which anything waited for has to come; whatever takes longer is a hang."""
@@ -24,11 +25,7 @@ class MissedError(Exception):
 
 def until(true: Callable[[], bool], what: str, seconds: float = DEADLINE, pause: float = 0.05) -> float:
     """Wait until something is true; how long that took."""
-    began = time.monotonic()
-    while not true():
-        assert time.monotonic() - began < seconds, f"not within {seconds:.0f} s: {what}"
-        time.sleep(pause)
-    return time.monotonic() - began
+    return waiting.until(true, seconds, what, pause)
 
 
 def rows(run: RunDir) -> int:

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from tests.conftest import REPOSITORY
 from tests.faulty_server import Fault, Server, serving
 from tests.remote.conftest import clean, copies
 from tests.training_corpus import sources
+from tests.waiting import until
 
 FETCH = """
 import sys
@@ -51,11 +51,12 @@ def test_processes_that_ask_at_once_fetch_once(web, tmp_path):
 def test_a_killed_fetch_leaves_nothing_that_is_taken_for_a_shard(corpus, web, tmp_path):
     web.faults = [Fault(r"audio-000000\.tar", "hung", times=1)]
     process = fetching(web, tmp_path)
-    deadline = time.monotonic() + 60
-    while not any(path.stat().st_size for path in tmp_path.glob("*/.audio-000000.tar.*.tmp")):
+
+    def begun() -> bool:
         assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+        return any(path.stat().st_size for path in tmp_path.glob("*/.audio-000000.tar.*.tmp"))
+
+    until(begun, 60)
     process.kill()
     process.wait()
     assert not copies(tmp_path)

@@ -6,13 +6,13 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests import waiting
 from tests.conftest import REPOSITORY
 from tests.tiny_corpus import write_pairs, write_sources
 
@@ -69,12 +69,8 @@ def accounting(job: str, *columns: str) -> list[list[str]]:
 
 
 def until(true: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, (
-            f"not within {seconds} s: {slurm('squeue')} {slurm('sinfo', '-R')}"
-        )
-        time.sleep(0.2)
+    """Wait for a condition; what Slurm says is in the failure."""
+    waiting.until(true, seconds, lambda: slurm("squeue") + slurm("sinfo", "-R"), pause=0.2)
 
 
 def submit(*arguments: str, cwd: Path, wandb: str = "disabled") -> subprocess.CompletedProcess[str]:

@@ -47,7 +47,7 @@ class Maker(Protocol):
     """Everything that is read."""
 
     utterances: NDArray[np.int64]
-    """(N,) the utterance, by its place in `iterated`, that each item begins with."""
+    """(N,) the utterance, by its place in `iterated`, that each item begins with; never decreasing."""
 
     fixed: bool
     """Whether nothing is drawn: an item gives the same segment whenever it is made."""

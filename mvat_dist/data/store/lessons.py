@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import io
 import json
 import os
 import re
 import zlib
-from collections import OrderedDict
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from mvat_dist.data.identity import differences
 from mvat_dist.data.store.lessoncodec import CODECS, Codec, LessonArrays, decode, largest_size, map_name
 from mvat_dist.data.store.lessonshards import SHARD_NAME, Rows, levels_of, load_rows
+from mvat_dist.data.store.recent import Recent
 from mvat_dist.data.store.shardfile import ShardError
 from mvat_dist.errors import UserError
 from mvat_dist.students import Size, ViewKey
@@ -39,14 +40,15 @@ LEVEL_TOLERANCE = 1e-3
 """Largest relative difference of two levels of a segment: other processors round reverberation differently,
 in the seventh digit; another crop or another mixture differs in the first."""
 
-_OPEN_SHARDS = 64
-
 
 class _OpenShard(NamedTuple):
     """A shard in use."""
 
     rows: Rows
-    descriptor: int
+    file: io.FileIO
+
+    def close(self) -> None:
+        self.file.close()
 
 
 class Lessons:
@@ -80,7 +82,7 @@ class Lessons:
         # Of every segment the shard and the row in it: 8 bytes, where the rows themselves have 60.
         self._shard_of = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)[order]
         self._row_of = np.concatenate([np.arange(size, dtype=np.int32) for size in sizes])[order]
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._open: Recent[_OpenShard] = Recent()
         self.want(maps, output)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -176,9 +178,10 @@ class Lessons:
     def _content(self, number: int) -> tuple[np.void, bytes]:
         """The row and the bytes of a segment, compared with their checksum."""
         try:
-            shard = self._opened(int(self._shard_of[number]))
+            at = int(self._shard_of[number])
+            shard = self._open.get(at, lambda: self._opened(at))
             row = shard.rows[self._row_of[number]]
-            content = os.pread(shard.descriptor, int(row["size"]), int(row["offset"]))
+            content = os.pread(shard.file.fileno(), int(row["size"]), int(row["offset"]))
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
                 raise  # the machine's trouble, not the file's
@@ -188,24 +191,12 @@ class Lessons:
         return row, content
 
     def _opened(self, shard: int) -> _OpenShard:
-        """The rows and an open file of a shard; the longest unused one is closed when there are many."""
-        if shard not in self._open:
-            rows = self._rows(shard)
-            path = self.folder / self.header["shards"][shard]["name"]
-            self._open[shard] = _OpenShard(rows, os.open(path, os.O_RDONLY))
-            if len(self._open) > _OPEN_SHARDS:
-                os.close(self._open.popitem(last=False)[1].descriptor)
-        self._open.move_to_end(shard)
-        return self._open[shard]
+        rows = self._rows(shard)
+        return _OpenShard(rows, io.FileIO(self.folder / self.header["shards"][shard]["name"]))
 
     def close(self) -> None:
         """Close the shards that were opened; reading opens them again."""
-        while self._open:
-            os.close(self._open.popitem()[1].descriptor)
-
-    def __del__(self) -> None:
-        if hasattr(self, "_open"):  # not where opening failed
-            self.close()
+        self._open.close()
 
     def _damaged(self, number: int, what: str) -> ShardError:
         name = self.header["shards"][int(self._shard_of[number])]["name"]

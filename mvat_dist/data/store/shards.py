@@ -11,7 +11,6 @@ import io
 import json
 import os
 import zlib
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +24,7 @@ from mvat_dist.data.store.folders import MANIFEST as MANIFEST
 from mvat_dist.data.store.folders import Folder, beside_index, fetch_indices, open_shard, pinned, read_subset
 from mvat_dist.data.store.folders import read_manifest as read_manifest
 from mvat_dist.data.store.folders import subset_names as subset_names
+from mvat_dist.data.store.recent import Recent
 from mvat_dist.data.store.shardcache import RemoteFolder
 from mvat_dist.data.store.shardfile import (
     FIELDS,
@@ -39,8 +39,6 @@ from mvat_dist.data.store.shardfile import (
 from mvat_dist.data.store.shardfile import Field as Field
 from mvat_dist.data.store.shardfile import Kind as Kind
 from mvat_dist.data.store.shardfile import ShardError as ShardError
-
-_OPEN_SHARDS = 64
 
 
 def _unreadable(manifest: dict[str, Any], shard: dict[str, Any], first: int) -> Index:
@@ -64,7 +62,7 @@ class ShardSet:
         indices: Sequence[Index],
         damaged: dict[int, ShardError] | None = None,
     ):
-        self._files: OrderedDict[int, io.FileIO] = OrderedDict()
+        self._files: Recent[io.FileIO] = Recent()
         self._unfetchable: dict[int, ShardError] = {}  # tried often enough
         self.folder = folder
         self.manifest = manifest
@@ -247,26 +245,18 @@ class ShardSet:
         return ShardError(f"{shard}, key {self.key(index)}: {what}; {mend}")
 
     def _descriptor(self, shard: int) -> int:
-        """An open file of a shard; the longest unused one is closed when there are many.
+        """An open file of a shard.
 
         pread has no position of its own, so processes and forks may share what they inherit.
         """
         if shard in self._unfetchable:
             raise self._unfetchable[shard]
-        if shard not in self._files:
-            self._files[shard] = open_shard(self.folder, self.manifest["shards"][shard])
-            if len(self._files) > _OPEN_SHARDS:
-                self._files.popitem(last=False)[1].close()
-        self._files.move_to_end(shard)
-        return self._files[shard].fileno()
+        record = self.manifest["shards"][shard]
+        return self._files.get(shard, lambda: open_shard(self.folder, record)).fileno()
 
     def close(self) -> None:
         """Close the shards that were opened; reading opens them again."""
-        while self._files:
-            self._files.popitem()[1].close()
-
-    def __del__(self) -> None:
-        self.close()
+        self._files.close()
 
 
 def _reopened(folder: Folder, strict: bool) -> ShardSet:

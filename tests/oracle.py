@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +24,11 @@ class Oracle:
     chunk: int
     stride: int = 4
     prefix: str = ""
+    batch: dict[str, tuple[Tensor, Tensor, int]] = field(default_factory=dict)
+    """Mean, biased variance and count of every BatchNorm's last input in training, by its prefix."""
 
     def part(self, name: str) -> Oracle:
-        return Oracle(self.state, self.training, self.chunk, self.stride, f"{self.prefix}{name}.")
+        return Oracle(self.state, self.training, self.chunk, self.stride, f"{self.prefix}{name}.", self.batch)
 
     def has(self, name: str) -> bool:
         return any(key.startswith(f"{self.prefix}{name}.") for key in self.state)
@@ -52,6 +54,7 @@ class Oracle:
         if self.training:
             mean = x.mean(others)
             variance = ((x - mean.view(shape)) ** 2).mean(others)
+            self.batch[self.prefix] = mean, variance, x.numel() // x.shape[1]
         else:
             mean, variance = self.get("running_mean"), self.get("running_var")
         normal = (x - mean.view(shape)) / (variance.view(shape) + 1e-5).sqrt()

@@ -246,17 +246,18 @@ def test_batch_normalisation_forgets_at_the_described_rates() -> None:
     # 0.01 in the pairs of convolution and BatchNorm (their key is "bn"), torch's 0.1 in plain sequences.
     model = tiny().train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    captured = {}
-    norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)}
-    for name, norm in norms.items():
-        norm.register_forward_pre_hook(lambda _, inputs, name=name: captured.update({name: inputs[0]}))
+    noisy = noise(2, 203, dtype=torch.float64)
+    seen: dict[str, tuple[Tensor, Tensor, int]] = {}
     with torch.no_grad():
-        model(noise(2, 203, dtype=torch.float64))
-    for name, norm in norms.items():
-        rate = 0.01 if name.endswith(".bn") else 0.1
-        mean = captured[name].transpose(0, 1).flatten(1).mean(1)
-        expected = (1 - rate) * before[f"{name}.running_mean"] + rate * mean
-        torch.testing.assert_close(norm.running_mean, expected, rtol=1e-9, atol=1e-12)
+        model(noisy)
+        oracle.manner(oracle.Oracle(before, True, TINY.chunk, batch=seen), noisy)
+    assert len(seen) == sum(isinstance(m, nn.BatchNorm1d) for m in model.modules())
+    for prefix, (mean, variance, count) in seen.items():
+        rate = 0.01 if prefix.endswith(".bn.") else 0.1
+        for name, value in (("running_mean", mean), ("running_var", variance * count / (count - 1))):
+            expected = (1 - rate) * before[prefix + name] + rate * value
+            torch.testing.assert_close(model.state_dict()[prefix + name], expected, rtol=1e-9, atol=1e-12)
+        assert model.state_dict()[f"{prefix}num_batches_tracked"] == 1
 
 
 def test_building_is_reproducible_and_loading_draws_no_random_number() -> None:

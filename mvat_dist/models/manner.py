@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvat_dist import students
-from mvat_dist.models.layers import MaskGate, ResidualConformer, rescale
+from mvat_dist.models.layers import BatchNorm, MaskGate, ResidualConformer, rescale
 from mvat_dist.models.multiview import MultiViewBlock
 from mvat_dist.students import VIEWS, Side, Size, ViewKey
 
@@ -25,8 +25,8 @@ class Encoder(nn.Module):
         channels = size.hidden * 2 ** (level - 1)
         self.down_conv = nn.Sequential(
             nn.Conv1d(channels, channels, size.kernel_size, size.stride),
-            nn.BatchNorm1d(channels),
-            nn.ReLU(),
+            BatchNorm(channels),
+            nn.ReLU(inplace=True),
         )
         self.conv_block = ResidualConformer(channels, 2 * channels)
         self.attn_block = _multi_view_block(size, "encoder", level)
@@ -46,8 +46,8 @@ class Decoder(nn.Module):
         self.conv_block = ResidualConformer(2 * channels, channels)
         self.up_conv = nn.Sequential(
             nn.ConvTranspose1d(channels, channels, size.kernel_size, size.stride),
-            nn.BatchNorm1d(channels),
-            nn.ReLU(),
+            BatchNorm(channels),
+            nn.ReLU(inplace=True),
         )
         self.attn_block = _multi_view_block(size, "decoder", level)
 
@@ -71,11 +71,13 @@ class MaskingUNet(nn.Module):
         super().__init__()
         hidden, deepest = size.hidden, size.hidden * 2**size.depth
         levels = range(1, size.depth + 1)
-        self.in_conv = nn.Sequential(nn.Conv1d(1, hidden, 3, padding=1), nn.BatchNorm1d(hidden), nn.ReLU())
+        self.in_conv = nn.Sequential(
+            nn.Conv1d(1, hidden, 3, padding=1), BatchNorm(hidden), nn.ReLU(inplace=True)
+        )
         self.out_conv = nn.Sequential(nn.Conv1d(hidden, 1, 3, padding=1))
         self.encoder = nn.ModuleList(Encoder(size, level) for level in levels)
         self.decoder = nn.ModuleList(Decoder(size, level) for level in reversed(levels))
-        self.linear = nn.Sequential(nn.Linear(deepest, deepest, bias=False), nn.ReLU())
+        self.linear = nn.Sequential(nn.Linear(deepest, deepest, bias=False), nn.ReLU(inplace=True))
         self.mask_gate = MaskGate(hidden)
 
     def forward(self, waveform: Tensor, return_views: bool) -> tuple[Tensor, Views]:

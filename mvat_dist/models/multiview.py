@@ -8,7 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvat_dist.models.layers import TallConv1d, conv_bn, depthwise_conv
+from mvat_dist.models.layers import (
+    BatchNorm,
+    by_tiles,
+    conv_bn,
+    conv_of,
+    conv_together,
+    depthwise_conv,
+    gated_tanh,
+    norm_together,
+)
 from mvat_dist.students import SPATIAL_KERNEL
 
 ViewFeatures = tuple[Tensor, Tensor, Tensor]
@@ -52,53 +61,69 @@ class ChannelView(nn.Module):
 class GlobalView(nn.Module):
     """Per channel, scaled dot-product attention across the chunks of the whole input.
 
-    A token is the C frames of one chunk. Each of `heads` heads is C wide.
+    A token is the C frames of one chunk. Each of `heads` heads is C wide. No key is projected and no
+    value: with tokens x, the scores (x Wq')(x Wk')' are (x (Wq' Wk)) x', and the output
+    A (x Wv') Wo' is (A x) (Wv' Wo'), so the tokens themselves are keys and values.
     """
 
     def __init__(self, chunk_length: int, heads: int) -> None:
         super().__init__()
-        self.chunk_length = chunk_length
         self.heads = heads
         self.w_qs = nn.Linear(chunk_length, heads * chunk_length, bias=False)
         self.w_ks = nn.Linear(chunk_length, heads * chunk_length, bias=False)
         self.w_vs = nn.Linear(chunk_length, heads * chunk_length, bias=False)
         self.fc = nn.Linear(heads * chunk_length, chunk_length, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, n, T) -> (B, n, T)."""
-        batch, _, frames = x.shape
-        tokens = chunk(x, self.chunk_length).flatten(0, 1)  # (B * n, P, C)
-        query, key, value = (
-            project(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B * n, heads, P, C)
-            for project in (self.w_qs, self.w_ks, self.w_vs)
-        )
-        attended = F.scaled_dot_product_attention(query, key, value)
-        tokens = self.fc(attended.transpose(1, 2).flatten(2))
-        return overlap_add(tokens.unflatten(0, (batch, -1)), frames)
+    def forward(self, chunks: Tensor) -> Tensor:
+        """(B, n, P, C) -> (B, n, P, C)."""
+        by_head = (self.heads, -1, chunks.shape[-1])
+        query, key, value = (layer.weight.view(by_head) for layer in (self.w_qs, self.w_ks, self.w_vs))
+        out = self.fc.weight.t().reshape(by_head)  # transposed, as the others are
+        tokens = chunks.flatten(0, 1).unsqueeze(1)  # (B * n, 1, P, C)
+        heads = tokens.expand(-1, self.heads, -1, -1)
+        attended = F.scaled_dot_product_attention(tokens @ (query.transpose(1, 2) @ key), heads, heads)
+        joined = attended.transpose(1, 2).flatten(2)  # (B * n, P, heads * C)
+        return (joined @ (value.transpose(1, 2) @ out).flatten(0, 1)).view_as(chunks)
 
 
 class LocalView(nn.Module):
     """Weights each frame of each chunk by what its neighbours in the chunk say of it."""
 
-    def __init__(self, channels: int, chunk_length: int) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.chunk_length = chunk_length
-        # BatchNorm2d: the same statistics, over items, frames and chunks at once.
-        self.depth_conv = nn.Sequential(depthwise_conv(channels), nn.BatchNorm2d(channels), nn.SiLU())
+        self.depth_conv = nn.Sequential(depthwise_conv(channels), BatchNorm(channels), nn.SiLU())
         self.conv = nn.Sequential(
             OrderedDict(
-                conv=TallConv1d(2, 1, SPATIAL_KERNEL, padding=SPATIAL_KERNEL // 2, bias=False),
-                bn=nn.BatchNorm2d(1, momentum=0.01),
+                conv=nn.Conv1d(2, 1, SPATIAL_KERNEL, padding=SPATIAL_KERNEL // 2, bias=False),
+                bn=BatchNorm(1, momentum=0.01),
             )
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, n, T) -> (B, n, T)."""
-        chunks = chunk(x, self.chunk_length)
-        local = self.depth_conv(chunks.transpose(2, 3).contiguous())  # (B, n, C, P)
-        summary = torch.stack([local.amax(1), local.mean(1)], dim=1)  # (B, 2, C, P)
-        attention = torch.sigmoid(self.conv(summary)).transpose(2, 3)  # (B, 1, P, C)
-        return overlap_add(chunks * attention, x.shape[-1])
+    def forward(self, chunks: Tensor) -> Tensor:
+        """(B, n, P, C) -> the weights (B, 1, P, C), which all channels share."""
+        wide, narrow = conv_of(self.depth_conv), conv_of(self.conv)
+        length = chunks.shape[-1]
+        local = _plus(chunks @ banded(wide.weight[:, 0], length), wide.bias)
+        local = F.silu(self.depth_conv[1](local))
+        summary = torch.cat([local.amax(1, keepdim=True), local.mean(1, keepdim=True)], dim=-1)
+        weights = _plus(summary @ banded(narrow.weight[0], length).flatten(0, 1), narrow.bias)
+        return torch.sigmoid(self.conv[1](weights))
+
+
+def _plus(x: Tensor, bias: Tensor | None) -> Tensor:
+    """(B, n, P, C) with a bias (n,) where there is one: where BatchNorm has been folded."""
+    return x if bias is None else x + bias.view(-1, 1, 1)
+
+
+def banded(taps: Tensor, length: int) -> Tensor:
+    """(n, K) -> (n, C, C): x @ it is the convolution of C = `length` frames with K taps, length kept.
+
+    A product with a matrix that is mostly zeros: C / K times the work, and a far faster kernel.
+    """
+    length = int(length)  # of one architecture: a trace would take it for a variable
+    before = length - 1 - taps.shape[-1] // 2
+    diagonals = F.pad(taps, (before, 2 * length - 1 - taps.shape[-1] - before))
+    return diagonals.unfold(-1, length, 1).flip(-1)
 
 
 class MultiViewBlock(nn.Module):
@@ -107,12 +132,13 @@ class MultiViewBlock(nn.Module):
     def __init__(self, channels: int, chunk_length: int, heads: int) -> None:
         super().__init__()
         branch = channels // 3
+        self.chunk_length = chunk_length
         self.in_branch0 = conv_bn(channels, branch)
         self.in_branch1 = conv_bn(channels, branch)
         self.in_branch2 = conv_bn(channels, branch)
         self.channel_attn = ChannelView(branch)
         self.global_attn = GlobalView(chunk_length, heads)
-        self.local_attn = LocalView(branch, chunk_length)
+        self.local_attn = LocalView(branch)
         self.out_branch0 = conv_bn(branch, branch, 3)
         self.out_branch1 = conv_bn(branch, branch, 3)
         self.out_branch2 = conv_bn(branch, branch, 3)
@@ -120,7 +146,7 @@ class MultiViewBlock(nn.Module):
         self.shortcut = conv_bn(channels, channels, relu=False)
         self.output_tanh = nn.Sequential(nn.Conv1d(channels, channels, 1), nn.Tanh())
         self.output_sigmoid = nn.Sequential(nn.Conv1d(channels, channels, 1), nn.Sigmoid())
-        self.gate_conv = nn.Sequential(nn.Conv1d(channels, channels, 1), nn.ReLU())
+        self.gate_conv = nn.Sequential(nn.Conv1d(channels, channels, 1), nn.ReLU(inplace=True))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ViewFeatures]:
         """(B, N, T) -> (B, N, T) and the view features F_v, each (B, floor(N / 3), T).
@@ -128,11 +154,31 @@ class MultiViewBlock(nn.Module):
         F_v is taken behind each view's own convolution, BatchNorm and ReLU: a design choice, for
         there the views have the form in which the block joins them.
         """
-        features = (
-            self.out_branch0(self.channel_attn(self.in_branch0(x))),
-            self.out_branch1(self.global_attn(self.in_branch1(x))),
-            self.out_branch2(self.local_attn(self.in_branch2(x))),
-        )
-        joined = self.conv(torch.cat(features, dim=1))
-        gated = self.gate_conv(self.output_tanh(joined) * self.output_sigmoid(joined))
-        return self.shortcut(x) + gated, features
+        ways = (self.in_branch0, self.in_branch1, self.in_branch2, self.shortcut)
+        y = norm_together(conv_together(x, *ways), *(way[1] for way in ways))
+        direct = y[:, -x.shape[1] :]
+        # In place where nothing else needs y: at 30 s of audio, each of these is a tenth of a gigabyte.
+        branches = F.relu(y[:, : -x.shape[1]], inplace=not torch.is_grad_enabled())
+        features = self._features(self._views(branches))
+        joined = self.conv(features)
+        channel, global_, local = features.chunk(3, dim=1)
+        return by_tiles(self._add_gated, joined, direct), (channel, global_, local)
+
+    def _add_gated(self, joined: Tensor, direct: Tensor) -> Tensor:
+        gated: Tensor = self.gate_conv(gated_tanh(joined, self.output_tanh, self.output_sigmoid))
+        return direct + gated
+
+    def _views(self, branches: Tensor) -> Tensor:
+        """The three branches (B, 3n, T), each through its own view."""
+        first, second, third = branches.chunk(3, dim=1)
+        frames = branches.shape[-1]
+        attended = overlap_add(self.global_attn(chunk(second, self.chunk_length)), frames)
+        # Both chunks over a frame hold the same frame, so the mean over them is a mean of their weights.
+        weights = overlap_add(self.local_attn(chunk(third, self.chunk_length)), frames)
+        return torch.cat([self.channel_attn(first), attended, third * weights], dim=1)
+
+    def _features(self, views: Tensor) -> Tensor:
+        """Each view (B, 3n, T) through its own convolution of three taps, as groups of one."""
+        ways = (self.out_branch0, self.out_branch1, self.out_branch2)
+        y = norm_together(conv_together(views, *ways, groups=3), *(way[1] for way in ways))
+        return F.relu(y, inplace=True)

@@ -7,7 +7,8 @@ and optimiser state can be read and written whole, by parameter name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -22,10 +23,14 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
+    set_z3_leaf_modules,
 )
 from torch import Tensor, nn
 
+from mvat_dist.collectives import begin_mean, unpack
 from mvat_dist.config import EngineConfig, OptimConfig
+from mvat_dist.models.layers import MaskGate, ResidualConformer
+from mvat_dist.models.multiview import MultiViewBlock
 from mvat_dist.schedule import Hyperparameters
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -46,26 +51,28 @@ class GuardedAdamW(torch.optim.AdamW):
     """AdamW that clips, and that skips a step whose gradient is not finite.
 
     Used at ZeRO stage 0, where DeepSpeed hands the step straight to the optimiser. Gradients are
-    all-reduced before it, so one rank's NaN is every rank's and all skip alike. DeepSpeed reads
-    `overflow` and `_global_grad_norm` from its optimisers; its own ZeRO optimisers do the same.
+    averaged before it, so one rank's NaN is every rank's and all skip alike. Norm, clipping and skipping stay
+    on the device: the host learns of them when it asks, and nothing waits.
     """
 
+    overflow = False
+    """What DeepSpeed would read of a skipped step; it only counts them."""
+
     def __init__(self, parameters: Iterator[nn.Parameter], clip_norm: float, **options: Any) -> None:
-        super().__init__(parameters, **options)
+        super().__init__(parameters, fused=True, **options)
         self.clip_norm = clip_norm
-        self.overflow = False
-        self._global_grad_norm = 0.0
+        self._global_grad_norm: Tensor | None = None
+        # torch's fused optimisers look for these two, which its loss scaling uses.
+        self.found_inf: Tensor | None = None
+        self.grad_scale: Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # a closure is never used
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        self._global_grad_norm = float(norm)
-        self.overflow = not bool(torch.isfinite(norm))
-        if self.overflow:
-            return
-        if self.clip_norm > 0 and self._global_grad_norm > self.clip_norm:
-            torch._foreach_mul_(gradients, self.clip_norm / self._global_grad_norm)
+        self._global_grad_norm = norm = nn.utils.get_total_norm(gradients)
+        self.found_inf = 1.0 - torch.isfinite(norm).float()  # where it is 1 nothing is changed
+        if self.clip_norm > 0:
+            self.grad_scale = (norm / self.clip_norm).clamp(min=1.0)  # what gradients are divided by
         super().step(closure)
 
 
@@ -101,6 +108,8 @@ def deepspeed_config(
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31 - 1,
         "wall_clock_breakdown": False,
+        # On by default, and then every step of every student waits for the GPU twice.
+        "timers": {"throughput": {"enabled": False}},
     }
 
 
@@ -123,10 +132,19 @@ class StudentEngine:
         if self.zero_stage == 0:
             optimizer = GuardedAdamW(parameters, optim.clip_norm, **options)
         else:
-            optimizer = torch.optim.AdamW(parameters, **options)
+            optimizer = torch.optim.AdamW(parameters, fused=True, **options)
+        if self.zero_stage == 3:
+            # These read their layers' weights to compute several at once, so all are gathered before.
+            set_z3_leaf_modules(module, [MultiViewBlock, ResidualConformer, MaskGate], False)
         self._engine, *_ = deepspeed.initialize(model=module.to(device), optimizer=optimizer, config=config)
+        if self.zero_stage == 0:
+            self._engine.enable_backward_allreduce = False  # `begin_reduction` does it, and does not wait
         self.module: nn.Module = self._engine.module
         self._buffers = dict(self.module.named_buffers())
+        self._buffers_by_type: defaultdict[torch.dtype, list[Tensor]] = defaultdict(list)
+        for buffer in self._buffers.values():
+            self._buffers_by_type[buffer.dtype].append(buffer)
+        self._end_reduction: Callable[[], None] | None = None
 
     def __call__(self, noisy: Tensor, *, return_views: bool) -> Any:
         """The student's forward in train mode: (B, T) -> (B, T) or (B, T) and its view features."""
@@ -136,26 +154,53 @@ class StudentEngine:
         """Add the gradient of one micro-batch's `loss`, divided by the micro-batches of a step."""
         self._engine.backward(loss)
 
-    def step(self, now: Hyperparameters) -> bool:
-        """Reduce the gradients over the ranks, clip and update; False if the step was skipped."""
+    def begin_reduction(self) -> None:
+        """After the step's last `backward`: begin to average the gradients over the ranks.
+
+        It hides behind whatever comes before `end_reduction`. ZeRO's stages reduce in their own time.
+        """
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        self._end_reduction = begin_mean(gradients if self.zero_stage == 0 else [])
+
+    def end_reduction(self) -> None:
+        """Wait for the averaged gradients."""
+        assert self._end_reduction, "begin_reduction comes first: ranks would drift apart"
+        self._end_reduction()
+        self._end_reduction = _nothing
+
+    def step(self, now: Hyperparameters) -> Tensor:
+        """Clip and update, after `begin_reduction` and, if that was not done before, `end_reduction`.
+
+        Returns:
+            Whether the step was applied or, as its gradient was not finite, skipped: (), on the device.
+        """
+        self.end_reduction()
+        self._end_reduction = None
         for group in self._engine.optimizer.param_groups:
             group["lr"], group["betas"] = now.lr, (now.beta1, group["betas"][1])
         self._engine.step()
-        return bool(self._engine.was_step_applied())
+        if self.zero_stage == 0:
+            found: Tensor = self._engine.optimizer.found_inf
+            return found == 0
+        return torch.tensor(self._engine.was_step_applied(), device=self.device)
 
     @property
     def gradient_norm(self) -> float:
         """2-norm of the last step's gradient before clipping; not finite where the step was skipped."""
-        return float(self._engine.get_global_grad_norm() or 0.0)
+        norm = self._engine.get_global_grad_norm()
+        return 0.0 if norm is None else float(norm)
 
-    def copy_buffers(self) -> dict[str, Tensor]:
-        """A copy of the BatchNorm statistics."""
-        return {name: buffer.clone() for name, buffer in self._buffers.items()}
+    def copy_buffers(self) -> dict[torch.dtype, Tensor]:
+        """A copy of the BatchNorm statistics, joined by type: a network has hundreds of them."""
+        return {
+            kind: torch.cat([one.reshape(-1) for one in same]) for kind, same in self._buffers_by_type.items()
+        }
 
-    def restore_buffers(self, saved: dict[str, Tensor]) -> None:
+    @torch.no_grad()
+    def restore_buffers(self, saved: dict[torch.dtype, Tensor]) -> None:
         """Put back a copy made by `copy_buffers`."""
-        for name, buffer in self._buffers.items():
-            buffer.copy_(saved[name])
+        for kind, same in self._buffers_by_type.items():
+            unpack(saved[kind], same)
 
     def weights(self) -> dict[str, Tensor]:
         """Whole fp32 weights and buffers by name, on the CPU. Every rank must call it."""
@@ -178,7 +223,8 @@ class StudentEngine:
             parameter.copy_(value)
             if self.zero_stage > 0:  # the optimiser has a copy of its own, which the next step would restore
                 safe_set_full_fp32_param(parameter, value)
-        self.restore_buffers({name: whole[name].to(self.device) for name in self._buffers})
+        for name, buffer in self._buffers.items():
+            buffer.copy_(whole[name])
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """Whole moments as ``exp_avg.NAME`` and the update count ``step``. Every rank must call it."""
@@ -207,7 +253,7 @@ class StudentEngine:
         if self.zero_stage == 0:
             for name, parameter in self.module.named_parameters():
                 moments = {key: whole[f"{key}.{name}"].to(self.device, copy=True) for key in MOMENTS}
-                states[parameter] = {"step": whole["step"].clone(), **moments}
+                states[parameter] = {"step": whole["step"].to(self.device, copy=True), **moments}
             return
         self._create_zero_states()
         for name, parameter in self.module.named_parameters():
@@ -232,8 +278,13 @@ class StudentEngine:
         buffers = self.copy_buffers()
         silence = torch.zeros(2, 2048, device=self.device)
         self.backward(0.0 * self(silence, return_views=False).sum())
+        self.begin_reduction()
         self.step(Hyperparameters(lr=0.0, beta1=0.9))
         self.restore_buffers(buffers)
+
+
+def _nothing() -> None:
+    """A reduction that has ended."""
 
 
 def _partition(whole: Tensor, length: int) -> Tensor:

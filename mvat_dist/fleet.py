@@ -13,16 +13,16 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from mvat_dist import schedule
+from mvat_dist import schedule, students
 from mvat_dist.checkpoint import StudentState
-from mvat_dist.collectives import average_batchnorm, sum_in_place
+from mvat_dist.collectives import average_batchnorm
 from mvat_dist.config import Config
 from mvat_dist.data.stream import Batch
 from mvat_dist.engine import StudentEngine
 from mvat_dist.losses import Objective, Prepared
 from mvat_dist.students import Size
 from mvat_dist.teacher import Teacher
-from mvat_dist.timing import Stopwatch
+from mvat_dist.timing import Stopwatch, clock_of
 
 
 class Meter:
@@ -87,18 +87,24 @@ class Student:
         self.meter = Meter(objective.terms, engine.device)
         self.progress = Progress()
 
-    def learn(self, noisy: Tensor, prepared: Prepared) -> None:
+    def learn(self, noisy: Tensor, prepared: Prepared, clock: Stopwatch) -> None:
         """Forward, loss and backward on one micro-batch (B, T)."""
-        estimate, views = self.engine(noisy, return_views=True)
-        terms = self.objective(estimate, views, prepared)
-        self.engine.backward(terms["loss"])
-        self.meter.add(terms, len(noisy))
+        with clock.section(f"forward/{self.name}"):
+            estimate, views = self.engine(noisy, return_views=True)
+            terms = self.objective(estimate, views, prepared)
+            self.meter.add(terms, len(noisy))
+        with clock.section(f"backward/{self.name}"):
+            self.engine.backward(terms["loss"])
 
-    def update(self, now: schedule.Hyperparameters, statistics: dict[str, Tensor]) -> None:
-        """Apply the step's gradient, or undo the step's traces if it is not finite on some rank."""
+    def update(self, now: schedule.Hyperparameters) -> Tensor:
+        """Apply the step's gradient, unless it is not finite on some rank; whether it was, ()."""
+        return self.engine.step(now._replace(lr=now.lr * self.progress.lr_factor))
+
+    def close_step(self, applied: bool, statistics: dict[torch.dtype, Tensor]) -> None:
+        """Count the step, or undo its traces where it was not applied."""
         progress = self.progress
         progress.steps += 1
-        if self.engine.step(now._replace(lr=now.lr * progress.lr_factor)):
+        if applied:
             progress.updates += 1
             progress.skipped_in_a_row = 0
             return
@@ -131,11 +137,11 @@ class Student:
 class Fleet:
     """Students that learn side by side from the same batches and the same teacher."""
 
-    def __init__(self, students: Iterable[Student], teacher: Teacher | None, config: Config) -> None:
-        self.students = list(students)
+    def __init__(self, fleet: Iterable[Student], teacher: Teacher | None, config: Config) -> None:
+        self.students = list(fleet)
         self.teacher = teacher
         self.config = config
-        self.stopwatch = Stopwatch()
+        self.stopwatch = Stopwatch(clock_of(self.students[0].engine.device))
         self.stepped: list[Student] = []
         """Students that made the last step."""
 
@@ -146,23 +152,41 @@ class Fleet:
     def step(self, micro_batches: Sequence[Batch], step: int) -> schedule.Hyperparameters:
         """Optimiser step `step`, counted from 0, of the students that it is the next of."""
         now = schedule.at(step, self.config.train.steps, self.config.optim)
-        learning, clock = self.at(step), self.stopwatch
-        self.stepped = learning
+        self.stepped = learning = self.at(step)
+        if not learning:  # the one that was behind has been given up: the step of the others is still to come
+            return now
+        # Gradients travel while the next student computes: the largest go first, the least wait for nobody.
+        in_turn = sorted(learning, key=lambda one: -students.parameters(one.size))
+        clock = self.stopwatch
         statistics = [student.engine.copy_buffers() for student in learning]
-        for batch in micro_batches:
-            on_device = batch.to(learning[0].engine.device)
-            with clock.section("teacher"):
-                lesson = self.teacher(on_device) if self.teacher else None
-            with clock.section("students"):
-                prepared = learning[0].objective.prepare(on_device.noisy, on_device.clean, lesson)
-                for student in learning:
-                    student.learn(on_device.noisy, prepared)
-        with clock.section("update"):
-            for student, before in zip(learning, statistics, strict=True):
-                student.update(now, before)
+        for number, batch in enumerate(micro_batches, start=1):
+            prepared = self._prepare(batch, learning[0])
+            for student in in_turn:
+                student.learn(prepared.targets.noisy, prepared, clock)
+                if number == len(micro_batches):
+                    with clock.section("communication"):
+                        student.engine.begin_reduction()
         with clock.section("communication"):
-            sum_in_place([student.meter.step for student in learning])
-            average_batchnorm(student.engine.module for student in learning)
+            for student in in_turn:
+                student.engine.end_reduction()
+        with clock.section("optimiser"):
+            # Read together: on a GPU the one place of a step at which the host waits for the device.
+            applied = torch.stack([student.update(now) for student in learning]).tolist()
+            for student, was_applied, before in zip(learning, applied, statistics, strict=True):
+                student.close_step(was_applied, before)
+        with clock.section("communication"):
+            modules = [student.engine.module for student in learning]
+            average_batchnorm(modules, sums=[student.meter.step for student in learning])
         for student in learning:
             student.meter.close_step()
         return now
+
+    def _prepare(self, batch: Batch, student: Student) -> Prepared:
+        """What students share of a micro-batch: the lesson, the target's spectra, the loss's weights."""
+        clock = self.stopwatch
+        with clock.section("data"):
+            batch = batch.to(student.engine.device)
+        with clock.section("teacher"):
+            lesson = self.teacher(batch) if self.teacher else None
+        with clock.section("targets"):
+            return student.objective.prepare(batch.noisy, batch.clean, lesson)

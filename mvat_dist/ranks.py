@@ -14,7 +14,7 @@ import socket
 import subprocess
 import zlib
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from mvat_dist.errors import UserError
@@ -22,7 +22,7 @@ from mvat_dist.errors import UserError
 Launcher = Literal["single", "slurm", "torchrun", "deepspeed", "local", "environment"]
 
 LOCAL_LAUNCHER = "MVAT_LOCAL_LAUNCHER"
-"""Set by `mvat_dist.launch` for its processes."""
+"""Set by `mvat_dist.cluster.launch` for its processes."""
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What `export` sets, for DeepSpeed and torch.distributed."""
@@ -61,7 +61,7 @@ def read(environ: Mapping[str, str] = os.environ) -> Ranks:
         UserError: variables that contradict each other, or a different number of tasks per node.
     """
     launcher = _launcher(environ)
-    if _in_slurm_step(environ) and launcher in {"single", "environment"}:
+    if in_slurm_step(environ) and launcher in {"single", "environment"}:
         ranks = _from_slurm(environ)
         _refuse_contradiction(environ, ranks)
         return ranks
@@ -81,6 +81,36 @@ def export(ranks: Ranks, environ: MutableMapping[str, str] = os.environ) -> None
     environ["LOCAL_WORLD_SIZE"] = str(ranks.local_world_size)
     environ["MASTER_ADDR"] = ranks.master_address
     environ["MASTER_PORT"] = str(ranks.master_port)
+
+
+def part(whole: Ranks, first: int, count: int, number: int, environ: Mapping[str, str] = os.environ) -> Ranks:
+    """This process's place among the `count` ranks from `first` on: part `number` of a divided world.
+
+    Every part meets at its own first rank, at a port of its own.
+
+    Raises:
+        UserError: the name of the node of the part's first rank is not to be had.
+    """
+    node, last = first // whole.local_world_size, (first + count - 1) // whole.local_world_size
+    if node == last:
+        address = "127.0.0.1"
+    elif whole.launcher == "slurm":
+        address = _reachable(_hosts(environ["SLURM_STEP_NODELIST"], environ)[node], environ)
+    else:
+        raise UserError(
+            f"--parts over several nodes needs srun; {whole.launcher} tells only the first node's name"
+        )
+    return replace(
+        whole,
+        rank=whole.rank - first,
+        world_size=count,
+        local_world_size=min(count, whole.local_world_size),
+        node_rank=whole.node_rank - node,
+        nodes=last - node + 1,
+        master_address=address,
+        # The launcher itself may listen at the whole's.
+        master_port=whole.master_port + 1 + number if count > 1 else free_port(),
+    )
 
 
 def free_port() -> int:
@@ -184,7 +214,7 @@ def _from_launcher(environ: Mapping[str, str], launcher: Launcher) -> Ranks:
     )
 
 
-def _in_slurm_step(environ: Mapping[str, str]) -> bool:
+def in_slurm_step(environ: Mapping[str, str]) -> bool:
     """Whether ``srun`` started this process, as one task of a parallel step.
 
     A batch script has SLURM_PROCID and the job's SLURM_NTASKS too, but no step; an interactive shell
@@ -210,7 +240,7 @@ def _from_slurm(environ: Mapping[str, str]) -> Ranks:
     if world_size == 1:
         master = "127.0.0.1"
     else:
-        master = _reachable(_first_host(environ["SLURM_STEP_NODELIST"], environ), environ)
+        master = _reachable(_hosts(environ["SLURM_STEP_NODELIST"], environ)[0], environ)
     return Ranks(
         rank=_integer(environ, "SLURM_PROCID"),
         world_size=world_size,
@@ -244,10 +274,9 @@ def _expand_tasks(layout: str) -> list[int]:
     return tasks
 
 
-def _first_host(node_list: str, environ: Mapping[str, str]) -> str:
+def _hosts(node_list: str, environ: Mapping[str, str]) -> list[str]:
     """Slurm's own reading of the list where its programs are at hand; they are not in most containers."""
-    names = _scontrol(["show", "hostnames", node_list], environ).split()
-    return names[0] if names else expand_hosts(node_list)[0]
+    return _scontrol(["show", "hostnames", node_list], environ).split() or expand_hosts(node_list)
 
 
 def _reachable(host: str, environ: Mapping[str, str]) -> str:

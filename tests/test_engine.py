@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from mvat_dist.config import EngineConfig, OptimConfig
@@ -60,13 +61,21 @@ def train_step(engine: StudentEngine, step: int, parts: range, poison: bool = Fa
         if poison:
             noisy[0, 0] = float("nan")
         engine.backward((engine(noisy, return_views=False) - clean).square().mean())
-    return engine.step(NOW)
+    engine.begin_reduction()
+    return bool(engine.step(NOW))
 
 
 def every_stage(rank: int) -> dict[str, Any]:
     """Train each stage on two ranks, two micro-batches a step; skip one step; move the state on."""
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"waits": 0}
     mine = range(2 * rank, 2 * rank + 2)
+    accelerator = get_accelerator()
+
+    def wait(device: int | None = None) -> None:
+        del device
+        found["waits"] += 1
+
+    accelerator.synchronize = wait
     for stage in STAGES:
         engine = build(stage, accumulation=2)
         engine.module.train()
@@ -91,7 +100,9 @@ def every_stage(rank: int) -> dict[str, Any]:
         other = build(stage, accumulation=2, module=resumed)
         other.load_optimizer_state(found["0"]["state"])
         found[f"{stage}"]["reloaded_state"] = other.optimizer_state()
-        found[f"{stage}"]["reloaded_buffers"] = other.copy_buffers()
+        found[f"{stage}"]["reloaded_buffers"] = {
+            name: buffer.clone() for name, buffer in other.module.named_buffers()
+        }
         train_step(other, 60, mine)
         found[f"{stage}"]["continued"] = other.weights()
         other.load_weights(found["0"]["weights"])
@@ -99,6 +110,7 @@ def every_stage(rank: int) -> dict[str, Any]:
         train_step(other, 60, mine)
         found[f"{stage}"]["again"] = other.weights()
         if stage == 0:
+            found["waits at stage 0"] = found["waits"]
             train_step(engine, 60, mine)
             found["uninterrupted"] = engine.weights()
     return found
@@ -134,6 +146,10 @@ def test_equals_plain_torch(two_ranks: list[dict[str, Any]], stage: int) -> None
     assert norm > OPTIM.clip_norm  # the step was clipped, and the norm is the one before
     for name, value in expected.items():
         torch.testing.assert_close(got["weights"][name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_no_step_waits_for_the_device(two_ranks: list[dict[str, Any]]) -> None:
+    assert [found["waits at stage 0"] for found in two_ranks] == [0, 0]
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -4,10 +4,15 @@ d(a, b) = mean|a - b| + 0.5 * SC(a, b) + 0.5 * MAG(a, b), with spectral converge
 distance MAG averaged over three STFT resolutions (Yamamoto et al., "Parallel WaveGAN", arXiv 1910.11480).
 The STFT's conventions are those of `src/stft_loss.py` in github.com/winddori2002/MANNER: centred frames with
 reflected edges, periodic Hann windows, no normalisation, one value per item.
+
+A spectrum is linear in its signal, so that of a difference is the difference of two: a caller who knows it
+hands it in, and no second STFT is made.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -41,38 +46,82 @@ class Reference(NamedTuple):
     """Their natural logarithms."""
 
 
-def reference(signal: Tensor) -> Reference:
+def spectra(signal: Tensor) -> list[Tensor]:
+    """Complex STFTs (B, F, frames) of a signal (B, T), one per resolution, in float32 (float64 stays).
+
+    Raises:
+        ValueError: it has another shape, or is shorter than the largest window.
+    """
+    if signal.ndim != 2 or signal.shape[-1] < SHORTEST:
+        shape = tuple(signal.shape)
+        raise ValueError(f"a signal must be (B, T) with T of at least {SHORTEST} samples, got shape {shape}")
+    with torch.autocast(signal.device.type, enabled=False):
+        signal = full_precision(signal)
+        return [
+            torch.stft(
+                signal,
+                n_fft=resolution.fft,
+                hop_length=resolution.hop,
+                win_length=resolution.window,
+                window=_window(resolution.window, signal.dtype, signal.device),
+                center=True,
+                pad_mode="reflect",
+                return_complex=True,
+            )
+            for resolution in RESOLUTIONS
+        ]
+
+
+def reference(signal: Tensor, known: Sequence[Tensor] | None = None) -> Reference:
     """Prepare a target (B, T) for any number of estimates; no gradient flows into it.
+
+    Args:
+        signal: (B, T), full scale 1.
+        known: its `spectra`, where the caller has them.
 
     Raises:
         ValueError: it is shorter than the largest window.
     """
     with torch.autocast(signal.device.type, enabled=False):
         signal = full_precision(signal.detach())
-        powers = [_power(signal, resolution) for resolution in RESOLUTIONS]
+        powers = [_power(spectrum.detach()) for spectrum in known or spectra(signal)]
         return Reference(signal, [p.sqrt() for p in powers], [0.5 * p.log() for p in powers])
 
 
-def distance(estimate: Tensor, target: Reference) -> Tensor:
+def distance(estimate: Tensor, target: Reference, known: Sequence[Tensor] | None = None) -> Tensor:
     """d(estimate, target) per item: (B, T) -> (B,); lower is better, 0 is equal.
 
     In float32, whatever autocast says around it, for logarithms of spectra need the range; float64
     stays float64.
 
+    Args:
+        estimate: (B, T), full scale 1.
+        target: what it is compared with.
+        known: the estimate's `spectra`, where the caller has them.
+
     Raises:
         ValueError: the two signals differ in shape.
     """
-    if estimate.shape != target.signal.shape:
-        raise ValueError(
-            f"estimate and target differ in shape: {tuple(estimate.shape)}, {tuple(target.signal.shape)}"
-        )
+    check_shapes(estimate, target.signal)
     with torch.autocast(estimate.device.type, enabled=False):
         estimate = full_precision(estimate)
         spectral = [
-            _spectral_distance(_power(estimate, resolution), magnitude, logarithm)
-            for resolution, magnitude, logarithm in zip(RESOLUTIONS, *target[1:], strict=True)
+            _spectral_distance(_power(spectrum), magnitude, logarithm)
+            for spectrum, magnitude, logarithm in zip(known or spectra(estimate), *target[1:], strict=True)
         ]
         return (estimate - target.signal).abs().mean(-1) + 0.5 * torch.stack(spectral).mean(0)
+
+
+def check_shapes(estimate: Tensor, target: Tensor) -> None:
+    """Refuse an estimate of another shape than its target.
+
+    Raises:
+        ValueError: with both shapes.
+    """
+    if estimate.shape != target.shape:
+        raise ValueError(
+            f"estimate and target differ in shape: {tuple(estimate.shape)}, {tuple(target.shape)}"
+        )
 
 
 def full_precision(signal: Tensor) -> Tensor:
@@ -87,20 +136,13 @@ def _spectral_distance(power: Tensor, magnitude: Tensor, logarithm: Tensor) -> T
     return error / norm + (0.5 * power.log() - logarithm).abs().mean(dim=(1, 2))
 
 
-def _power(signal: Tensor, resolution: Resolution) -> Tensor:
-    """Squared STFT magnitude, at least `POWER_FLOOR`: (B, T) -> (B, F, frames)."""
-    if signal.ndim != 2 or signal.shape[-1] < SHORTEST:
-        shape = tuple(signal.shape)
-        raise ValueError(f"a signal must be (B, T) with T of at least {SHORTEST} samples, got shape {shape}")
-    spectrum = torch.stft(
-        signal,
-        n_fft=resolution.fft,
-        hop_length=resolution.hop,
-        win_length=resolution.window,
-        window=torch.hann_window(resolution.window, dtype=signal.dtype, device=signal.device),
-        center=True,
-        pad_mode="reflect",
-        return_complex=True,
-    )
-    power: Tensor = torch.view_as_real(spectrum).square().sum(-1)
-    return power.clamp(min=POWER_FLOOR)
+def _power(spectrum: Tensor) -> Tensor:
+    """Squared magnitude of a complex STFT, at least `POWER_FLOOR`."""
+    real, imaginary = torch.view_as_real(spectrum).unbind(-1)
+    return (real.square() + imaginary.square()).clamp(min=POWER_FLOOR)
+
+
+@lru_cache(maxsize=16)
+def _window(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The Hann window, made once."""
+    return torch.hann_window(length, dtype=dtype, device=device)

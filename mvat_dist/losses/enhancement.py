@@ -9,7 +9,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mvat_dist.losses.distance import Reference, distance, full_precision, reference
+from mvat_dist.losses.distance import (
+    Reference,
+    check_shapes,
+    distance,
+    full_precision,
+    reference,
+    spectra,
+)
 
 WEIGHT_EPS = 2e-7
 """Added to the energy of speech plus noise (the authors' value)."""
@@ -21,6 +28,8 @@ class Targets:
 
     noisy: Tensor
     """(B, T), full scale 1."""
+    spectra: list[Tensor]
+    """Complex STFTs of `noisy`: less those of an estimate they are those of the noise that it leaves."""
     clean: Reference
     noise: Reference
     """Of the noise in `noisy`: noisy minus clean."""
@@ -51,7 +60,9 @@ class EnhancementLoss:
         noise = noisy - clean
         speech_energy, noise_energy = clean.square().sum(-1), noise.square().sum(-1)
         weight = speech_energy / (speech_energy + noise_energy + WEIGHT_EPS)
-        return Targets(noisy, reference(clean), reference(noise), weight)
+        of_noisy, of_clean = spectra(noisy), spectra(clean)
+        of_noise = [whole - speech for whole, speech in zip(of_noisy, of_clean, strict=True)]
+        return Targets(noisy, of_noisy, reference(clean, of_clean), reference(noise, of_noise), weight)
 
     def __call__(self, estimate: Tensor, targets: Targets) -> Tensor:
         """The loss () of an estimate (B, T).
@@ -59,8 +70,11 @@ class EnhancementLoss:
         Raises:
             ValueError: the estimate's shape is not that of the targets.
         """
-        speech = distance(estimate, targets.clean)
-        noise = distance(targets.noisy - estimate, targets.noise)
+        check_shapes(estimate, targets.noisy)
+        of_speech = spectra(estimate)
+        of_noise = [whole - speech for whole, speech in zip(targets.spectra, of_speech, strict=True)]
+        speech = distance(estimate, targets.clean, of_speech)
+        noise = distance(targets.noisy - estimate, targets.noise, of_noise)
         return (targets.weight * speech + (1 - targets.weight) * noise).mean()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import shlex
 import signal
@@ -62,23 +63,25 @@ def without_ranks(inherited: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def run(command: Sequence[str], processes: int, logs: Path) -> int:
+def run(command: Sequence[str], processes: int, logs: Path, *, apart: bool = False) -> int:
     """Run `command` as ranks 0 to `processes` - 1 and return the exit code of the first that fails.
+
+    With `apart` the ranks belong to several runs: where one fails, the others are left to end by themselves.
 
     Rank 0 has this terminal; rank N > 0 appends to ``logs/rank-N.log``. Signals that ask to stop are
     passed on to every rank, once each time. A process ended by signal s counts as exit code 128 + s. Where
     the ranks' port is taken all start again with another.
     """
     for _ in range(_PORTS - 1):
-        code = _run_once(command, processes, logs)
+        code = _run_once(command, processes, logs, apart)
         if code != EXIT_PORT:
             return code
         print("another program was faster to take the port of the ranks: starting again", file=sys.stderr)
-    return _run_once(command, processes, logs)
+    return _run_once(command, processes, logs, apart)
 
 
-def _run_once(command: Sequence[str], processes: int, logs: Path) -> int:
-    group = _Group()
+def _run_once(command: Sequence[str], processes: int, logs: Path, apart: bool) -> int:
+    group = _Group(grace=math.inf if apart else _GRACE_SECONDS)
     port = free_port()
     try:
         with group.forwarding_signals():
@@ -120,6 +123,8 @@ class _Member:
 class _Group:
     """All ranks of a run on this machine."""
 
+    grace: float = _GRACE_SECONDS
+    """Seconds that the others have to end in, after the first has failed."""
     members: list[_Member] = field(default_factory=list)
     received: list[int] = field(default_factory=list)
     """Signals that asked this process to stop."""
@@ -154,7 +159,7 @@ class _Group:
         while running := [member for member in self.members if member.code() is None]:
             first = first or next((member for member in self.members if self._failed(member)), None)
             if first and deadline is None:
-                deadline = time.monotonic() + (0.0 if first.code() == EXIT_PORT else _GRACE_SECONDS)
+                deadline = time.monotonic() + (0.0 if first.code() == EXIT_PORT else self.grace)
             if deadline is not None and time.monotonic() > deadline:
                 break
             time.sleep(_POLL_SECONDS)

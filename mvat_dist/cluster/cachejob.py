@@ -9,11 +9,12 @@ from typing import Any
 
 from submitit.core.utils import DelayedSubmission
 
-from mvat_dist import cache, slurmjob
+from mvat_dist import cache
+from mvat_dist.cluster import slurmjob
+from mvat_dist.cluster.slurmjob import Resources
 from mvat_dist.config import Config
 from mvat_dist.data.mix.training import TrainingData
 from mvat_dist.errors import exit_code
-from mvat_dist.slurmjob import Resources
 
 
 class CacheTask:

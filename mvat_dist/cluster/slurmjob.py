@@ -23,9 +23,9 @@ from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmiss
 from submitit.slurm.slurm import SlurmExecutor
 
 from mvat_dist import ranks, squeue
+from mvat_dist.cluster.launch import without_ranks
 from mvat_dist.errors import UserError, exit_code
 from mvat_dist.files import read_json
-from mvat_dist.launch import without_ranks
 
 _NO_CONFIGURATION = "Could not establish a configuration source"
 _ENDED = "State,ExitCode,JobName"
@@ -271,7 +271,7 @@ def why_not_here() -> str | None:
 def code_fingerprint() -> str:
     """SHA-256 over the source files of this package, to notice a change between submission and start."""
     digest = hashlib.sha256()
-    package = Path(__file__).parent
+    package = Path(__file__).parent.parent
     for source in sorted(package.rglob("*.py")):
         digest.update(str(source.relative_to(package)).encode() + b"\0" + source.read_bytes() + b"\0")
     return digest.hexdigest()

@@ -15,13 +15,14 @@ from typing import Any
 
 from submitit.slurm.slurm import SlurmExecutor
 
-from mvat_dist import clock, configfile, launch, rundir, runstate, slurmjob
+from mvat_dist import clock, configfile, rundir, runstate
+from mvat_dist.cluster import launch, slurmjob
+from mvat_dist.cluster.slurmjob import JobState, Resources
 from mvat_dist.config import Config
 from mvat_dist.errors import EXIT_BUSY, EXIT_USER_ERROR, UserError
 from mvat_dist.files import read_json, write_json
 from mvat_dist.lock import INHERITED, Purpose, RunLock
 from mvat_dist.rundir import RunDir
-from mvat_dist.slurmjob import JobState, Resources
 
 _LOCK_SECONDS = 10.0
 """A submission holds the lock for a moment."""
@@ -55,12 +56,13 @@ def locally(run: RunDir, config: Config, argv: list[str], resources: Resources) 
         command = [sys.executable, "-m", "mvat_dist.train", *argv]
         os.environ[INHERITED] = lock.token
         try:
-            code = launch.run(command, resources.nodes * resources.tasks_per_node, run.logs)
+            processes = resources.nodes * resources.tasks_per_node
+            code = launch.run(command, processes, run.logs, apart=bool(config.parts))
         finally:
             del os.environ[INHERITED]
         if code not in {0, EXIT_BUSY}:
             runstate.record_end(run, runstate.why(code))
-        if is_new and code == EXIT_USER_ERROR and not run.status.exists():
+        if is_new and code == EXIT_USER_ERROR and not (run.status.exists() or run.parts.exists()):
             # Nothing was trained: leave nothing that looks like a run.
             for file in [run.job, *run.logs.glob("rank-*.log")]:
                 file.unlink()
@@ -69,31 +71,31 @@ def locally(run: RunDir, config: Config, argv: list[str], resources: Resources) 
         return code
 
 
-def on_slurm(run: RunDir, config: Config, resources: Resources, *, wait: bool) -> int:
-    """Submit the run, unless it is finished, queued or running; with `wait` the job's exit code, else 0.
+def on_slurm(run: RunDir, config: Config, resources: Resources) -> tuple[int, str | None]:
+    """Submit the run, unless it is finished, queued or running; (exit code, its job where it has one).
 
     `EXIT_BUSY` where a process of some machine trains the run: no job will.
     """
     if _finished(run, config):
-        return 0
+        return 0, None
     submitted = False
     job = _active_job(run)
     if job is None:
         with _alone_in(run, "start") as (lock, _):
             if _finished(run, config):
-                return 0
+                return 0, None
             # The one before us may have submitted it, and its job may train already.
             job = _active_job(run)
             if job is None:
                 if lock is None:
-                    return EXIT_BUSY
+                    return EXIT_BUSY, None
                 job = _submit(run, config, resources)
                 submitted = True
     if not submitted:
         _same_experiment(run, config, job)
         print("this run is in the queue already; nothing new was submitted")
     print(_follow(run, job))
-    return _wait_for(run, job) if wait else 0
+    return 0, job
 
 
 def _same_experiment(run: RunDir, config: Config, job: str) -> None:
@@ -193,8 +195,8 @@ def _follow(run: RunDir, job: str) -> str:
     )
 
 
-def _wait_for(run: RunDir, job: str) -> int:
-    """Wait until the job has left the queue for good; its exit code."""
+def wait_for(run: RunDir, job: str) -> int:
+    """Wait until the job of a run has left the queue for good; its exit code."""
     print("waiting for the job; Ctrl-C stops the waiting, not the job", flush=True)
     try:
         state = _last_state(job, job_name(run))
@@ -202,7 +204,8 @@ def _wait_for(run: RunDir, job: str) -> int:
         print(f"job {job} goes on; cancel it with: scancel {job}", file=sys.stderr)
         raise
     # Without accounting Slurm forgets a job after some minutes; the run's own record does not.
-    finished = run.read_status().get("state") == "finished"
+    folders = run.part_folders() or [run.path]
+    finished = all(RunDir(folder).read_status().get("state") == "finished" for folder in folders)
     if state.state == "COMPLETED" or (state.state == "UNKNOWN" and finished):
         return 0
     print(f"job {job} ended as {state.state}", file=sys.stderr)

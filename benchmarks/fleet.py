@@ -1,0 +1,202 @@
+"""What a fleet saves: k students in one fleet, against k jobs of their own in the plain formulation.
+
+    python -m benchmarks.fleet
+    python -m benchmarks.fleet --rounds 1 --students manner-s-0.9gf,manner-s-0.6gf --seconds 1
+
+Every round times, one after the other, the plain teacher, every student's plain step, and the fleet's step
+with one, three and all students, with a live teacher and with its lessons at hand. Results are medians over
+rounds of ratios within a round, so that a busy machine slows both sides. Reading and mixing are left out: k
+jobs do them k times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+
+from benchmarks.plain import PlainJob, enhance
+from mvat_dist import modelfile, students
+from mvat_dist.config import SAMPLE_RATE, Config, DistilConfig, EngineConfig
+from mvat_dist.data.stream import Batch
+from mvat_dist.engine import StudentEngine, deepspeed_config, init_distributed
+from mvat_dist.fleet import Fleet, Student
+from mvat_dist.losses import Lesson, Objective
+from mvat_dist.models import Manner
+from mvat_dist.ranks import export, read
+from mvat_dist.teacher import LiveTeacher
+
+CPU = torch.device("cpu")
+SEGMENTS = 1_000_000
+"""Heard by a student in the training whose hours are reckoned."""
+
+
+class Spent:
+    """Wall and CPU seconds of this process and all its threads."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        wall, processor = time.perf_counter(), time.process_time()
+        work()
+        self.wall, self.cpu = time.perf_counter() - wall, time.process_time() - processor
+
+
+class Said:
+    """A teacher whose lesson has come with the batch."""
+
+    def __init__(self, lesson: Lesson) -> None:
+        self.lesson = lesson
+
+    def __call__(self, batch: Batch) -> Lesson:
+        del batch
+        return self.lesson
+
+
+def build_fleet(names: list[str], teacher: LiveTeacher) -> Fleet:
+    """Students with fresh weights beside the teacher, as the trainer makes them."""
+    config = Config(distil=DistilConfig(), engine=EngineConfig())
+    fleet = []
+    for name in names:
+        size = students.get(name)
+        engine_config = deepspeed_config(
+            config.engine,
+            config.optim,
+            parameters=students.parameters(size),
+            micro_batch=1,
+            accumulation=1,
+            precision="fp32",
+        )
+        torch.manual_seed(0)
+        engine = StudentEngine(Manner(size), engine_config, config.optim, CPU)
+        engine.module.train()
+        fleet.append(Student(name, size, engine, Objective(config.distil, size, teacher.size)))
+    teacher.want({key for student in fleet for key in student.objective.keys}, output=False)
+    return Fleet(fleet, teacher, config)
+
+
+def check_plain(job: PlainJob, model: Manner, noisy: torch.Tensor) -> None:
+    """The plain side is the same function, or the comparison means nothing."""
+    with torch.no_grad():
+        expected, _ = model.eval()(noisy, return_views=True)
+        actual, _ = enhance(job.tensors, job.size, noisy, training=False)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def main() -> None:
+    """Measure and print."""
+    arguments = _parse()
+    torch.set_num_threads(arguments.threads)
+    export(read({}))
+    init_distributed(CPU, timedelta(minutes=5))
+    names = list(students.select(arguments.students))
+    samples = round(arguments.seconds * SAMPLE_RATE)
+    generator = torch.Generator().manual_seed(0)
+    clean = 0.05 * torch.randn(arguments.batch, samples, generator=generator)
+    noisy = clean + 0.05 * torch.randn(arguments.batch, samples, generator=generator)
+    batch = Batch(noisy, clean, [])
+    with tempfile.TemporaryDirectory(prefix="fleet benchmark ") as place:
+        size = students.get(arguments.teacher)
+        file = Path(place) / "model.safetensors"
+        modelfile.save(file, Manner(size).state_dict(), name=arguments.teacher, size=size, step=0)
+        teacher = LiveTeacher(file, CPU, "fp32")
+    jobs = {}
+    for name in names:
+        model = Manner(students.get(name))
+        jobs[name] = PlainJob(model, teacher.model)
+        check_plain(jobs[name], model, noisy[:1])
+    counts = sorted({1, min(3, len(names)), len(names)})
+    groups = {count: _spread(names, count) for count in counts}
+    fleets = {count: build_fleet(group, teacher) for count, group in groups.items()}
+    rounds = []
+    for number in range(arguments.rounds + 1):
+        found = _round(jobs, fleets, teacher, batch)
+        if number:  # the first allocates and picks kernels
+            rounds.append(found)
+    _report(arguments, groups, rounds)
+    torch.distributed.destroy_process_group()
+
+
+Round = tuple[dict[str, Spent], dict[tuple[int, str], Spent]]
+
+
+def _round(jobs: dict[str, PlainJob], fleets: dict[int, Fleet], teacher: LiveTeacher, batch: Batch) -> Round:
+    """Every measurement once: (the plain teacher and the rest of each plain step, every fleet's step)."""
+    noisy, clean = batch.noisy, batch.clean
+    first = next(iter(jobs.values()))
+    lessons: list[object] = []
+    plain = {"teacher": Spent(lambda: lessons.append(first.ask(noisy)))}
+    for name, job in jobs.items():
+        plain[name] = Spent(lambda job=job: job.learn(noisy, clean, lessons[0]))  # type: ignore[misc]
+    fleet: dict[tuple[int, str], Spent] = {}
+    said = Said(teacher.hear(noisy))
+    for count, one in fleets.items():
+        for source, asked in (("live", teacher), ("cached", said)):
+            one.teacher = asked  # type: ignore[assignment]
+            step = one.students[0].progress.steps
+            fleet[count, source] = Spent(lambda one=one, step=step: one.step([batch], step))  # type: ignore[misc]
+    return plain, fleet
+
+
+def _spread(names: list[str], count: int) -> list[str]:
+    """`count` of the names, from large to small."""
+    return names if count == len(names) else [names[len(names) * at // count] for at in range(count)]
+
+
+def _report(arguments: argparse.Namespace, groups: dict[int, list[str]], rounds: list[Round]) -> None:
+    heard = arguments.batch * arguments.seconds
+    print(
+        f"batch {arguments.batch} x {arguments.seconds:g} s, {arguments.threads} threads, "
+        f"teacher {arguments.teacher}, median of {len(rounds)} rounds"
+    )
+    rows = []
+    for (count, group), source in itertools.product(groups.items(), ("live", "cached")):
+
+        def jobs(plain: dict[str, Spent], clock: str, group: list[str] = group) -> float:
+            return sum(getattr(plain["teacher"], clock) + getattr(plain[name], clock) for name in group)
+
+        key = (count, source)
+        separate = [jobs(plain, "cpu") for plain, _ in rounds]
+        hours = SEGMENTS / arguments.batch / 3600 / count
+        median = statistics.median
+        rows.append(
+            {
+                "students": count,
+                "teacher": source,
+                "fleet audio s/s ^": count * heard / median(fleet[key].wall for _, fleet in rounds),
+                "jobs audio s/s ^": count * heard / median(jobs(plain, "wall") for plain, _ in rounds),
+                "fleet CPU h v": hours * median(fleet[key].cpu for _, fleet in rounds),
+                "jobs CPU h v": hours * median(separate),
+                "wall ratio ^": median(jobs(plain, "wall") / fleet[key].wall for plain, fleet in rounds),
+                "CPU ratio ^": median(jobs(plain, "cpu") / fleet[key].cpu for plain, fleet in rounds),
+            }
+        )
+    print(tabulate(rows, headers="keys", tablefmt="github", floatfmt=".2f"))
+    print(
+        "audio s/s: seconds of audio learnt from, summed over students, per second; CPU h: CPU-hours per "
+        f"trained student of {SEGMENTS:,} segments; jobs: plain, each with a live teacher; ^ more is better"
+    )
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="A fleet's step against its students' own plain jobs.",
+        epilog="example: python -m benchmarks.fleet --rounds 5",
+    )
+    parser.add_argument("--students", default="all", help="names separated by commas (default: all)")
+    parser.add_argument("--teacher", default="manner-b", help="size of the teacher (default: manner-b)")
+    parser.add_argument("--batch", type=int, default=2, help="segments a step (default: 2)")
+    parser.add_argument("--seconds", type=float, default=4.0, help="length of a segment (default: 4)")
+    parser.add_argument("--rounds", type=int, default=3, help="measured rounds (default: 3)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

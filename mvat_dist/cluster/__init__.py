@@ -1,0 +1,1 @@
+"""How a run gets its processes: what is to start, where, and once."""

@@ -1,0 +1,234 @@
+"""The forecast obeys the laws of what it forecasts, and its closed forms equal what they sum up."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mvat_dist import costmodel, forecast, modelfile, students
+from mvat_dist.config import Config
+from mvat_dist.costmodel import Machine, Work
+from mvat_dist.errors import UserError
+from mvat_dist.models import Manner
+from mvat_dist.placement import Part
+from mvat_dist.students import SIZES, STUDENTS, Size
+
+MACHINE = Machine()
+FLEET = Work(
+    students=tuple(SIZES[name] for name in STUDENTS),
+    teacher=SIZES["manner-b"],
+    samples=64_000,
+    batch=3840,
+    micro_batch=4,
+    steps=1000,
+    readers=2,
+    shards=10_000,
+)
+counts = st.sampled_from([n for n in range(1, 3841) if 3840 % n == 0])
+machines = st.builds(
+    Machine,
+    cores=st.integers(1, 16),
+    loss=st.floats(0, 1),
+    update=st.floats(0, 1e-7),
+    call=st.floats(0, 1),
+    crowding=st.floats(0, 1),
+    jitter=st.floats(0, 0.5),
+    latency=st.floats(0, 0.1),
+    bandwidth=st.floats(1e6, 1e12),
+    overlap=st.floats(0, 1),
+    reading=st.floats(0, 1),
+    saving=st.floats(1e6, 1e12),
+)
+
+
+def ring_by_hand(
+    size: int, processes: int, latency: float, bandwidth: float
+) -> tuple[float, list[list[float]]]:
+    """A ring all-reduce, message by message: its seconds, and what every process has in the end."""
+    parts = [[float(rank * 100 + part) for part in range(processes)] for rank in range(processes)]
+    seconds = 0.0
+    for turn in range(2 * (processes - 1)):
+        sent = [
+            (rank, (rank - turn) % processes, parts[rank][(rank - turn) % processes])
+            for rank in range(processes)
+        ]
+        for rank, part, value in sent:
+            after = (rank + 1) % processes
+            parts[after][part] = parts[after][part] + value if turn < processes - 1 else value
+        seconds += latency + size / processes / bandwidth  # all send at once
+    return seconds, parts
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+def test_the_ring_is_that_of_its_messages(processes: int) -> None:
+    machine = replace(MACHINE, latency=0.25, bandwidth=100.0)
+    seconds, parts = ring_by_hand(1000, processes, 0.25, 100.0)
+    assert costmodel.ring(1000, processes, machine) == pytest.approx(seconds)
+    assert all(one == parts[0] for one in parts)
+    assert parts[0] == [sum(rank * 100 + part for rank in range(processes)) for part in range(processes)]
+
+
+@given(machine=machines, few=counts, many=counts)
+def test_more_processes_compute_no_longer_and_talk_no_less(machine: Machine, few: int, many: int) -> None:
+    few, many = min(few, many), max(few, many)
+    before, after = costmodel.step(FLEET, machine, few, 1), costmodel.step(FLEET, machine, many, 1)
+    assert after.computing <= before.computing * (1 + 1e-9)
+    assert costmodel.ring(1e6, few, machine) <= costmodel.ring(1e6, many, machine) * (1 + 1e-9)
+    assert after.seconds > 0
+    assert min(after.communication, after.waiting, after.data) >= 0
+
+
+@given(processes=counts)
+def test_a_perfect_network_scales_perfectly(processes: int) -> None:
+    perfect = replace(MACHINE, latency=0.0, bandwidth=math.inf, jitter=0.0, call=0.0, update=0.0)
+    endless = replace(FLEET, save_every=10**15, validate_every=10**15)
+    one = costmodel.step(endless, perfect, 1, 1).seconds
+    assert processes * costmodel.step(endless, perfect, processes, 1).seconds == pytest.approx(one, rel=1e-6)
+
+
+def test_one_process_pays_nobody() -> None:
+    found = costmodel.step(FLEET, MACHINE, 1, 1)
+    assert (found.communication, found.waiting) == (0, 0)
+
+
+@given(machine=machines)
+def test_a_fleet_asks_its_teacher_once(machine: Machine) -> None:
+    """k jobs, each with the teacher, cost as much as the fleet and the teacher k - 1 times more."""
+    alone = [costmodel.step(replace(FLEET, students=(size,)), machine, 1, 1) for size in FLEET.students]
+    fleet = costmodel.step(FLEET, machine, 1, 1)
+    assert sum(one.computing for one in alone) - fleet.computing == pytest.approx(
+        (len(alone) - 1) * fleet.teacher, rel=1e-6
+    )
+    cached = costmodel.step(replace(FLEET, teacher=None), machine, 1, 1)
+    assert fleet.computing - cached.computing == pytest.approx(fleet.teacher, rel=1e-6)
+
+
+def test_a_slow_reader_sets_the_pace() -> None:
+    slow = replace(MACHINE, reading=100.0)
+    found = costmodel.step(FLEET, slow, 1, 1)
+    rest = found.seconds - found.validation - found.checkpoint
+    assert rest == pytest.approx(3840 * 100 / 2)  # two readers
+    assert costmodel.step(replace(FLEET, readers=4), slow, 1, 1).seconds < found.seconds
+
+
+def test_too_many_processes_take_turns() -> None:
+    four = replace(MACHINE, cores=4, crowding=0.0)
+    assert [costmodel.slowdown(four, n) for n in (1, 4, 8)] == [1, 1, 2]
+
+
+def test_values_are_what_the_layers_put_out() -> None:
+    """Counted on the network itself: what its convolutions, linear layers and attention give."""
+    import torch
+    from torch import nn
+
+    size, samples = Size("base", 12, depth=3), 4000
+    kept = 0
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal kept
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen[storage.data_ptr()] = tensor
+            kept += storage.nbytes() // 4
+        return tensor
+
+    network = Manner(size)
+    seen = {one.untyped_storage().data_ptr(): one for one in network.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        network(torch.randn(1, samples))
+    assert any(isinstance(module, nn.Conv1d) for module in network.modules())
+    assert 1 < kept / students.values(size, samples) < 3  # what training keeps is in proportion to them
+
+
+def test_memory_grows_with_micro_batches_and_students_and_not_with_processes() -> None:
+    base = costmodel.memory(FLEET, MACHINE)
+    assert costmodel.memory(replace(FLEET, micro_batch=8), MACHINE) > base
+    assert costmodel.memory(replace(FLEET, students=FLEET.students[:1]), MACHINE) < base
+    assert costmodel.memory(replace(FLEET, batch=2 * FLEET.batch), MACHINE) == base
+
+
+def fleet(machine: Machine = MACHINE, **train: int) -> forecast.Fleet:
+    config = Config()
+    config.train.batch, config.train.steps = train.get("batch", 64), 1000
+    return forecast.Fleet(config, SIZES["manner-b"], 10_000, machine)
+
+
+def test_one_teacher_for_all_is_the_best_on_few_nodes() -> None:
+    options = fleet().options(4, 1)
+    chosen = forecast.best(options)
+    assert chosen is not None
+    assert chosen.placement == "together"
+    assert {option.placement for option in options} == {"together", "split", "jobs"}
+    assert all(option.hours > chosen.hours for option in options if option is not chosen)
+
+
+def test_where_all_cannot_share_the_batch_groups_can() -> None:
+    """Seven processes cannot share 64 segments, but each can take a student."""
+    options = fleet().options(7, 1)
+    chosen = forecast.best(options)
+    assert chosen is not None
+    assert chosen.placement == "split"
+    assert sorted(name for part in chosen.parts for name in part.students) == sorted(STUDENTS)
+    assert forecast.best(fleet(batch=63).options(11, 1)) is None  # nor can they be dealt to groups evenly
+
+
+def test_groups_that_the_processes_cannot_share_are_no_choice() -> None:
+    """A run that was divided into three, forecast on two processes and on one."""
+    groups = [Part(STUDENTS[:3]), Part(STUDENTS[3:5]), Part(STUDENTS[5:])]
+    for processes in (1, 2):
+        by_name = {option.placement: option for option in fleet().options(processes, 1, groups)}
+        assert by_name["split"].why_not == f"{processes} processes are not shared by 3 groups"
+        assert by_name["jobs"].why_not is None
+
+
+def test_a_slow_network_makes_groups_pay() -> None:
+    """Without a teacher to share, seven small worlds beat a large one that mostly waits for messages."""
+    slow = replace(MACHINE, latency=5.0)
+    alone = replace(fleet(slow, batch=56), teacher=None)
+    chosen = forecast.best(alone.options(28, 1))
+    assert chosen is not None
+    assert chosen.placement == "split"
+
+
+def test_what_breaks_first_is_named() -> None:
+    work = replace(FLEET, batch=64)
+    assert forecast.breaking_point(work, replace(MACHINE, latency=0.0), 1) == (
+        128,
+        "a batch of 64 is not shared by 128 processes",
+    )
+    nodes, why = forecast.breaking_point(work, replace(MACHINE, latency=2.0), 1)
+    assert (nodes < 64, why) == (True, "communication")
+    assert forecast.breaking_point(replace(work, shards=20), MACHINE, 1)[1] == "32 readers share 20 shards"
+
+
+def test_a_machines_rates_come_back_from_their_file(tmp_path: Path) -> None:
+    file = tmp_path / "our node.json"
+    file.write_text(replace(MACHINE, name="ours", latency=3e-6).to_json())
+    assert Machine.read(file) == replace(MACHINE, name="ours", latency=3e-6)
+    for content in ("{}", "no json", json.dumps({"forward": [1], "learning": [1, 2]}), '{"speed": 1}'):
+        file.write_text(content)
+        with pytest.raises(UserError, match="scaling"):
+            Machine.read(file)
+    with pytest.raises(UserError, match="nowhere"):
+        Machine.read(tmp_path / "nowhere.json")
+
+
+def test_the_teachers_size_is_read_without_torch(tmp_path: Path) -> None:
+    size = Size("base", 12, depth=2)
+    file = tmp_path / "run" / "students" / "mine" / "best" / "model.safetensors"
+    file.parent.mkdir(parents=True)
+    modelfile.save(file, Manner(size).state_dict(), name="mine", size=size, step=1)
+    config = Config()
+    for place in (file, tmp_path / "run", tmp_path / "run" / "students" / "mine"):
+        config.teacher.file = str(place)
+        assert forecast.teacher_size(config) == size
+    other = tmp_path / "authors.pth"
+    other.write_bytes(b"PK\x03\x04 and more")
+    config.teacher.file = str(other)
+    assert forecast.teacher_size(config) == SIZES["manner-b"]

@@ -7,16 +7,16 @@ import os
 import re
 import signal
 import subprocess
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from mvat_dist import dispatch, slurmjob
+from mvat_dist.cluster import dispatch, slurmjob
 from mvat_dist.rundir import RunDir
 from tests.conftest import REPOSITORY
-from tests.faults.fleet import STUDENTS, Bench, assert_same
+from tests.faults.fleet import STUDENTS, TIMING, Bench, assert_same
 from tests.faults.matrix import Moment, Outcome, cannot, fault
 from tests.faults.processes import MissedError, await_rows, lives, pending, rows, send, until
+from tests.wandb_runs import rows_of, same_rows
 
 _TO_SAVED = "seconds from signal to saved state"
 
@@ -104,9 +104,13 @@ class Job:
         assert shown(self.number, "Restarts") == "1", self.log()
         assert status["restarts"] == starts, status["starts"]
         assert_same(self.run, bench.undisturbed)
-        # Every start has a W&B run of every student, under one id: `wandb sync` joins them.
-        ids = Counter(path.name.split("-", 3)[-1] for path in self.run.path.glob("wandb/offline-run-*"))
-        assert list(ids.values()) == [1 + starts] * len(STUDENTS)
+        # The starts' W&B runs of a student have one id, and together every row once: `wandb sync` joins them.
+        for student in STUDENTS:
+            run_id = self.run.history(student).with_suffix(".wandb-id").read_text().strip()
+            logs = sorted(self.run.path.glob(f"wandb/offline-run-*-{run_id}/*.wandb"))
+            same_rows(
+                [row for log in logs for row in rows_of(log)], self.run.history(student), but_for=TIMING
+            )
 
 
 def ranks_of(job: str) -> dict[int, int]:

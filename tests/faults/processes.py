@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mvat_dist import launch
+from mvat_dist.cluster import launch
 from mvat_dist.rundir import RunDir
 from tests import waiting
 

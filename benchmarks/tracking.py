@@ -1,0 +1,124 @@
+"""What tracking costs of a step: the record and W&B's copy of it beside the training they belong to.
+
+    python -m benchmarks.tracking
+
+One run trains `manner-s-0.6gf` beside a teacher of the same size, with W&B offline, and writes the record of
+a fleet of seven: a row for each student, then STATUS as the trainer does. The time of its steps and what the
+training thread spends on the record are of the same run; so is the CPU time of all threads, those of W&B
+among them. `--step-ms` has it wait in place of training, for a GPU's steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from mvat_dist import students
+from mvat_dist.config import DistilConfig, OptimConfig, TrackConfig
+from mvat_dist.history import Row
+from mvat_dist.losses import Lesson, Objective, energy_map
+from mvat_dist.models import Manner
+from mvat_dist.rundir import RunDir
+from mvat_dist.runstate import RunState
+from mvat_dist.tracking.tracker import Tracker
+
+NAME = "manner-s-0.6gf"
+SEGMENT = 16_000
+FLEET = 7
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--steps", type=int, default=100)
+    options.add_argument("--batch", type=int, default=2)
+    options.add_argument("--every", type=int, default=TrackConfig().every, help="steps between two rows")
+    options.add_argument("--step-ms", type=float, help="of a step that only waits")
+    given = options.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="tracking benchmark ") as folder:
+        run = RunDir(Path(folder) / "a run")
+        print(json.dumps(_measure(run, given.steps, given.batch, given.every, given.step_ms), indent=2))
+
+
+def _measure(run: RunDir, steps: int, batch: int, every: int, wait: float | None) -> dict[str, float]:
+    names = [f"{NAME}-{number}" for number in range(FLEET)]
+    for name in names:
+        run.student(name).mkdir(parents=True)
+    tracker = Tracker(run.path, {name: run.history(name) for name in names})
+    state = RunState(run, steps, 0)
+    train = _training(batch)
+    terms = train()
+    began = time.perf_counter()
+    tracker.connect(TrackConfig(wandb="offline"), {})
+    connecting = time.perf_counter() - began
+    stepping = logging = slowest = 0.0
+    cpu = _cpu()
+    for step in range(1, steps + 1):
+        began = time.perf_counter()
+        if wait is None:
+            terms = train()
+        else:
+            time.sleep(wait / 1000)
+        stepping += time.perf_counter() - began
+        if step % every == 0:
+            began = time.perf_counter()
+            row: Row = {key: float(value) for key, value in terms.items()}
+            row |= {"lr": 1e-3, "gradient_norm": 1.0, "memory": {"rss_gb": 1.0}}
+            row["time"] = dict.fromkeys(("data", "teacher", "forward", "backward", "communication"), 0.2)
+            for name in names:
+                tracker.log(name, step, **row)
+            state.write("running", step, at_once=False, students={name: {"steps": step} for name in names})
+            took = time.perf_counter() - began
+            logging, slowest = logging + took, max(slowest, took)
+    all_cpu = _cpu() - cpu
+    began = time.perf_counter()
+    tracker.finish()
+    return {
+        "steps": steps,
+        "terms": len(terms),
+        "milliseconds of a step": 1000 * stepping / steps,
+        "milliseconds of seven rows and STATUS, in the training thread": 1000 * logging / (steps // every),
+        "slowest of them, milliseconds": 1000 * slowest,
+        "milliseconds to connect": 1000 * connecting,
+        "seconds to finish": time.perf_counter() - began,
+        "CPU seconds of all threads per second of stepping": all_cpu / stepping,
+        "share of the step, percent": 100 * logging / stepping,
+    }
+
+
+def _cpu() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def _training(batch: int):  # type: ignore[no-untyped-def]
+    size = students.get(NAME)
+    torch.manual_seed(0)
+    student, teacher = Manner(size), Manner(size).eval()
+    objective = Objective(DistilConfig(), size, size)
+    optimiser = torch.optim.AdamW(student.parameters(), lr=OptimConfig().lr)
+    clean = 0.1 * torch.randn(batch, SEGMENT)
+    noisy = clean + 0.05 * torch.randn(batch, SEGMENT)
+
+    def step() -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            maps = {key: energy_map(view) for key, view in teacher(noisy, return_views=True)[1].items()}
+        prepared = objective.prepare(noisy, clean, Lesson(maps, None))
+        estimate, views = student(noisy, return_views=True)
+        terms = objective(estimate, views, prepared)
+        optimiser.zero_grad()
+        terms["loss"].backward()
+        optimiser.step()
+        return {key: value.detach() for key, value in terms.items()}
+
+    return step
+
+
+if __name__ == "__main__":
+    main()

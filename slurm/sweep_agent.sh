@@ -1,0 +1,72 @@
+#!/bin/bash
+# One trial of a sweep on all nodes of a job; as an array, many trials:
+#
+#   wandb sweep configs/sweep.yaml                                      # prints ENTITY/PROJECT/ID
+#   sbatch --array 0-19 slurm/sweep_agent.sh ENTITY/PROJECT/ID
+#   sbatch --array 0-19 slurm/sweep_agent.sh configs/sweep.yaml         # without a server: task i, point i
+#
+# What comes before the script's name goes to sbatch and overrides the lines below, which are defaults. In
+# each job one W&B agent runs, in this shell; the trial that it starts calls srun once, for a rank in every
+# task. A job that comes back after a preemption, its time limit or a killed rank goes on with its own trial.
+# `mvat-sweep-ARRAY_TASK.log` tells how it went, runs/sweep-ID/slurm/JOB-RANK.log what each rank says.
+
+#SBATCH --job-name=mvat-sweep
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=3
+#SBATCH --time=1-00:00:00
+#SBATCH --signal=USR2@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=mvat-sweep-%A_%a.log
+
+set -uo pipefail
+
+# Slurm runs a copy of this script from its spool folder, and keeps the original's path.
+find_project() {
+    local from=${SLURM_SUBMIT_DIR:-$PWD} original
+    original=$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null |
+        sed -n 's|^ *Command=\(.*\)/slurm/sweep_agent\.sh.*|\1|p')
+    for project in "$(dirname "${BASH_SOURCE[0]}")/.." "${original:-$from}" "$from" "$from/.."; do
+        if [[ -f $project/mvat_dist/trial.py ]]; then
+            (cd "$project" && pwd)
+            return
+        fi
+    done
+    echo "error: no mvat_dist/trial.py in $from: call sbatch from the project's folder" >&2
+    return 2
+}
+
+if (($# < 1)); then
+    echo "error: give ENTITY/PROJECT/ID as wandb sweep prints it, or a sweep file" >&2
+    exit 2
+fi
+project=$(find_project) || exit
+if [[ -f $project/.venv/bin/activate ]]; then
+    # shellcheck disable=SC1091 # made by `make setup`
+    source "$project/.venv/bin/activate"
+fi
+export PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH}
+
+# A rank that another launcher left in the shell that called sbatch.
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
+# Since Slurm 22.05 srun does not take over sbatch's --cpus-per-task.
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+# Two of a task's CPUs are for its reader processes (--data.workers).
+threads=$((SRUN_CPUS_PER_TASK > 3 ? SRUN_CPUS_PER_TASK - 2 : 1))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
+# As in distill.sh: the others get so many seconds to end once a rank has ended.
+export SLURM_WAIT=${SLURM_WAIT:-180} SLURM_KILL_BAD_EXIT=${SLURM_KILL_BAD_EXIT:-0}
+export MVAT_MAX_RESTARTS=${MVAT_MAX_RESTARTS:-1000} MVAT_SIGNAL_LEAD=${MVAT_SIGNAL_LEAD:-120}
+ulimit -c 0
+
+printf '%s job %s, start %s: a trial of %s on %s\n' "$(date '+%F %T')" "${SLURM_JOB_ID:-none}" \
+    "$((${SLURM_RESTART_COUNT:-0} + 1))" "$1" "${SLURM_JOB_NODELIST:-?}"
+if [[ -f $1 ]]; then
+    if [[ -z ${SLURM_ARRAY_TASK_ID:-} ]]; then
+        echo "error: a sweep file needs an array, a task for each point: sbatch --array 0-19 ..." >&2
+        exit 2
+    fi
+    exec python -m mvat_dist.sweep "$@" --point "$SLURM_ARRAY_TASK_ID"
+fi
+exec python -m mvat_dist.sweeps.sweepjob "$@"

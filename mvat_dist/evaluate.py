@@ -1,254 +1,66 @@
-"""Score a run on held-out clips: noisy input, teacher and every student, as rows and as a table."""
+"""Score networks on held-out clips: the noisy input and every network, as rows and as tables."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
+import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tabulate import tabulate
-from tqdm import tqdm
 
-from mvat_dist import clock, locations, modelfile
+from mvat_dist import devices, locations, ranks
 from mvat_dist import metrics as metric_table
 from mvat_dist.commandline import CommandParser
-from mvat_dist.data.store.folders import Folder, read_manifest
-from mvat_dist.data.store.packed import Corpus, locate
-from mvat_dist.data.store.remote import RemoteError
 from mvat_dist.data.store.shardcache import Cache
-from mvat_dist.data.validation import ValidationClips
+from mvat_dist.data.testsets import TestSets, folder_pair, held_out
 from mvat_dist.errors import UserError, exit_code
-from mvat_dist.files import make_folder, write_json, write_text
-from mvat_dist.metrics import METRICS
-from mvat_dist.modelfile import LoadedModel, Which
-from mvat_dist.rundir import RunDir
-from mvat_dist.speed import COST_SECONDS, Cost, cost
-from mvat_dist.summary import NOISY, Row, Summary, summarise
-from mvat_dist.validate import validate
+from mvat_dist.files import make_folder
+from mvat_dist.metrics import GROUPS, METRICS, dnsmos
+from mvat_dist.ranks import Ranks
+from mvat_dist.scoring.candidates import networks_of
+from mvat_dist.scoring.evaluation import Evaluation, finish, measure_costs, score
+from mvat_dist.scoring.rowlog import RowLog
 
-TEACHER = "teacher"
 DEFAULT_METRICS = "pesq_wb,stoi,si_sdr"
-
-
-@dataclass(frozen=True)
-class Section:
-    """The scores on one test set."""
-
-    name: str
-    rows: list[Row]
-    summaries: dict[str, dict[str, Summary]]
-    """``{model: {metric: Summary}}``."""
-
-    @property
-    def clips(self) -> int:
-        return len({row["index"] for row in self.rows})
-
-    @property
-    def seconds(self) -> float:
-        """Duration of its clips."""
-        return float(sum(row["duration_s"] for row in self.rows if row["model"] == NOISY))
-
-
-def networks_of(run: Path, which: Which) -> dict[str, LoadedModel]:
-    """What `run` offers to score, by the name that its rows get: the teacher first, then the students.
-
-    Raises:
-        UserError: nothing there, no trained weights in it, or a file that is something else.
-    """
-    if not RunDir(run).config.is_file():
-        loaded = modelfile.load(modelfile.resolve(run, which))
-        return {loaded.name: loaded}
-    students = modelfile.students_of(run, which)
-    if not students:
-        raise UserError(f"{run} holds no trained student yet: weights are saved with its first checkpoint")
-    found = {}
-    teacher = modelfile.teacher_of(run)
-    if teacher is not None and teacher.exists():
-        found[TEACHER] = modelfile.load(teacher)
-    elif teacher is not None:
-        print(f"note: the run's teacher is no longer at {teacher}; it is left out", file=sys.stderr)
-    return found | {name: modelfile.load(file) for name, file in students.items()}
-
-
-def held_out(
-    data: Path | str, limit: int, max_seconds: float, cache: Cache | None = None
-) -> dict[str, ValidationClips]:
-    """The held-out clips below `data`, by section: every ``test_*`` subset of a packed corpus (``valid``
-    where it has none), or `data` itself.
-
-    Args:
-        data: folder, URL or pattern.
-        limit: most clips of a section, as for `ValidationClips`.
-        max_seconds: of each clip, as for `ValidationClips`.
-        cache: for copies of what lies at a URL; None is the default one.
-
-    Raises:
-        UserError: no such folder, no held-out pairs in it, or damaged shards.
-    """
-    cache = cache or Cache()
-    folders = locate("--data", data, cache)
-    sections = {locations.name(str(folders[0])): folders}
-    if _is_corpus(folders[0]):
-        corpus = Corpus("--data", data, cache)
-        names = corpus.names
-        tests = [name for name in names if name.startswith("test_")] or [n for n in names if n == "valid"]
-        if not tests:
-            raise UserError(f"{data} has no subset test_* or valid to score on; it has {', '.join(names)}")
-        sections = {name: corpus.subset(name) for name in tests}
-    return {
-        name: ValidationClips(its, limit=limit, max_seconds=max_seconds) for name, its in sections.items()
-    }
-
-
-def _is_corpus(folder: Folder) -> bool:
-    """Whether it is a packed corpus; what else it may be is judged by `ValidationClips`."""
-    try:
-        return "subsets" in read_manifest(folder, "a packed corpus")
-    except RemoteError:
-        raise
-    except UserError:
-        return False
-
-
-def score_sections(
-    networks: Mapping[str, LoadedModel],
-    sets: Mapping[str, ValidationClips],
-    metrics: Sequence[str],
-    device: torch.device,
-    processes: int,
-) -> Iterator[Section]:
-    """Score every network and the noisy input on every test set, with progress on stderr."""
-    models = {name: network.model.to(device) for name, network in networks.items()}
-    total = sum(map(len, sets.values())) * (len(models) + 1)
-    with tqdm(total=total, unit="utterance", desc="scoring") as bar:
-        for name, clips in sets.items():
-            rows = validate(
-                models, clips, metrics, device=device, noisy=True, processes=processes, progress=bar.update
-            )
-            yield Section(name, rows, summarise(rows, metrics))
-
-
-def table(
-    section: Section, networks: Mapping[str, LoadedModel], costs: Mapping[str, Cost], metrics: Sequence[str]
-) -> str:
-    """Markdown: one line per network, then one per kind of failure."""
-    score_heads = [f"{METRICS[name].label} {METRICS[name].unit}".strip() + " ↑" for name in metrics]
-    heads = ["network", *score_heads, "parameters M ↓", f"GMAC at {COST_SECONDS:g} s ↓", "RTF ↓"]
-    lines = [
-        [
-            _label(model, networks),
-            *(_cell(scores[name], METRICS[name].decimals) for name in metrics),
-            *_cost_cells(costs.get(model)),
-        ]
-        for model, scores in section.summaries.items()
-    ]
-    failures = [
-        f"- {model}, {METRICS[name].label}: {count} of {section.clips} clips without a score, {reason}"
-        for model, scores in section.summaries.items()
-        for name in metrics
-        for reason, count in scores[name].failed.items()
-    ]
-    title = f"## {section.name}: {section.clips} clips, {section.seconds:.0f} s\n"
-    body = tabulate(lines, heads, tablefmt="github", disable_numparse=True)
-    return "\n".join([title, body, *([""] if failures else []), *failures, ""])
-
-
-def _label(model: str, networks: Mapping[str, LoadedModel]) -> str:
-    """The name in the rows, and the name of the network where that is another: ``teacher (manner-b)``."""
-    own = networks[model].name if model in networks else model
-    return model if own == model else f"{model} ({own})"
-
-
-def _cell(summary: Summary, decimals: int) -> str:
-    if summary.mean is None:
-        return "-"
-    shown = f"{summary.mean:.{decimals}f} [{summary.low:.{decimals}f}, {summary.high:.{decimals}f}]"
-    return f"{shown} n={summary.clips}" if summary.failed else shown
-
-
-def _cost_cells(known: Cost | None) -> list[str]:
-    if known is None:
-        return ["-"] * 3
-    return [f"{known.parameters / 1e6:.2f}", f"{known.gmac_at_4_s:.2f}", f"{known.real_time_factor:.3f}"]
-
-
-_LEGEND = """\
-↑ higher is better, ↓ lower is better. Means over the clips that have a score, with 95 % bootstrap
-intervals over clips in brackets; n where some clips have none. RTF: processing time over audio duration
-on one CPU thread.
-"""
-
-
-def _write(
-    out: Path,
-    arguments: argparse.Namespace,
-    networks: Mapping[str, LoadedModel],
-    costs: Mapping[str, Cost],
-    sections: Sequence[Section],
-    text: str,
-) -> None:
-    """``rows.jsonl``, ``scores.json`` and ``scores.md`` in `out`."""
-    lines = [json.dumps({"subset": one.name, **row}) for one in sections for row in one.rows]
-    write_text(out / "rows.jsonl", "".join(line + "\n" for line in lines))
-    record = {
-        "run": str(arguments.run.absolute()),
-        "data": locations.absolute(arguments.data),
-        "weights": arguments.weights,
-        "time": clock.now(),
-        "machine": f"{platform.node()} {platform.machine()}, torch {torch.__version__}",
-        "networks": {
-            name: {
-                "name": network.name,
-                "step": network.step,
-                "size": asdict(network.model.size),
-                **asdict(costs[name]),
-            }
-            for name, network in networks.items()
-        },
-        "sections": {one.name: _section_record(one) for one in sections},
-    }
-    write_json(out / "scores.json", record)
-    write_text(out / "scores.md", text)
-
-
-def _section_record(section: Section) -> dict[str, Any]:
-    scores = {
-        model: {metric: asdict(summary) for metric, summary in by_metric.items()}
-        for model, by_metric in section.summaries.items()
-    }
-    return {"clips": section.clips, "seconds": section.seconds, "scores": scores}
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         "python -m mvat_dist.evaluate",
-        "Score a run on held-out clips: noisy input, teacher and every student, as rows and as a table.",
-        "python -m mvat_dist.evaluate runs/mvat-all-1a2b3c4d --data shards/dns --limit 100",
+        "Score networks on held-out clips, beside the noisy input: rows and tables. What is killed goes on\n"
+        "when it is started again; the tasks of one srun share the clips.",
+        "python -m mvat_dist.evaluate runs/mvat-all-1a2b3c4d --data shards/dns --limit 100\n"
+        "  python -m mvat_dist.evaluate ours=runs/a/students/manner-s-2.0gf theirs=manner_small.pth \\\n"
+        "      --noisy recordings/noisy --clean recordings/clean --metrics paper --out scores\n"
+        "  srun --ntasks 8 python -m mvat_dist.evaluate runs/teacher --data shards/dns",
     )
     add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="a run folder, a student's folder or a model file")
+    model = "runs, students' folders or model files, NAME=PATH to name one; none scores the noisy input only"
+    add("models", nargs="*", metavar="MODEL", help=model)
     data = (
         "packed corpus (its test_* subsets, else valid) or packed subset, as a folder, URL or quoted "
-        "pattern; or a folder with noisy/ and clean/"
+        "pattern; DNS or Valentini corpus as it comes; or a folder with noisy/ and clean/"
     )
-    add("--data", required=True, help=data)
+    add("--data", help=data)
+    add("--noisy", type=Path, help="instead of --data: folder of recordings of any rate and format")
+    add("--clean", type=Path, help="with --noisy: folder of their references, matched by name or fileid_N")
     add("--cache-dir", default="", help="folder for copies of what lies at URLs (default: as in training)")
-    add("--metrics", default=DEFAULT_METRICS, help=f"of {', '.join(METRICS)} (default: %(default)s)")
-    add("--limit", type=int, default=0, help="most clips of each test set (default: all)")
+    groups = "; ".join(f"{name}: {','.join(members)}" for name, members in GROUPS.items())
     add(
-        "--max-seconds",
-        type=float,
-        default=0.0,
-        help="score only the start of each clip (default: all of it)",
+        "--metrics",
+        default=DEFAULT_METRICS,
+        help=f"of {', '.join(METRICS)}, or groups ({groups}) (default: %(default)s)",
     )
+    add("--dnsmos", type=Path, help="file sig_bak_ovr.onnx (default: the one in the package speechmos)")
+    add("--against", help="the network that the others are compared with (default: the first)")
+    add("--limit", type=int, default=0, help="most clips of each test set (default: all)")
+    seconds = "score only the start of each clip (default: all of it)"
+    add("--max-seconds", type=float, default=0.0, help=seconds)
     add("--weights", choices=("best", "last"), default="best", help="which weights (default: %(default)s)")
-    add("--out", type=Path, help="folder for rows and tables (default: RUN/evaluate/DATA-WEIGHTS)")
+    out = "folder for rows and tables (default: evaluate/DATA-WEIGHTS in the run, or here for several MODELs)"
+    add("--out", type=Path, help=out)
     add("--processes", type=int, default=0, help="scoring processes (default: one per available CPU)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the networks run")
     return parser
@@ -258,7 +70,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line, checked as far as that needs no file.
 
     Raises:
-        UserError: a negative number.
+        UserError: a negative number, or not exactly one choice of clips.
     """
     arguments = _parser().parse_args(argv)
     for name in ("limit", "max_seconds", "processes"):
@@ -266,43 +78,80 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             raise UserError(
                 f"--{name.replace('_', '-')} is {getattr(arguments, name)}: it cannot be negative"
             )
+    if (arguments.noisy is None) != (arguments.clean is None):
+        raise UserError("--noisy and --clean are given together: two folders with the halves of the pairs")
+    if (arguments.data is None) == (arguments.noisy is None):
+        raise UserError("give either --data, or --noisy and --clean (python -m mvat_dist.evaluate --help)")
+    if arguments.dnsmos:
+        os.environ[dnsmos.WEIGHTS_VARIABLE] = str(arguments.dnsmos.absolute())  # for the scoring processes
     return arguments
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Score a run, print the table, and write rows and table below its folder."""
+    """Score what is asked for, print the tables, and write them and the rows."""
     arguments = parse(argv)
-    metrics = metric_table.select(arguments.metrics)
-    device = _device(arguments.device)
-    networks = networks_of(arguments.run, arguments.weights)
-    cache = Cache(arguments.cache_dir)
-    sets = held_out(arguments.data, arguments.limit, arguments.max_seconds, cache)
-    out = arguments.out or _default_out(arguments)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file: give a folder")
-    # Now rather than after an hour of scoring, when the place turns out to be read-only.
+    here = ranks.read()
+    evaluation = _prepare(arguments, here)
+    out = evaluation.out
     make_folder(out)
-    # Before the scoring processes take the CPUs.
-    costs = {name: cost(network.model) for name, network in networks.items()}
-    # Threads that spin for work would take the cores of the scoring processes: half of them are enough.
-    torch.set_num_threads(max(1, torch.get_num_threads() // 2))
-    sections = list(score_sections(networks, sets, metrics, device, arguments.processes))
-    text = "\n".join([*(table(section, networks, costs, metrics) for section in sections), _LEGEND])
-    _write(out, arguments, networks, costs, sections, text)
-    print(text)
+    log = RowLog(out, evaluation.fingerprint)
+    if not evaluation.is_finished():
+        if here.rank == 0:
+            evaluation.say_what_is_replaced()
+            # Before the scoring processes take the CPUs.
+            measure_costs(evaluation, log)
+        # Threads that spin for work would take the cores of the scoring processes: half of them are enough.
+        threads = torch.get_num_threads()
+        torch.set_num_threads(max(1, threads // 2))
+        try:
+            score(evaluation, log, here, arguments.processes)
+        finally:
+            torch.set_num_threads(threads)  # an experiment evaluates many runs in one process
+        if missing := finish(evaluation, log):
+            print(f"rank {here.rank} of {here.world_size} is done; {missing} rows of the others are missing")
+            return
+    print((out / "scores.md").read_text(encoding="utf-8"))
     print(f"rows and tables: {out}")
 
 
-def _device(choice: str) -> torch.device:
-    if choice == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
-    return torch.device("cuda" if choice != "cpu" and torch.cuda.is_available() else "cpu")
+def _prepare(arguments: argparse.Namespace, here: Ranks) -> Evaluation:
+    metrics = metric_table.select(arguments.metrics)
+    device = devices.pick(arguments.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", here.local_rank % torch.cuda.device_count())
+    networks = networks_of(arguments.models, arguments.weights)
+    about, sets = _clips(arguments)
+    reference = arguments.against or next(iter(networks), None)
+    if reference is not None and reference not in networks:
+        raise UserError(f"--against {reference}: no such network; there are {', '.join(networks) or 'none'}")
+    out = arguments.out or _default_out(arguments)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file: give a folder")
+    about = {"models": arguments.models, "weights": arguments.weights, **about}
+    return Evaluation(networks, sets, metrics, reference, device, out, about)
+
+
+def _clips(arguments: argparse.Namespace) -> tuple[dict[str, Any], TestSets]:
+    """(where they came from, test sets)."""
+    limits = arguments.limit, arguments.max_seconds
+    if arguments.data is not None:
+        sets = held_out(arguments.data, *limits, Cache(arguments.cache_dir))
+        return {"data": locations.absolute(arguments.data)}, sets
+    sets, unmatched = folder_pair(arguments.noisy, arguments.clean, *limits)
+    if unmatched:
+        shown = ", ".join(unmatched[:3]) + (" ..." if len(unmatched) > 3 else "")
+        print(f"note: {len(unmatched)} files without a counterpart are left out: {shown}", file=sys.stderr)
+    folders = {side: str(getattr(arguments, side).absolute()) for side in ("noisy", "clean")}
+    return {**folders, "unmatched": unmatched}, sets
 
 
 def _default_out(arguments: argparse.Namespace) -> Path:
-    run: Path = arguments.run
-    folder = run if run.is_dir() else run.parent
-    return folder / "evaluate" / f"{locations.name(arguments.data)}-{arguments.weights}"
+    data = arguments.data if arguments.data is not None else str(arguments.noisy)
+    folder = Path()
+    if len(arguments.models) == 1:
+        (path,) = (Path(one.partition("=")[2] or one) for one in arguments.models)
+        folder = path if path.is_dir() else path.parent
+    return folder / "evaluate" / f"{locations.name(data)}-{arguments.weights}"
 
 
 if __name__ == "__main__":

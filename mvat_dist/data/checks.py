@@ -150,7 +150,7 @@ def check_readers(config: DataConfig, world_size: int) -> None:
     """
     mode = training_mode(config)
     corpus = Corpus.of(config)
-    count = shard_count(corpus.subset(ITERATED[mode]))
+    count = readable_shards(config)
     needed = world_size * max(1, config.workers)
     if count < needed:
         raise UserError(
@@ -160,6 +160,11 @@ def check_readers(config: DataConfig, world_size: int) -> None:
             "(python -m mvat_dist.pack ... --min-shards), or use fewer ranks, or fewer --data.workers"
         )
     _check_cache(config, [folder for name in _READ[mode] for folder in corpus.subset(name)])
+
+
+def readable_shards(config: DataConfig) -> int:
+    """Shards of the subset that is visited in turn: as many readers it can serve."""
+    return shard_count(Corpus.of(config).subset(ITERATED[training_mode(config)]))
 
 
 def _check_cache(config: DataConfig, folders: Sequence[Folder]) -> None:

@@ -11,15 +11,23 @@ import soundfile
 
 from mvat_dist.config import SAMPLE_RATE
 from mvat_dist.data.mix.mixing import Audio
-from mvat_dist.data.pack.corpora import Pair, list_dns
-from mvat_dist.data.pack.inspection import UnusableError, read_piece
+from mvat_dist.data.pack.corpora import list_dns
+from mvat_dist.data.pack.inspection import UnusableError, open_sound, read_piece
 from mvat_dist.data.store.folders import MANIFEST, Folder
-from mvat_dist.data.store.packed import open_subset
+from mvat_dist.data.store.packed import fingerprints, open_subset
 from mvat_dist.data.store.shards import Field
 from mvat_dist.errors import UserError
 
 LENGTH_TOLERANCE = SAMPLE_RATE // 100
 """Samples by which the halves of a plain pair may differ (10 ms, as for `mvat_dist.pack`)."""
+
+
+class UnusableClipError(UserError):
+    """The clip called `key` cannot be scored; others can."""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = key
 
 
 class Clip(NamedTuple):
@@ -36,6 +44,10 @@ class Clip(NamedTuple):
 class _Clips(Protocol):
     keys: list[str]
 
+    @property
+    def identity(self) -> str:
+        """Changes with the content of any clip."""
+
     def read(self, index: int, frames: int | None) -> tuple[Audio, Audio]:
         """At most the first `frames` samples of noisy and clean."""
 
@@ -44,14 +56,18 @@ class ValidationClips(Sequence[Clip]):
     """Clips in the order of their keys, read when they are asked for."""
 
     def __init__(
-        self, data: Folder | str | Sequence[Folder], *, limit: int = 0, max_seconds: float = 0.0
+        self,
+        data: Folder | str | Sequence[Folder] | FilePairs,
+        *,
+        limit: int = 0,
+        max_seconds: float = 0.0,
     ) -> None:
         """Find the clips; reads no audio.
 
         Args:
             data: a packed subset of pairs, several to be joined, or a folder with ``noisy`` and ``clean``
                 side by side in it or below it, matched by ``fileid_N`` or by equal names; WAV or FLAC at any
-                rate.
+                rate; or pairs of files.
             limit: most clips; the same ones every time, spread over all of them. The smaller of two limits
                 takes a part of what the larger one takes. 0 takes all.
             max_seconds: only this much of the start of each clip is read; 0 reads all of it.
@@ -59,16 +75,19 @@ class ValidationClips(Sequence[Clip]):
         Raises:
             UserError: no such folder, or no pairs in it.
         """
-        folders = [Path(data)] if isinstance(data, str) else [data] if isinstance(data, Folder) else [*data]
-        first = folders[0]
-        plain = len(folders) == 1 and isinstance(first, Path) and not (first / MANIFEST).is_file()
-        self._clips: _Clips = _Plain(Path(str(first))) if plain else _Packed(folders)
+        self._clips: _Clips = data if isinstance(data, FilePairs) else _find(data)
         self._frames = round(max_seconds * SAMPLE_RATE) or None
         # In the order of a hash: the first ones in the order of the keys would all be of one speaker.
         spread = sorted(range(len(self._clips.keys)), key=lambda index: _hash(self._clips.keys[index]))
         chosen = spread[: limit or None]
         self._chosen = sorted(chosen, key=lambda index: self._clips.keys[index])
         self.keys = [self._clips.keys[index] for index in self._chosen]
+
+    @property
+    def identity(self) -> str:
+        """Hexadecimal hash of what is in the clips and which they are."""
+        described = repr((self._clips.identity, self.keys, self._frames))
+        return hashlib.sha256(described.encode("utf-8", "surrogateescape")).hexdigest()
 
     def __len__(self) -> int:
         return len(self._chosen)
@@ -81,12 +100,27 @@ class ValidationClips(Sequence[Clip]):
         """Read one clip, or several.
 
         Raises:
-            UserError: a file or shard that cannot be read, or halves of different length.
+            UnusableClipError: a file that cannot be read, or halves of different length.
+            UserError: a shard that cannot be read.
         """
         if isinstance(index, slice):
             return [self[one] for one in range(*index.indices(len(self)))]
         noisy, clean = self._clips.read(self._chosen[index], self._frames)
         return Clip(self.keys[index], noisy, clean)
+
+
+def _find(data: Folder | str | Sequence[Folder]) -> _Clips:
+    folders = [Path(data)] if isinstance(data, str) else [data] if isinstance(data, Folder) else [*data]
+    first = folders[0]
+    if len(folders) > 1 or not isinstance(first, Path) or (first / MANIFEST).is_file():
+        return _Packed(folders)
+    pairs = [(pair.noisy, pair.clean) for pair in list_dns(first).pairs]
+    if not pairs:
+        raise UserError(
+            f"{first} has no pairs of noisy and clean recordings: put them into the folders noisy and "
+            "clean side by side, with equal names or names ending in the same fileid_N"
+        )
+    return FilePairs(first, first, pairs)
 
 
 def _hash(key: str) -> bytes:
@@ -104,6 +138,7 @@ class _Packed:
                 "scoring needs a packed subset with pairs, such as valid or test_*"
             )
         self.keys = self._pairs.keys
+        self.identity = repr(sorted(fingerprints(folders).values(), key=str))
 
     def read(self, index: int, frames: int | None) -> tuple[Audio, Audio]:
         fields: tuple[Field, Field] = ("noisy", "clean")
@@ -111,36 +146,49 @@ class _Packed:
         return noisy, clean
 
 
-class _Plain:
-    """Pairs of files."""
+class FilePairs:
+    """Pairs of files, of any rate, channels and format that libsndfile reads."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        listing = list_dns(folder)
-        self._pairs: list[Pair] = listing.pairs
-        if not self._pairs:
-            raise UserError(
-                f"{folder} has no pairs of noisy and clean recordings: put them into the folders noisy and "
-                "clean side by side, with equal names or names ending in the same fileid_N"
-            )
-        self.keys = [pair.noisy for pair in self._pairs]
+    def __init__(self, noisy: Path, clean: Path, pairs: Sequence[tuple[str, str]]) -> None:
+        """Pairs of paths relative to the folders `noisy` and `clean`; the first ones are the keys."""
+        self._folders = noisy, clean
+        self._pairs = {one[0]: one for one in pairs}
+        self.keys = list(self._pairs)
+
+    @property
+    def identity(self) -> str:
+        """Names, sizes and times of all files, wherever their folders are."""
+        found = []
+        for key, names in self._pairs.items():
+            status = [path.stat() if path.is_file() else None for path in self._paths(key)]
+            found.append((names, [one and (one.st_size, one.st_mtime_ns) for one in status]))
+        return repr(found)
+
+    def _paths(self, key: str) -> list[Path]:
+        return [folder / name for folder, name in zip(self._folders, self._pairs[key], strict=True)]
 
     def read(self, index: int, frames: int | None) -> tuple[Audio, Audio]:
-        pair = self._pairs[index]
-        noisy, clean = self._read(pair.noisy), self._read(pair.clean)
+        key = self.keys[index]
+        paths = self._paths(key)
+        noisy, clean = (_read(key, path) for path in paths)
         if abs(noisy.size - clean.size) > LENGTH_TOLERANCE:
-            raise UserError(
-                f"{self._folder / pair.noisy} has {noisy.size} samples at 16 kHz, {pair.clean} {clean.size}: "
-                "the halves of a pair must be equally long"
+            raise UnusableClipError(
+                key,
+                f"{paths[0]} has {noisy.size} samples at 16 kHz, {paths[1].name} {clean.size}: "
+                "the halves of a pair must be equally long",
             )
         length = min(noisy.size, clean.size, frames or noisy.size)
         return noisy[:length], clean[:length]
 
-    def _read(self, name: str) -> Audio:
-        path = self._folder / name
-        try:
-            return read_piece(path, 0, soundfile.info(path).frames, first_channel=False)
-        except soundfile.LibsndfileError as error:
-            raise UserError(f"{path} does not open as audio ({error}): replace or remove it") from error
-        except UnusableError as error:
-            raise UserError(f"{path} is not usable ({error.detail}): replace or remove it") from error
+
+def _read(key: str, path: Path) -> Audio:
+    try:
+        with open_sound(path) as sound:
+            frames = sound.frames
+        return read_piece(path, 0, frames, first_channel=False)
+    except (soundfile.LibsndfileError, OSError) as error:
+        raise UnusableClipError(key, f"{path} does not open as audio: replace or remove it") from error
+    except UnusableError as error:
+        raise UnusableClipError(
+            key, f"{path} is not usable ({error.detail}): replace or remove it"
+        ) from error

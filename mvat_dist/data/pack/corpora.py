@@ -89,7 +89,7 @@ def list_dns(corpus: Path) -> Listing:
         if half := _dns_half(path, folders):
             side, place = half
             inside = path[len(_join(place, side)) + 1 :]
-            halves.setdefault((place, _pair_name(inside)), {}).setdefault(side, []).append(path)
+            halves.setdefault((place, pair_name(inside)), {}).setdefault(side, []).append(path)
         elif role := _dns_source(path, folders):
             listing.sources.append(Source(path, role, sys.intern(_dns_group(role, path))))
         else:
@@ -172,7 +172,7 @@ def collection(path: str) -> str:
     return "/".join(folders[-2:]) or "."
 
 
-def _pair_name(path: str) -> str:
+def pair_name(path: str) -> str:
     """What both halves of a pair are called: their folder, and ``fileid_N`` or the stem."""
     folder, _, name = path.rpartition("/")
     stem = name.rsplit(".", 1)[0]
@@ -257,14 +257,14 @@ def _find(corpus: Path) -> tuple[list[str], str]:
     """Sorted relative paths of all audio files below `corpus`, and a hash of the paths and sizes."""
     if not corpus.is_dir():
         raise UserError(f"no such corpus folder: {corpus}")
-    found = sorted(_walk(str(corpus)))
+    found = sorted(audio_files(str(corpus)))
     digest = hashlib.blake2b(digest_size=16)
     for path, size in found:
         digest.update(f"{path}\0{size}\0".encode("utf-8", "surrogateescape"))
     return [path for path, _ in found], digest.hexdigest()
 
 
-def _walk(corpus: str) -> Iterator[tuple[str, int]]:
+def audio_files(corpus: str, suffixes: tuple[str, ...] = SUFFIXES) -> Iterator[tuple[str, int]]:
     """(relative path, bytes) of every audio file; linked folders are followed, each folder at most once."""
     seen: set[tuple[int, int]] = set()
     waiting = [""]
@@ -279,7 +279,7 @@ def _walk(corpus: str) -> Iterator[tuple[str, int]]:
                 path = _join(folder, entry.name)
                 if entry.is_dir():
                     waiting.append(path)
-                elif entry.name.lower().endswith(SUFFIXES):
+                elif entry.name.lower().endswith(suffixes):
                     # A dangling link is listed too: inspection reports that it cannot be read.
                     yield path, entry.stat().st_size if entry.is_file() else -1
 

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from mvat_dist.config import SAMPLE_RATE
+from mvat_dist.data.validation import UnusableClipError
 from mvat_dist.metrics import Score
-from mvat_dist.scoring import Pair, score_pairs
+from mvat_dist.scoring.children import Pair, score_as_done
 from mvat_dist.summary import NOISY, Row
 
 Audio = npt.NDArray[np.float32]
@@ -64,15 +65,46 @@ def validate(
         gather: needed with more than one rank; called once, by all of them.
         progress: called with 1 after each scored row of this rank.
     """
-    rows: list[Row] = []
-    with _evaluating(models.values()):
-        estimates = _estimates(models, clips, device, noisy=noisy, rank=rank, world_size=world_size)
-        scores = score_pairs(_pairs(estimates, rows), metrics, processes=processes, progress=progress)
-    for row, scored in zip(rows, scores, strict=True):
-        _fill(row, scored)
+    rows = []
+    scored = rows_as_scored(
+        models,
+        clips,
+        metrics,
+        device=device,
+        noisy=noisy,
+        processes=processes,
+        wanted=lambda index, _: index % world_size == rank,
+    )
+    for row in scored:
+        rows.append(row)
+        if progress is not None:
+            progress(1)
     names = [NOISY, *models]
     gathered = [row for one_rank in gather(rows) for row in one_rank]
     return sorted(gathered, key=lambda row: (row["index"], names.index(row["model"])))
+
+
+def rows_as_scored(
+    models: Mapping[str, nn.Module],
+    clips: Clips,
+    metrics: Sequence[str],
+    *,
+    device: torch.device,
+    noisy: bool = False,
+    processes: int = 1,
+    wanted: Callable[[int, str], bool],
+) -> Iterator[Row]:
+    """The row of each clip and model as soon as it is scored, in any order; the rest is as in `validate`.
+
+    Args:
+        wanted: whether the model of a name is to be scored on the clip at a position.
+    """
+    begun: list[Row] = []
+    with _evaluating(models.values()):
+        estimates = _estimates(models, clips, device, noisy=noisy, wanted=wanted)
+        for number, scores in score_as_done(_pairs(estimates, begun), metrics, processes=processes):
+            _fill(begun[number], scores)
+            yield begun[number]
 
 
 def _pairs(estimates: Iterator[tuple[Row, Pair]], rows: list[Row]) -> Iterator[Pair]:
@@ -88,22 +120,30 @@ def _estimates(
     device: torch.device,
     *,
     noisy: bool,
-    rank: int,
-    world_size: int,
+    wanted: Callable[[int, str], bool],
 ) -> Iterator[tuple[Row, Pair]]:
-    """This rank's share of clips through every model."""
-    for index in range(rank, len(clips), world_size):
-        key, mixture, clean = clips[index]
+    """The wanted clips through every wanted model."""
+    for index in range(len(clips)):
+        names = [name for name in ([NOISY] if noisy else []) + [*models] if wanted(index, name)]
+        if not names:
+            continue
+        try:
+            key, mixture, clean = clips[index]
+        except UnusableClipError as error:
+            about: Row = {"index": index, "key": error.key, "duration_s": None, "snr_db": None}
+            nothing = np.zeros(0, np.float32)
+            for name in names:
+                yield {**about, "model": name}, Pair(nothing, nothing, str(error))
+            continue
         about = {
             "index": index,
             "key": key,
             "duration_s": round(len(clean) / SAMPLE_RATE, 4),
             "snr_db": _snr(mixture, clean),
         }
-        if noisy:
-            yield {**about, "model": NOISY}, Pair(mixture, clean)
-        for name, model in models.items():
-            yield {**about, "model": name}, Pair(enhance(model, mixture, device), clean)
+        for name in names:
+            estimate = mixture if name == NOISY else enhance(models[name], mixture, device)
+            yield {**about, "model": name}, Pair(estimate, clean)
 
 
 @torch.no_grad()

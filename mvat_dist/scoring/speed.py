@@ -13,10 +13,8 @@ import torch
 from mvat_dist import students
 from mvat_dist.config import SAMPLE_RATE
 from mvat_dist.models import Manner
-
-COST_SECONDS = 4.0
-"""Length of the clip on which MACs are counted and time is measured: attention is quadratic in the
-length, so a cost per second means nothing without it."""
+from mvat_dist.models.inference import folded
+from mvat_dist.students import COST_SECONDS
 
 
 @dataclass(frozen=True)
@@ -27,14 +25,14 @@ class Cost:
     gmac_at_4_s: float
     """10^9 multiply-accumulates for one clip of `COST_SECONDS`."""
     real_time_factor: float
-    """Processing time over audio duration, on one thread of this machine."""
+    """Processing time over audio duration of its inference form, on one thread of this machine."""
 
 
 def cost(model: Manner) -> Cost:
     """Count and measure `model`, which must be on the CPU and in eval mode."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     macs = students.macs(model.size, round(COST_SECONDS * SAMPLE_RATE))
-    return Cost(parameters, macs / 1e9, real_time_factor(model))
+    return Cost(parameters, macs / 1e9, real_time_factor(folded(model)))
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -33,7 +34,7 @@ SECONDS_LIMIT = 300.0
 """Longest time for one metric of one clip, in seconds: far above what any takes on a busy machine."""
 
 _READY = b"ready"
-_SERVE = "from mvat_dist.scoring import serve; serve({})"
+_SERVE = "from mvat_dist.scoring.children import serve; serve({})"
 _BLOCKED = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
 
 
@@ -43,6 +44,8 @@ class Pair:
 
     estimate: Audio
     clean: Audio
+    failure: str | None = None
+    """Why it cannot be scored at all, where that is known already; then the audio is not looked at."""
 
 
 @dataclass
@@ -132,14 +135,33 @@ def score_pairs(
     progress: Callable[[int], object] | None = None,
     seconds_limit: float = SECONDS_LIMIT,
 ) -> list[dict[str, Score]]:
-    """Every metric of every pair, in the order of `pairs`.
+    """Every metric of every pair, in the order of `pairs`; the rest is as in `score_as_done`.
 
     Args:
-        pairs: consumed as the children get free, so that a generator which runs a network computes
-            the next estimate while the last ones are scored. At most two pairs per child are held.
+        progress: called with 1 after each finished pair.
+    """
+    scores: dict[int, dict[str, Score]] = {}
+    for number, scored in score_as_done(pairs, metrics, processes=processes, seconds_limit=seconds_limit):
+        scores[number] = scored
+        if progress is not None:
+            progress(1)
+    return [scores[number] for number in range(len(scores))]
+
+
+def score_as_done(
+    pairs: Iterable[Pair],
+    metrics: Sequence[str],
+    *,
+    processes: int = 0,
+    seconds_limit: float = SECONDS_LIMIT,
+) -> Iterator[tuple[int, dict[str, Score]]]:
+    """(position in `pairs`, every metric) of each pair as soon as it is finished.
+
+    Args:
+        pairs: consumed in a thread as the children get free, so that a generator which runs a network
+            computes the next estimate while the last ones are scored. At most two pairs per child are held.
         metrics: names from `METRICS`.
         processes: number of children; 0 takes one per available CPU.
-        progress: called with 1 after each finished pair.
         seconds_limit: time for one metric of one pair; a child that takes longer is ended.
 
     Raises:
@@ -147,15 +169,52 @@ def score_pairs(
     """
     pool = _Pool(processes or available_processes(), seconds_limit)
     tasks = (_Task(number, pair, list(metrics)) for number, pair in enumerate(pairs))
-    scores: dict[int, dict[str, Score]] = {}
     try:
         for task in pool.run(tasks):
-            scores[task.number] = task.scores
-            if progress is not None:
-                progress(1)
+            yield task.number, task.scores
     finally:
         pool.end()
-    return [scores[number] for number in range(len(scores))]
+
+
+class _Source:
+    """Tasks that a thread computes one ahead, so that no child waits while a network is at work."""
+
+    def __init__(self, tasks: Iterator[_Task]) -> None:
+        self.exhausted = False
+        self.awaited: list[Connection] = []
+        """What becomes readable when the requested task is there; empty when none is requested."""
+        self._tasks = tasks
+        self._thread = ThreadPoolExecutor(1, "next-pair")
+        self._arrival, self._bell = Pipe(duplex=False)
+        self._coming: Future[_Task | None]
+
+    def __enter__(self) -> _Source:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+        self._arrival.close()
+        self._bell.close()
+
+    def request(self) -> None:
+        """Begin the next task, unless one is under way or all have been taken."""
+        if not self.exhausted and not self.awaited:
+            self.awaited = [self._arrival]
+            self._coming = self._thread.submit(self._next)
+
+    def _next(self) -> _Task | None:
+        try:
+            return next(self._tasks, None)
+        finally:
+            self._bell.send_bytes(_READY)
+
+    def take(self) -> _Task | None:
+        """The task that has arrived, or the error of computing it; None after the last one."""
+        self.awaited = []
+        self._arrival.recv_bytes()
+        task = self._coming.result()
+        self.exhausted = task is None
+        return task
 
 
 class _Pool:
@@ -169,20 +228,12 @@ class _Pool:
 
     def run(self, tasks: Iterator[_Task]) -> Iterator[_Task]:
         """Yield tasks as they are finished."""
-        exhausted = False
-        while True:
-            if not exhausted and len(self.waiting) < self.size:
-                task = next(tasks, None)
-                if task is None:
-                    exhausted = True
-                else:
-                    self.waiting.append(task)
-            self._assign()
-            busy = any(child.task for child in self.children)
-            if exhausted and not busy:
-                return
-            if busy:
-                yield from self._collect(block=exhausted or len(self.waiting) >= self.size)
+        with _Source(tasks) as source:
+            while not source.exhausted or self.waiting or any(child.task for child in self.children):
+                if len(self.waiting) < self.size:
+                    source.request()
+                self._assign()
+                yield from self._collect(source)
 
     def _assign(self) -> None:
         while self.waiting:
@@ -194,11 +245,18 @@ class _Pool:
                 self.children.append(idle)
             idle.assign(self.waiting.popleft(), self.seconds_limit)
 
-    def _collect(self, *, block: bool) -> Iterator[_Task]:
-        """Take the reports that have come; when `block`, wait for one or for a deadline."""
+    def _collect(self, source: _Source) -> Iterator[_Task]:
+        """Wait for a report, a new task or a deadline, and take what has come."""
         busy = {child.connection: child for child in self.children if child.task}
-        next_deadline = min(child.deadline for child in busy.values())
-        reported = wait(list(busy), max(0.0, next_deadline - time.monotonic()) if block else 0)
+        deadline = min((child.deadline for child in busy.values()), default=None)
+        patience = None if deadline is None else max(0.0, deadline - time.monotonic())
+        reported = wait([*busy, *source.awaited], patience)
+        if source.awaited and source.awaited[0] in reported and (new := source.take()) is not None:
+            if new.pair.failure is None:
+                self.waiting.append(new)
+            else:
+                new.scores = dict.fromkeys(new.left, Score(None, new.pair.failure))
+                yield new
         for connection, child in busy.items():
             alive = child.receive(self.seconds_limit) if connection in reported else True
             if not alive or time.monotonic() > child.deadline:
@@ -248,6 +306,7 @@ def serve(descriptor: int) -> None:
 
 
 def _score(name: str, estimate: Audio, clean: Audio) -> Score:
+    np.random.seed(0)  # pystoi adds noise of 1e-16 from the global generator
     try:
         return METRICS[name].compute(estimate, clean)
     except Exception as error:  # a metric's package may raise anything; one clip must not end the run

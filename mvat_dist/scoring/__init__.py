@@ -1,0 +1,1 @@
+"""Networks on clips: estimates, scores in child processes, rows and tables."""

@@ -1,1 +1,22 @@
 """Distil one strong MANNER denoiser into a family of fast ones, on a cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mvat_dist.deploy.enhancer import Enhancer
+
+__all__ = ["load"]
+
+
+def load(path: str | Path, device: str = "auto", batch: int = 1) -> Enhancer:
+    """A model to enhance with: ``mvat_dist.load("best.safetensors").enhance(audio, sample_rate)``.
+
+    Args and errors: `mvat_dist.deploy.enhancer.load`.
+    """
+    # Here, for the package must be importable at once and without torch.
+    from mvat_dist.deploy import enhancer
+
+    return enhancer.load(path, device, batch)

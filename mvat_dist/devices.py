@@ -1,4 +1,4 @@
-"""Which device and precision this rank computes with."""
+"""Which device and precision a rank, or a command, computes with."""
 
 from __future__ import annotations
 
@@ -41,3 +41,14 @@ def choose(config: EngineConfig, local_rank: int) -> tuple[torch.device, Precisi
     torch.cuda.set_device(index)
     bf16 = config.precision == "bf16" or (config.precision == "auto" and torch.cuda.is_bf16_supported())
     return torch.device("cuda", index), "bf16" if bf16 else "fp32"
+
+
+def pick(choice: str) -> torch.device:
+    """The device for a command's ``--device``: ``auto`` (a GPU where torch sees one), ``cpu`` or ``cuda``.
+
+    Raises:
+        UserError: a GPU was asked for that is not there.
+    """
+    if choice == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
+    return torch.device("cuda" if choice != "cpu" and torch.cuda.is_available() else "cpu")

@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialise
 
 from mvat_dist.config import SAMPLE_RATE
 from mvat_dist.errors import UserError
@@ -26,6 +26,7 @@ from mvat_dist.students import Size
 
 FORMAT = "mvat_dist.model.1"
 Which = Literal["best", "last"]
+_OWN = ("format", "name", "size", "sample_rate", "step")
 
 
 @dataclass(frozen=True)
@@ -36,19 +37,34 @@ class LoadedModel:
     model: Manner
     step: int | None
     """Optimiser steps behind it; None where the file does not say."""
+    about: Mapping[str, str] = field(default_factory=dict)
+    """What an exported file says of its origin (`mvat_dist.deploy.lineage`); empty for other files."""
 
 
-def save(path: Path, weights: Mapping[str, torch.Tensor], *, name: str, size: Size, step: int) -> None:
-    """Write fp32 weights and BatchNorm buffers atomically to `path`."""
+def save(
+    path: Path,
+    weights: Mapping[str, torch.Tensor],
+    *,
+    name: str,
+    size: Size,
+    step: int | None,
+    about: Mapping[str, str] | None = None,
+) -> None:
+    """Write weights and BatchNorm buffers atomically to `path`, and `about` them what else is to be said."""
     metadata = {
+        **(about or {}),
         "format": FORMAT,
         "name": name,
         "size": json.dumps(asdict(size)),
-        "step": str(step),
         "sample_rate": str(SAMPLE_RATE),
     }
+    if step is not None:
+        metadata["step"] = str(step)
     with atomic_file(path) as temporary:
-        save_file({key: value.contiguous().cpu() for key, value in weights.items()}, temporary, metadata)
+        # As bytes: a file that safetensors makes itself is for its owner alone.
+        temporary.write_bytes(
+            serialise({key: value.contiguous().cpu() for key, value in weights.items()}, metadata)
+        )
 
 
 def load(path: Path) -> LoadedModel:
@@ -61,8 +77,15 @@ def load(path: Path) -> LoadedModel:
     metadata = _metadata(file)
     if metadata.get("format") != FORMAT:
         return LoadedModel(file.stem, load_manner_checkpoint(file), None)
-    size = Size(**json.loads(metadata["size"]))
-    return LoadedModel(metadata["name"], load_manner_checkpoint(file, size), int(metadata["step"]))
+    try:
+        name, size = metadata["name"], Size(**json.loads(metadata["size"]))
+        if Path(name).name != name:  # an export is written to a file of this name
+            raise ValueError(f"its name {name!r} cannot be that of a file")
+        step = int(metadata["step"]) if "step" in metadata else None
+    except (KeyError, TypeError, ValueError, UserError) as error:
+        raise UserError(f"{file}: its description is damaged ({error}): copy the file again") from error
+    about = {key: value for key, value in metadata.items() if key not in _OWN}
+    return LoadedModel(name, load_manner_checkpoint(file, size), step, about)
 
 
 def _metadata(file: Path) -> dict[str, str]:
@@ -90,8 +113,8 @@ def resolve(path: Path, which: Which = "best") -> Path:
     if not found:
         raise UserError(f"{path} holds no weights: a run has students/NAME/best/model.safetensors")
     if len(found) > 1:
-        names = ", ".join(found)
-        raise UserError(f"{path} holds several students ({names}): give {path}/students/NAME")
+        names, one = ", ".join(found), next(iter(found.values())).parents[1]
+        raise UserError(f"{path} holds several students ({names}): give one's folder, such as {one}")
     return next(iter(found.values()))
 
 
@@ -106,17 +129,24 @@ def _weights(student_folder: Path, which: Which) -> Path | None:
 
 
 def students_of(run: Path, which: Which = "best") -> dict[str, Path]:
-    """Weights file of every student in a run folder that has one, by name."""
-    folder = RunDir(run).students
-    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    found = {name: _weights(folder / name, which) for name in names}
+    """Weights file of every student in a run folder, or in those of its parts, that has one, by name."""
+    places = [one.students for one in _runs(run)]
+    folders = sorted(
+        (folder for place in places if place.is_dir() for folder in place.iterdir()), key=lambda one: one.name
+    )
+    found = {folder.name: _weights(folder, which) for folder in folders}
     return {name: file for name, file in found.items() if file is not None}
+
+
+def _runs(run: Path) -> list[RunDir]:
+    """The run, and those that it was divided into."""
+    return [RunDir(run), *(RunDir(part) for part in RunDir(run).part_folders())]
 
 
 def teacher_of(run: Path) -> Path | None:
     """Weights file of the teacher that a run learnt from; None for a run without one."""
-    record = RunDir(run).inputs
-    teacher = read_json(record)["teacher"] if record.is_file() else None
+    records = [one.inputs for one in _runs(run) if one.inputs.is_file()]
+    teacher = read_json(records[0])["teacher"] if records else None
     return Path(teacher["file"]) if teacher else None
 
 

@@ -1,0 +1,1 @@
+"""A trained network outside of training: whole recordings, other formats, model cards."""

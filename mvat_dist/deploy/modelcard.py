@@ -1,0 +1,135 @@
+"""The model card beside an export: what it is, where it comes from, how good it is, how to use it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import yaml
+from tabulate import tabulate
+
+from mvat_dist import students
+from mvat_dist.config import SAMPLE_RATE
+from mvat_dist.deploy import lineage
+from mvat_dist.metrics import METRICS
+from mvat_dist.modelfile import LoadedModel
+from mvat_dist.students import COST_SECONDS
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One file of an export, or why it was not kept."""
+
+    file: str
+    kind: str
+    bytes: int
+    check: str
+    """How far it is from the network, or the reason of its refusal."""
+    kept: bool = True
+
+
+_USE = """\
+```python
+import mvat_dist, soundfile
+audio, rate = soundfile.read("noisy.wav")
+enhanced = mvat_dist.load("{name}.safetensors").enhance(audio, rate)
+```
+
+or `python -m mvat_dist.enhance --model {name}.safetensors noisy.wav --out enhanced`.
+
+The ONNX and TorchScript files map float32 (batch, time) at 16 kHz, full scale 1, to the same shape, for any
+batch and time; normalisation and padding are inside. `docs/examples/enhance_onnx.py` runs without torch."""
+
+_LIMITS = """\
+- 16 kHz mono inside: nothing above 8 kHz is left, and channels are enhanced one by one.
+- Not for live streams: it normalises by, and attends over, its whole input. Long recordings are cut into
+  windows.
+- Speech in noises, rooms and languages unlike its training data may be damaged. Music is not speech."""
+
+
+def card(loaded: LoadedModel, about: Mapping[str, str], exported: Sequence[Exported]) -> str:
+    """Markdown."""
+    size = loaded.model.size
+    gmac = students.macs(size, round(COST_SECONDS * SAMPLE_RATE)) / 1e9
+    facts = [
+        ("network", f"MANNER (arXiv 2203.02181), {', '.join(f'{k} {v}' for k, v in asdict(size).items())}"),
+        ("parameters", f"{students.parameters(size):,}"),
+        (f"GMAC at {COST_SECONDS:g} s", f"{gmac:.2f}"),
+        ("steps of training", "unknown" if loaded.step is None else f"{loaded.step:,}"),
+        ("weights", f"SHA-256 {about['sha256']}"),
+        ("licence", about["licence"]),
+        ("exported with", about["exported_with"]),
+    ]
+    files = [
+        (
+            f"`{one.file}`" if one.kept else f"{one.file} (not kept)",
+            one.kind,
+            f"{one.bytes / 1e6:.2f}",
+            one.check,
+        )
+        for one in exported
+    ]
+    return "\n\n".join(
+        [
+            f"# {loaded.name}",
+            "Speech enhancement: noisy speech in, the estimate of the clean speech out.",
+            tabulate(facts, ["", ""], tablefmt="github", disable_numparse=True),
+            "## Files",
+            tabulate(files, ["file", "what", "MB", "checked"], tablefmt="github", disable_numparse=True),
+            "## Use",
+            _USE.format(name=loaded.name),
+            "## Training",
+            _training(about),
+            "## Scores",
+            _scores(about),
+            "## Limits",
+            _LIMITS,
+        ]
+    ) + "\n"  # fmt: skip
+
+
+def _training(about: Mapping[str, str]) -> str:
+    if "config" not in about:
+        return "The file that was exported does not say."
+    config = yaml.safe_load(about["config"])
+    inputs = lineage.read(about, "inputs") or {}
+    lines = [f"method {config['distil']['method']}, seed {config['seed']}, {_steps(config)}"]
+    if teacher := inputs.get("teacher"):
+        lines.append(f"teacher {teacher['name']}, SHA-256 {teacher['sha256']}")
+    lines.append(f"data {config['data']['train']}")
+    if environment := lineage.read(about, "environment"):
+        lines.append(f"mvat_dist at commit {environment['commit']}")
+    return (
+        "\n".join(f"- {line}" for line in lines)
+        + "\n\nThe whole configuration is in the `.safetensors` file."
+    )
+
+
+def _steps(config: Mapping[str, Any]) -> str:
+    train = config["train"]
+    return f"{train['steps']} steps of {train['batch']} segments of {config['data']['segment_seconds']:g} s"
+
+
+def _scores(about: Mapping[str, str]) -> str:
+    found = lineage.read(about, "scores")
+    if not found:
+        return "Not evaluated yet: `python -m mvat_dist.evaluate RUN --data DATA`, then export again."
+    blocks = []
+    for data, sections in found.items():
+        for section, by_model in sections.items():
+            metrics = [name for name in next(iter(by_model.values())) if name in METRICS]
+            rows = [
+                [model, *(_cell(scored[name], name) for name in metrics)]
+                for model, scored in by_model.items()
+            ]
+            heads = ["", *(f"{METRICS[name].label} {METRICS[name].unit}".strip() for name in metrics)]
+            blocks.append(f"{section} of {data}\n\n" + tabulate(rows, heads, tablefmt="github"))
+    return "\n\n".join([*blocks, "Higher is better; 95 % bootstrap intervals over clips in brackets."])
+
+
+def _cell(score: Mapping[str, Any], metric: str) -> str:
+    if score["mean"] is None:
+        return "-"
+    mean, low, high = (f"{score[key]:.{METRICS[metric].decimals}f}" for key in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"

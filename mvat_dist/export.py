@@ -1,0 +1,259 @@
+"""Export a trained network: safetensors, TorchScript and ONNX files, each checked before it is kept."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from mvat_dist import modelfile
+from mvat_dist.commandline import CommandParser
+from mvat_dist.config import SAMPLE_RATE
+from mvat_dist.data.testsets import held_out
+from mvat_dist.data.validation import Clip
+from mvat_dist.deploy import exporting, lineage
+from mvat_dist.deploy.exporting import Run, largest_error, probes, run_torch
+from mvat_dist.deploy.modelcard import Exported, card
+from mvat_dist.errors import UserError, exit_code, nearest
+from mvat_dist.files import TEMPORARY_SUFFIX, atomic_file, make_folder, write_text
+from mvat_dist.modelfile import LoadedModel
+from mvat_dist.scoring.children import Pair, score_pairs
+
+FP32_BOUND = 1e-4
+"""Largest difference from the network, relative to the peak of its output: -80 dB."""
+FP16_BOUND = 1e-2
+"""For weights with 11 bits."""
+
+CLIP_SECONDS = 10.0
+"""Longest clip to check on."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is exported, and on what it is checked."""
+
+    loaded: LoadedModel
+    about: Mapping[str, str]
+    clips: Sequence[Clip]
+    max_loss: float
+    """PESQ-WB that 8 bits may cost."""
+
+    def difference(self, exported: Run, bound: float) -> str:
+        """How far an exported file is from the network, in words.
+
+        Raises:
+            UserError: further than `bound`.
+        """
+        found = largest_error(
+            exported, run_torch(self.loaded.model), probes([clip.noisy for clip in self.clips])
+        )
+        said = f"differs by at most {found:.1e} of the output's peak"
+        if found > bound:
+            raise UserError(f"{said}, more than {bound:g}")
+        return f"{said} (bound {bound:g})"
+
+
+@dataclass(frozen=True)
+class Format:
+    """One kind of file."""
+
+    suffix: str
+    kind: str
+    make: Callable[[Subject, Path], str]
+    """Writes a file, compares what is read from it with the network, and says how they differ.
+
+    Raises `UserError` where that is too much.
+    """
+
+
+def _safetensors(subject: Subject, file: Path) -> str:
+    return _weights(subject, file, torch.float32, 0.0)
+
+
+def _fp16(subject: Subject, file: Path) -> str:
+    return _weights(subject, file, torch.float16, FP16_BOUND)
+
+
+def _weights(subject: Subject, file: Path, dtype: torch.dtype, bound: float) -> str:
+    loaded = subject.loaded
+    state = loaded.model.state_dict()
+    weights = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
+    size, about = loaded.model.size, subject.about
+    modelfile.save(file, weights, name=loaded.name, size=size, step=loaded.step, about=about)
+    return subject.difference(run_torch(modelfile.load(file).model), bound)
+
+
+def _torchscript(subject: Subject, file: Path) -> str:
+    exporting.save(subject.loaded.model, file)
+    return subject.difference(exporting.runner(file), FP32_BOUND)
+
+
+def _onnx(subject: Subject, file: Path) -> str:
+    onnxfile = _onnxfile()
+    onnxfile.save(subject.loaded.model, file, _onnx_about(subject))
+    return subject.difference(onnxfile.runner(file), FP32_BOUND)
+
+
+def _int8(subject: Subject, file: Path) -> str:
+    """Ranges of the activations from every second clip, the cost from the others."""
+    onnxfile = _onnxfile()
+    if len(subject.clips) < 2:
+        raise UserError("8 bits need at least two clips: one to take ranges from, one to score")
+    full = file.with_suffix(".fp32.onnx")
+    onnxfile.save(subject.loaded.model, full, {})
+    onnxfile.save_int8(full, file, [clip.noisy for clip in subject.clips[::2]], _onnx_about(subject))
+    runs, scored = (onnxfile.runner(full), onnxfile.runner(file)), subject.clips[1::2]
+    (before, after), (fp32_time, int8_time) = _pesq(runs, scored), (_seconds(run, scored[0]) for run in runs)
+    said = (
+        f"PESQ-WB {before:.3f} -> {after:.3f} on {len(scored)} clips, {int8_time / fp32_time:.2f} times the "
+        f"time of fp32, {file.stat().st_size / full.stat().st_size:.2f} times the size"
+    )
+    if not before - after <= subject.max_loss:
+        raise UserError(f"{said}: costs more than --max-pesq-loss {subject.max_loss:g}")
+    return said
+
+
+FORMATS = {
+    "safetensors": Format(".safetensors", "weights, fp32, with origin and scores", _safetensors),
+    "fp16": Format(".fp16.safetensors", "weights, fp16", _fp16),
+    "torchscript": Format(".pt", "TorchScript, BatchNorm folded", _torchscript),
+    "onnx": Format(".onnx", "ONNX, BatchNorm folded", _onnx),
+    "int8": Format(".int8.onnx", "ONNX, 8-bit weights and activations", _int8),
+}
+DEFAULT_FORMATS = "safetensors,fp16,torchscript,onnx"
+
+
+def _onnxfile() -> ModuleType:
+    try:
+        from mvat_dist.deploy import onnxfile
+    except ModuleNotFoundError as error:
+        raise UserError(f"needs the package {error.name}: pip install 'mvat_dist[export]'") from error
+    return onnxfile
+
+
+def _onnx_about(subject: Subject) -> dict[str, str]:
+    """Metadata of an ONNX file, which has no other place for the name and the rate."""
+    own = {"name": subject.loaded.name, "sample_rate": str(SAMPLE_RATE)}
+    return {**subject.about, **own}
+
+
+def _pesq(runs: Sequence[Run], clips: Sequence[Clip]) -> list[float]:
+    """Mean PESQ-WB of each of `runs`, over the clips that have it for all of them.
+
+    Raises:
+        UserError: none has.
+    """
+    estimates = [[run(clip.noisy[None])[0] for clip in clips] for run in runs]
+    pairs = [Pair(one, clip.clean) for several in estimates for one, clip in zip(several, clips, strict=True)]
+    scores = [one["pesq_wb"].value for one in score_pairs(pairs, ["pesq_wb"])]
+    table = np.array(scores, dtype=np.float64).reshape(len(runs), len(clips))
+    valid = table[:, np.isfinite(table).all(axis=0)]
+    if not valid.size:
+        raise UserError("PESQ has no score for any clip: give others with --data")
+    return [float(mean) for mean in valid.mean(axis=1)]
+
+
+def _seconds(run: Run, clip: Clip) -> float:
+    """Fastest of five passes over one clip."""
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        run(clip.noisy[None])
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def export(subject: Subject, names: Sequence[str], out: Path) -> list[Exported]:
+    """Write the formats called `names` into `out`; those that fail their check are not kept."""
+    made = []
+    for name in tqdm(names, unit="file", desc="exporting"):
+        one = FORMATS[name]
+        target = out / (subject.loaded.name + one.suffix)
+        try:
+            with atomic_file(target) as temporary, _folder(out) as folder:
+                # Under its own name, by whose ending it is read, in a folder that goes with a failure.
+                file = folder / target.name
+                check = one.make(subject, file)
+                size = file.stat().st_size
+                file.replace(temporary)
+            made.append(Exported(target.name, one.kind, size, check))
+        except UserError as refusal:
+            made.append(Exported(target.name, one.kind, 0, str(refusal), kept=False))
+    return made
+
+
+@contextmanager
+def _folder(out: Path) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix=".", suffix=TEMPORARY_SUFFIX, dir=out) as folder:
+        yield Path(folder)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = CommandParser(
+        "python -m mvat_dist.export",
+        "Export a trained network: each file is compared with the network on real clips before it is kept,\n"
+        "and a model card is written beside the files.",
+        "python -m mvat_dist.export --model runs/NAME/students/manner-s-2.0gf --data shards/dns \\\n"
+        "      --out release --licence CC-BY-4.0",
+    )
+    add = parser.add_argument
+    add("--model", type=Path, required=True, help="a run, a student's folder in one, or a model file")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder for the files; those of an earlier export are replaced",
+    )
+    add("--data", required=True, help="noisy and clean clips to check on, as for mvat_dist.evaluate")
+    add("--clips", type=int, default=8, help="how many of them (default: %(default)s)")
+    formats = f"of {', '.join(FORMATS)} (default: %(default)s)"
+    add("--formats", default=DEFAULT_FORMATS, help=formats)
+    add("--weights", choices=("best", "last"), default="best", help="which weights (default: %(default)s)")
+    add("--licence", default="", help="licence of the weights, in words (default: not stated)")
+    loss = "PESQ-WB that int8 may cost, else it is not kept (default: %(default)s)"
+    add("--max-pesq-loss", type=float, default=0.05, help=loss)
+    return parser
+
+
+def _formats(text: str) -> list[str]:
+    names = [one.strip() for one in text.split(",")]
+    for name in names:
+        if name not in FORMATS:
+            raise UserError(f"--formats: unknown format {name!r}; did you mean {nearest(name, FORMATS)}?")
+    return list(dict.fromkeys(names))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Export one network and say what was kept."""
+    arguments = _parser().parse_args(argv)
+    names = _formats(arguments.formats)
+    if arguments.clips < 1:
+        raise UserError(f"--clips is {arguments.clips}: at least one is needed to check on")
+    file = modelfile.resolve(arguments.model, arguments.weights)
+    loaded = modelfile.load(file)
+    sets = held_out(arguments.data, arguments.clips, CLIP_SECONDS)
+    clips = [clip for found in sets.values() for clip in found][: arguments.clips]
+    about = lineage.describe(file, loaded, arguments.licence)
+    make_folder(arguments.out)
+    made = export(Subject(loaded, about, clips, arguments.max_pesq_loss), names, arguments.out)
+    write_text(arguments.out / f"{loaded.name}.md", card(loaded, about, made))
+    for one in made:
+        kept = f"{one.bytes / 1e6:.2f} MB" if one.kept else "NOT KEPT"
+        print(f"{one.file}: {kept}, {one.check}")
+    print(f"model card: {arguments.out / loaded.name}.md")
+    if refused := [one.file for one in made if not one.kept]:
+        raise UserError(f"not kept: {', '.join(refused)}")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

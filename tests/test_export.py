@@ -1,0 +1,271 @@
+"""Exported files compute what the network computes, at every length, and nothing else is kept."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import safetensors.torch
+import soundfile
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mvat_dist.deploy
+from mvat_dist import export, modelfile
+from mvat_dist.deploy import exporting, onnxfile
+from mvat_dist.errors import UserError, exit_code
+from mvat_dist.export import main
+from mvat_dist.files import write_json
+from mvat_dist.models import Manner, build
+from mvat_dist.rundir import RunDir
+from mvat_dist.students import SIZES, Size
+from mvat_dist.teacher import LiveTeacher
+from tests.conftest import REPOSITORY
+from tests.signals import noise_at, syllables
+
+TINY = Size("small", 6, depth=2, chunk=16)
+ODD = Size("base", 7, depth=2, chunk=10, kernel_size=5, stride=3, heads=2)
+
+
+def network(size: Size) -> Manner:
+    """With statistics of its own in BatchNorm, and an output as loud as its input."""
+    torch.manual_seed(0)
+    made = build(size).train()
+    with torch.no_grad():
+        made(0.1 * torch.randn(4, 8000))
+        out = made.eval()(0.1 * torch.randn(4, 8000))
+        made.manner_block.out_conv[0].weight *= 0.1 / out.std()
+    return made
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run's folder with one student, a record of its teacher and data, and scores."""
+    folder = RunDir(tmp_path_factory.mktemp("runs") / "a run")
+    made = network(TINY)
+    modelfile.save(folder.weights("tiny", "best"), made.state_dict(), name="tiny", size=TINY, step=70)
+    folder.config.write_text(
+        "seed: 5\ndata: {train: /data/shards, segment_seconds: 4.0}\ndistil: {method: mvat}\n"
+        "train: {steps: 90, batch: 8}\n"
+    )
+    teacher = {"name": "manner-b", "sha256": "abc123", "file": "/models/b.pth"}
+    write_json(folder.inputs, {"teacher": teacher, "data": {}})
+    write_json(folder.environment, {"commit": "c0ffee", "host": "secret-host", "packages": {"torch": "2"}})
+    score = {"mean": 2.5, "low": 2.25, "high": 2.75, "clips": 9, "failed": {}}
+    sections = {
+        "test_a": {"scores": {"noisy": {"pesq_wb": {**score, "mean": 1.5}}, "tiny": {"pesq_wb": score}}}
+    }
+    scores = {"weights": "best", "data": "/data/shards", "sections": sections}
+    write_json(folder.path / "evaluate" / "shards-best" / "scores.json", scores)
+    return folder.path
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> Path:
+    """Folder with four pairs of clips, of different lengths."""
+    folder = tmp_path_factory.mktemp("some clips")
+    for at in range(4):
+        clean = syllables(2.0 + 0.3 * at, seed=at)
+        for side, audio in (("clean", clean), ("noisy", clean + noise_at(clean, 5.0))):
+            (folder / side).mkdir(exist_ok=True)
+            soundfile.write(folder / side / f"{at}.wav", audio, 16000)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(run, clips, tmp_path_factory) -> Path:
+    """Everything but int8, of the run."""
+    out = tmp_path_factory.mktemp("a release")
+    main(["--model", str(run), "--data", str(clips), "--out", str(out), "--licence", "CC0-1.0"])
+    return out
+
+
+# --- the graph ------------------------------------------------------------------------------------
+
+
+@given(
+    samples=st.integers(1, 20000),
+    kernel_size=st.integers(1, 9),
+    stride=st.integers(1, 5),
+    depth=st.integers(1, 4),
+)
+def test_the_padded_length_in_closed_form(samples, kernel_size, stride, depth):
+    size = Size("base", 6, depth=depth, kernel_size=max(kernel_size, stride), stride=stride)
+    assert exporting.padded_length(size, samples) == size.frames(samples)[0]
+
+
+@pytest.mark.parametrize("size", [TINY, ODD, SIZES["manner-s-0.6gf"]], ids=["tiny", "odd", "0.6gf"])
+def test_files_compute_what_the_network_computes_at_lengths_that_no_trace_has_seen(size, tmp_path):
+    made = network(size)
+    exporting.save(made, tmp_path / "a.pt")
+    onnxfile.save(made, tmp_path / "a.onnx", {})
+    noise = 0.1 * np.random.default_rng(0).standard_normal((3, 17001)).astype(np.float32)
+    for run in (exporting.runner(tmp_path / "a.pt"), onnxfile.runner(tmp_path / "a.onnx")):
+        for batch, samples in [(1, 1), (3, 2), (2, 84), (1, 339), (2, 5000), (1, 17001)]:
+            noisy = noise[:batch, :samples]
+            with torch.no_grad():
+                expected = made(torch.from_numpy(noisy)).numpy()
+            np.testing.assert_allclose(
+                run(noisy), expected, rtol=0, atol=2e-5 * max(0.1, np.abs(expected).max())
+            )
+
+
+def test_batch_norm_is_folded_and_batch_and_time_are_free(exported):
+    graph = onnx.load(exported / "tiny.onnx").graph
+    assert not [node for node in graph.node if node.op_type == "BatchNormalization"]
+    for value in (graph.input[0], graph.output[0]):
+        assert [axis.dim_param for axis in value.type.tensor_type.shape.dim] == ["batch", "time"]
+    assert "batch_norm" not in str(torch.jit.load(exported / "tiny.pt").inlined_graph)
+
+
+# --- what an export is ----------------------------------------------------------------------------
+
+
+def test_an_export_is_its_files_and_a_card(exported):
+    names = ["tiny.fp16.safetensors", "tiny.md", "tiny.onnx", "tiny.pt", "tiny.safetensors"]
+    assert sorted(file.name for file in exported.iterdir()) == names
+    card = (exported / "tiny.md").read_text()
+    sha256 = modelfile.fingerprint(modelfile.load(exported / "tiny.safetensors").model)
+    for fact in (sha256, "CC0-1.0", "teacher manner-b, SHA-256 abc123", "seed 5", "90 steps of 8 segments",
+                 "| tiny  | 2.50 [2.25, 2.75]", "c0ffee", "`tiny.onnx`"):  # fmt: skip
+        assert fact in card
+    assert "secret-host" not in card
+
+
+def test_weights_are_the_trained_ones_with_their_origin(run, exported):
+    before, after = modelfile.load(run), modelfile.load(exported / "tiny.safetensors")
+    assert (after.name, after.step, after.model.size) == ("tiny", 70, TINY)
+    assert modelfile.fingerprint(after.model) == modelfile.fingerprint(before.model)
+    assert after.about["licence"] == "CC0-1.0"
+    assert json.loads(after.about["inputs"])["teacher"]["sha256"] == "abc123"
+    assert json.loads(after.about["scores"])["/data/shards"]["test_a"]["tiny"]["pesq_wb"]["mean"] == 2.5
+    assert "steps: 90" in after.about["config"]
+    assert "secret-host" not in str(after.about)
+    described = {one.key: one.value for one in onnx.load(exported / "tiny.onnx").metadata_props}
+    assert described == {**after.about, "name": "tiny", "sample_rate": "16000"}
+
+
+def test_an_exported_file_enhances_teaches_and_is_exported_again(run, exported, clips, tmp_path):
+    noisy, rate = soundfile.read(clips / "noisy" / "0.wav", dtype="float32")
+    expected = mvat_dist.load(run).enhance(noisy, rate)
+    np.testing.assert_array_equal(
+        mvat_dist.load(exported / "tiny.safetensors").enhance(noisy, rate), expected
+    )
+    half = mvat_dist.load(exported / "tiny.fp16.safetensors").enhance(noisy, rate)
+    assert 0 < np.abs(half - expected).max() < 0.01 * np.abs(expected).max()
+    teacher = LiveTeacher(exported / "tiny.safetensors", torch.device("cpu"), "fp32")
+    assert teacher.describe()["sha256"] == modelfile.fingerprint(modelfile.load(run).model)
+    again = ["--formats", "safetensors", "--data", str(clips), "--out", str(tmp_path)]
+    main(["--model", str(exported / "tiny.safetensors"), *again])
+    first, second = (modelfile.load(folder / "tiny.safetensors") for folder in (exported, tmp_path))
+    assert first.about == second.about
+
+
+def test_onnxruntime_alone_enhances_a_file_as_the_command_does(run, exported, tmp_path):
+    clean = syllables(20.0)  # longer than a window
+    stereo = np.stack([clean + noise_at(clean, 5.0, seed=at) for at in range(2)], axis=1)
+    soundfile.write(tmp_path / "long.flac", stereo, 22050)
+    example = REPOSITORY / "docs" / "examples" / "enhance_onnx.py"
+    program = (
+        "import runpy, sys; sys.modules['torch'] = sys.modules['mvat_dist'] = None; del sys.argv[0]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [sys.executable, "-c", program, example, exported / "tiny.onnx", "long.flac", "enhanced.flac"]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    noisy, rate = soundfile.read(tmp_path / "long.flac", dtype="float32")
+    found = soundfile.read(tmp_path / "enhanced.flac", dtype="float32")[0]
+    expected = mvat_dist.load(run).enhance(noisy, rate)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2 / 32768)
+
+
+# --- what is not kept -----------------------------------------------------------------------------
+
+
+def test_a_file_that_differs_is_not_kept(run, clips, tmp_path, monkeypatch, capsys):
+    def shifted(model: Manner) -> torch.jit.ScriptModule:
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            other.manner_block.out_conv[0].bias += 0.01
+        return honest(other)
+
+    honest = exporting.traced
+    monkeypatch.setattr(exporting, "traced", shifted)
+    options = ["--formats", "torchscript,safetensors", "--data", str(clips), "--out", str(tmp_path)]
+    assert exit_code(main, ["--model", str(run), *options]) == 2
+    captured = capsys.readouterr()
+    assert "tiny.pt: NOT KEPT, differs by at most" in captured.out
+    assert captured.err.splitlines()[-1] == "error: not kept: tiny.pt"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["tiny.md", "tiny.safetensors"]
+    assert "tiny.pt (not kept)" in (tmp_path / "tiny.md").read_text()
+
+
+def test_8_bits_are_kept_or_refused_by_what_they_cost(run, clips, tmp_path, capsys):
+    options = ["--model", str(run), "--formats", "int8", "--data", str(clips), "--out", str(tmp_path)]
+    assert exit_code(main, [*options, "--max-pesq-loss", "-9"]) == 2
+    assert "NOT KEPT, PESQ-WB" in capsys.readouterr().out
+    assert not (tmp_path / "tiny.int8.onnx").exists()
+    assert exit_code(main, [*options, "--max-pesq-loss", "9"]) == 0
+    assert "on 2 clips" in capsys.readouterr().out
+    types = {one.data_type for one in onnx.load(tmp_path / "tiny.int8.onnx").graph.initializer}
+    assert onnx.TensorProto.INT8 in types
+
+
+def test_without_the_extra_the_other_formats_are_written(run, clips, tmp_path, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "mvat_dist.deploy.onnxfile")
+    monkeypatch.delattr(mvat_dist.deploy, "onnxfile")
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    options = ["--formats", "onnx,fp16", "--data", str(clips), "--out", str(tmp_path)]
+    assert exit_code(main, ["--model", str(run), *options]) == 2
+    assert "needs the package onnx: pip install 'mvat_dist[export]'" in capsys.readouterr().out
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["tiny.fp16.safetensors", "tiny.md"]
+
+
+def test_a_damaged_description_is_named(exported, tmp_path):
+    file = tmp_path / "torn.safetensors"
+    weights = safetensors.torch.load_file(exported / "tiny.safetensors")
+    for size in ("{}", "[1]", "no JSON", '{"kind": "small", "hidden": 0}'):
+        safetensors.torch.save_file(weights, file, {"format": modelfile.FORMAT, "name": "a", "size": size})
+        with pytest.raises(UserError, match=r"torn\.safetensors: its description is damaged"):
+            modelfile.load(file)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--model": "nowhere"}, "no model at"),
+        ({"--model": "notes.txt"}, "notes.txt"),
+        ({"--data": "nowhere"}, "nowhere"),
+        ({"--formats": "onxx"}, "did you mean 'onnx'"),
+        ({"--clips": "0"}, "--clips is 0"),
+        ({"--out": "notes.txt"}, "cannot make the folder"),
+    ],
+)
+def test_mistakes_are_one_line(run, clips, tmp_path, monkeypatch, capsys, change, message):
+    monkeypatch.chdir(tmp_path)
+    Path("notes.txt").write_text("nothing")
+    given = {"--model": str(run), "--data": str(clips), "--out": "out", **change}
+    assert exit_code(main, [part for option in given.items() for part in option]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_every_format_has_a_suffix_of_its_own():
+    assert len({one.suffix for one in export.FORMATS.values()}) == len(export.FORMATS)

@@ -1,0 +1,176 @@
+"""The paper's grid: students x methods x seeds on one teacher, through training and scoring to a report.
+
+    python -m mvat_dist.experiment configs/experiment.yaml --out experiments/paper --nodes 4
+
+All students of one method and one seed are one run, so that they share its teacher. Every stage is the
+command that a user would type. The same command again goes on where the last one was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from mvat_dist import configfile, evaluate, report, submit
+from mvat_dist.commandline import CommandParser
+from mvat_dist.config import Config
+from mvat_dist.errors import UserError, exit_code
+from mvat_dist.rundir import RunDir, run_folder
+
+_SIGNALLED = 128
+"""Exit codes above it say which signal ended a process."""
+
+
+@dataclass
+class Grid:
+    """What an experiment's file says."""
+
+    teacher: str
+    """A run folder, a student's folder in one, or a checkpoint of the authors."""
+    methods: dict[str, dict[str, Any]]
+    """By a name of your own: the options of the trainer that make this method, as
+    ``{distil.method: mvat, distil.beta_global: 0}``."""
+    config: str = "configs/distil.yaml"
+    """Configuration that all runs have in common."""
+    students: str = "all"
+    """As ``--student`` of the trainer."""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """Each method is trained with each of these seeds."""
+    test: str = ""
+    """Packed folder with the test sets to score; empty: `data.train` of the configuration."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method and one seed: one run of all students."""
+
+    argv: list[str]
+    """Options of the trainer."""
+    config: Config
+
+    @property
+    def run(self) -> RunDir:
+        return RunDir(run_folder(self.config))
+
+    @property
+    def finished(self) -> bool:
+        return self.run.finished(self.config)
+
+
+def read(file: Path) -> Grid:
+    """The grid in a YAML file.
+
+    Raises:
+        UserError: not readable, an unknown key or a wrong type.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Grid)
+    try:
+        grid = Grid(**parser.parse_path(file).clone(with_meta=False).as_dict())
+    except Exception as error:
+        known = ", ".join(Grid.__dataclass_fields__)
+        raise UserError(f"{file}: {' '.join(str(error).split())} (the keys: {known})") from error
+    if not grid.methods or not grid.seeds:
+        raise UserError(f"{file}: name at least one method and one seed")
+    return grid
+
+
+def cells(grid: Grid, runs: Path, overrides: list[str]) -> list[Cell]:
+    """Every run of the grid, checked; seed by seed, so that a grid stopped early holds whole comparisons.
+
+    Raises:
+        UserError: the configuration of a run is refused, or `overrides` make two runs one.
+    """
+    made = []
+    for seed in grid.seeds:
+        for method, options in grid.methods.items():
+            argv = ["--config", grid.config, "--student", grid.students, "--teacher", grid.teacher]
+            argv += [f"--{key}={value}" for key, value in options.items()]
+            argv += [f"--seed={seed}", f"--runs={runs}", f"--name={method}-seed{seed}"]
+            made.append(Cell(argv, configfile.parse([*argv, *overrides])))
+    if len({cell.run.path for cell in made}) < len(made):
+        raise UserError("two runs of the grid have the same name: seeds must differ, and --name be left out")
+    return made
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train what is not trained, score it, and write the report.
+
+    Raises:
+        UserError: anything the user can mend.
+        SystemExit: the exit code of a training that was stopped; 1 where some runs failed.
+    """
+    arguments, options = _parser().parse_known_args(argv)
+    grid = read(arguments.grid)
+    out: Path = arguments.out.absolute()
+    asked, overrides = submit.parser().parse_known_args(options)
+    todo = cells(grid, out / "runs", overrides)
+    _say(todo, out)
+    unfinished = [cell for cell in todo if not cell.finished]
+    if asked.dry_run:
+        submit.main([*(unfinished or todo)[0].argv, *options])
+        return
+    failed = [cell for cell in unfinished if not _train(cell, options)]
+    if arguments.wait:
+        queued = [cell for cell in unfinished if cell not in failed]
+        failed += [cell for cell in queued if not _train(cell, [*options, "--wait"])]
+    if failed:
+        print(f"failed: {_names(failed)}; python -m mvat_dist.status --runs {out / 'runs'} says why")
+        raise SystemExit(1)
+    if any(not cell.finished for cell in todo):
+        print("in the queue; when all are finished, the same command scores them and writes the report")
+        return
+    for cell in todo:
+        evaluate.main([str(cell.run.path), "--data", grid.test or cell.config.data.train])
+    report.main([*(str(cell.run.path) for cell in todo), "--out", str(out / "report")])
+
+
+def _train(cell: Cell, options: list[str]) -> bool:
+    """Submit one run, or train it where there is no cluster; False where it failed, for the others go on.
+
+    Raises:
+        SystemExit: somebody has stopped it, and so the experiment.
+    """
+    print(f"\n== {cell.run.path.name}", flush=True)
+    try:
+        submit.main([*cell.argv, *options])
+    except SystemExit as stopped:
+        if isinstance(stopped.code, int) and stopped.code > _SIGNALLED:
+            raise
+        return False
+    return True
+
+
+def _say(todo: list[Cell], out: Path) -> None:
+    done = sum(cell.finished for cell in todo)
+    print(f"{len(todo)} runs below {out / 'runs'}, {done} of them finished")
+    for cell in todo:
+        state = "finished" if cell.finished else cell.run.read_status().get("state", "not started")
+        print(f"  {cell.run.path.name:<32} {state}")
+
+
+def _names(some: list[Cell]) -> str:
+    return ", ".join(cell.run.path.name for cell in some)
+
+
+def _parser() -> argparse.ArgumentParser:
+    made = CommandParser(
+        "python -m mvat_dist.experiment",
+        "Train students with several methods and seeds on one teacher, score them, and write the report. "
+        "Every option that is not listed belongs to python -m mvat_dist.submit or to the trainer, for all "
+        "runs. The same command again goes on where this one was stopped.",
+        "python -m mvat_dist.experiment configs/experiment.yaml --out experiments/paper --nodes 4",
+    )
+    made.add_argument("grid", type=Path, help="YAML file: teacher, methods, seeds, students, test")
+    made.add_argument("--out", type=Path, required=True, help="folder for runs/ and report/")
+    made.add_argument("--wait", action="store_true", help="on Slurm: wait for the jobs, then score them")
+    return made
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

@@ -1,0 +1,65 @@
+"""From the folders of runs to one page that answers what the distillation was good for."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from mvat_dist.commandline import CommandParser
+from mvat_dist.errors import UserError, exit_code
+from mvat_dist.files import make_folder, write_text
+from mvat_dist.reporting import compose, markdown, page
+from mvat_dist.reporting.runs import Reader
+
+PAGE, TWIN = "report.html", "report.md"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read the runs and write the page and its Markdown twin.
+
+    Raises:
+        UserError: no usable run, or a place that cannot be written.
+    """
+    arguments = _parser().parse_args(argv)
+    out: Path = arguments.out
+    if arguments.audio_mb < 0:
+        raise UserError(f"--audio-mb is {arguments.audio_mb:g}: it cannot be negative")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file: give a folder")
+    reader = Reader()
+    runs = reader.runs(tqdm(arguments.runs, desc="reading", unit="run", leave=False))
+    made = compose.report(runs, reader.problems, round(arguments.audio_mb * 1e6))
+    make_folder(out)
+    write_text(out / TWIN, markdown.render(made))
+    write_text(out / PAGE, page.render(made))
+    for problem in reader.problems:
+        print(f"note: {problem}", file=sys.stderr)
+    print(f"page: {out / PAGE}\nthe same as Markdown: {out / TWIN}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = CommandParser(
+        "python -m mvat_dist.report",
+        "Compare runs: one self-contained HTML page and its Markdown twin. Evaluate the runs first.",
+        "python -m mvat_dist.report runs/*/ --out report",
+    )
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="folder of a run; several to compare"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("report"), help="folder for the page (default: report)"
+    )
+    parser.add_argument(
+        "--audio-mb",
+        type=float,
+        default=16.0,
+        help="most MB of sounds and spectrograms in the page; 0 leaves them out (default: %(default)g)",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 # torch's own index has a CPU build, a tenth of the download, for machines without an NVIDIA GPU.
 TORCH_CPU := https://download.pytorch.org/whl/cpu
 
-.PHONY: help setup distil test test-slurm faults soak lint format check clean
+.PHONY: help setup distil test test-slurm faults soak gpu lint format check clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,7 +23,7 @@ $(READY): pyproject.toml constraints.txt
 	    index="--extra-index-url $(TORCH_CPU)"; \
 	fi; \
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt $$index torch
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[synthetic,plots,remote,dev]'
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[synthetic,plots,remote,export,dev]'
 	touch $@
 
 setup: $(READY) ## Make the virtual environment with the pinned dependencies
@@ -32,7 +32,7 @@ distil: $(READY) ## The whole job on synthetic data: corpus, shards, teacher, st
 	$(RUN) -m mvat_dist.quickstart
 
 test: $(READY) ## Run the tests that need no cluster
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses 2 --dist loadfile
 
 test-slurm: $(READY) ## Start a real four-node Slurm on this machine, run the cluster tests, stop it
 	slurm/devcluster.sh run -- $(RUN) -m pytest -m slurm tests/slurm
@@ -42,6 +42,9 @@ faults: $(READY) ## The whole fault matrix, on this machine and on a real Slurm;
 
 soak: $(READY) ## A run restarted at N=30 random moments ends as the undisturbed one
 	$(RUN) -m tests.faults.soak --restarts $(or $(N),30) --seed $(or $(SEED),0)
+
+gpu: $(READY) ## What a GPU makes of the fleet: right results, speed, memory, profile; writes docs/results
+	$(RUN) -m benchmarks.gpu
 
 lint: $(READY) ## Style, types and shell scripts
 	$(RUN) -m ruff check .

@@ -204,8 +204,16 @@ class TrackConfig:
     """`auto`: WANDB_MODE where it is set, else online where credentials exist, else offline."""
     project: str = "mvat_dist"
     entity: str = ""
+    group: str = ""
+    """Of the students' runs at W&B; empty: WANDB_RUN_GROUP where it is set, else the fleet's name."""
     every: int = 10
     """Optimiser steps between two rows of the record."""
+    examples: int = 2
+    """Validation clips that can be heard and seen at each validation: noisy, clean, teacher, student."""
+    artifacts: bool = False
+    """Hand each student's best weights to W&B, whenever they got better."""
+    objective: str = ""
+    """In a sweep: the student whose run is the sweep's, and whose scores decide; empty: the first one."""
 
 
 @dataclass
@@ -217,6 +225,9 @@ class Config:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     sizes: dict[str, Size] = field(default_factory=dict)
     """Sizes of your own, by name."""
+    parts: str = ""
+    """Groups of students that are trained apart, each by its share of the processes: `a,b:3/c:1` is a and
+    b on three, c on one; without numbers the shares are equal; empty: all together."""
     data: DataConfig = field(default_factory=DataConfig)
     distil: DistilConfig = field(default_factory=DistilConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

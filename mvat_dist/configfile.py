@@ -31,6 +31,7 @@ EXAMPLE = """example:
 UNIMPORTANT = (
     "runs",
     "name",
+    "parts",
     "resume",
     "data.workers",
     "data.cache_dir",
@@ -142,7 +143,11 @@ def check(config: Config) -> None:
     """
     for option, location in (("--data.train", config.data.train), ("--data.valid", config.data.valid)):
         locations.check(option, location)
-    students.select(config.student, config.sizes)
+    chosen = students.select(config.student, config.sizes)
+    if config.track.objective and config.track.objective not in chosen:
+        raise UserError(
+            f"--track.objective {config.track.objective} is none of the students: {', '.join(chosen)}"
+        )
     distil = config.distil
     _check_teacher(config)
     if "mvat" in distil.method and not any(distil.view_betas.values()):
@@ -214,6 +219,7 @@ def _check_not_negative(config: Config) -> None:
         "seed": config.seed,
         "train.rollbacks": config.train.rollbacks,
         "valid.clips": config.valid.clips,
+        "track.examples": config.track.examples,
         "valid.max_seconds": config.valid.max_seconds,
         "optim.clip_norm": optim.clip_norm,
         "optim.weight_decay": optim.weight_decay,

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from mvat_dist import configfile, evaluate, modelfile, pack, students, submit
+from mvat_dist import configfile, evaluate, pack, students, submit
 from mvat_dist.commandline import CommandParser
 from mvat_dist.data.demo import synthetic
 from mvat_dist.errors import UserError, exit_code
@@ -58,10 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     _headline(4, "three students at once beside the teacher, by multi-view attention transfer")
     submit.main([*local, *distil])
     _headline(5, "scores on clips that no training has seen")
-    if _scored(out / "scores", run):
-        print((out / "scores" / "scores.md").read_text(encoding="utf-8"))
-    else:
-        evaluate.main([str(run), "--data", str(shards), "--out", str(out / "scores")])
+    evaluate.main([str(run), "--data", str(shards), "--out", str(out / "scores")])
 
     _check(out / "scores", list(students.select(config.student, config.sizes)))
     minutes = (time.monotonic() - started) / 60
@@ -69,15 +66,6 @@ def main(argv: list[str] | None = None) -> None:
         f"\nDone in {minutes:.1f} minutes.\nCorpus:   {corpus}\nShards:   {shards}\nTeacher:  {teacher}\n"
         f"Students: {run}\nScores:   {out / 'scores'}"
     )
-
-
-def _scored(scores: Path, run: Path) -> bool:
-    """Whether the scores there are those of the run's present weights."""
-    if not (scores / "scores.json").exists():
-        return False
-    known = read_json(scores / "scores.json")["networks"]
-    present = modelfile.students_of(run)
-    return all(known.get(name, {}).get("step") == modelfile.load(file).step for name, file in present.items())
 
 
 def _check(scores: Path, names: list[str]) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 from mvat_dist import configfile, lock, runstate
 from mvat_dist.errors import EXIT_BUSY, EXIT_USER_ERROR, UserError, exit_code
 from mvat_dist.rundir import RunDir, run_folder
-from mvat_dist.stopping import allowed_restarts, scontrol
+from mvat_dist.stopping import allowed_restarts, requeue_job, scontrol
 
 FRUITLESS = 3
 """Restarts in a row that may begin where the one before began."""
@@ -53,25 +53,42 @@ def main(argv: list[str] | None = None) -> None:
     if not given or not given[0].isdecimal():
         raise UserError("give the exit code of the ranks first: python -m mvat_dist.requeue --help")
     code = int(given[0])
-    if code in _SETTLED | _ASKED:
+    if code in _SETTLED:
+        return
+    config = configfile.parse(given[1:], prog="python -m mvat_dist.requeue")
+    whole = RunDir(run_folder(config))
+    runs = [RunDir(part) for part in whole.part_folders()] if config.parts else [whole]
+    if code in _ASKED:
+        if config.parts:  # only now have all of them saved
+            progressed = any(_progressed(run.read_status()) for run in runs)
+            requeue_job(code - 128, progressed=progressed)
         return
     if _superseded():
         print(f"the ranks ended with exit code {code}: the job was started again in the meantime")
         return
-    run = RunDir(run_folder(configfile.parse(given[1:], prog="python -m mvat_dist.requeue")))
+    decisions = [_settle(run, code) for run in runs]
+    told, wait = min(decisions, key=lambda one: one[0] is not None) if decisions else ("nothing began", 0.0)
+    if told is None and "SLURM_JOB_ID" in os.environ:
+        told = _again(os.environ["SLURM_JOB_ID"], wait)
+    print(f"the ranks ended with exit code {code}: {told or 'this is no job, start it again yourself'}")
+
+
+def _settle(run: RunDir, code: int) -> tuple[str | None, float]:
+    """Note how the run, or a part of one, ended; what `decide` says of it."""
     owner = lock.holder(run.path)
     if owner and owner.job != os.environ.get("SLURM_JOB_ID", "") and not lock.why_gone(owner):
-        print(f"the ranks ended with exit code {code}: {run.path} is trained by {owner}")
-        return
+        return f"{run.path} is trained by {owner}", 0.0
     runstate.record_end(run, runstate.why(code))
     status = run.read_status()
     if run.path.is_dir() and not _begun(status):
         status = {"step": 0, **status, "state": "failed", "reason": runstate.why(code)}
         run.replace_status({**status, "fruitless": _fruitless(status)})
-    told, wait = decide(status)
-    if told is None and "SLURM_JOB_ID" in os.environ:
-        told = _again(os.environ["SLURM_JOB_ID"], wait)
-    print(f"the ranks ended with exit code {code}: {told or 'this is no job, start it again yourself'}")
+    return decide(status)
+
+
+def _progressed(status: dict[str, Any]) -> bool:
+    """Whether this life of the job has made a step."""
+    return _begun(status) and int(status["step"]) > int(status["starts"][-1]["step"])
 
 
 def _superseded() -> bool:

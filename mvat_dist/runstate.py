@@ -25,6 +25,8 @@ LEAD = "MVAT_SIGNAL_LEAD"
 
 LOST = "ended without a word (killed, or its node failed)"
 
+_REST_SECONDS = 5.0
+"""Between two notes of mere progress: the flush to disk may take as long as a step."""
 _STARTS = 20
 """Starts that STATUS remembers; all are counted."""
 
@@ -73,6 +75,7 @@ class RunState:
         self._run = run
         self._lead = int(os.environ.get(LEAD) or 0)
         self._warned = False
+        self._written = -_REST_SECONDS
         self._began = time.monotonic()
         self._first = step
         starts: list[dict[str, Any]] = list(before.get("starts", []))
@@ -93,10 +96,13 @@ class RunState:
         }
         self._check_lead()
 
-    def write(self, state: State, step: int, **more: Any) -> None:
-        """Write STATUS; `more` stays in it until it is given anew."""
+    def write(self, state: State, step: int, *, at_once: bool = True, **more: Any) -> None:
+        """Write STATUS, or where not `at_once` do so within seconds; `more` stays until it is given anew."""
         self._known |= more
         elapsed = time.monotonic() - self._began
+        if not at_once and elapsed - self._written < _REST_SECONDS:
+            return
+        self._written = elapsed
         if step > self._first:
             self._known["steps_per_second"] = (step - self._first) / elapsed
         self._run.write_status(state, step, **self._known)

@@ -24,6 +24,7 @@ from mvat_dist.files import read_json
 from mvat_dist.heartbeat import Beat
 from mvat_dist.lock import Owner
 from mvat_dist.rundir import RunDir
+from mvat_dist.timing import in_words
 
 _WATCH_SECONDS = 2.0
 _SQUEUE_SECONDS = 5.0
@@ -46,6 +47,8 @@ class Report:
     steps: int = 0
     steps_per_second: float | None = None
     seconds_left: float | None = None
+    time_shares: dict[str, float] = field(default_factory=dict)
+    """Shares of the last steps' time, by what it went to; they add up to 1."""
     checkpoint: int | None = None
     """Step of the last checkpoint."""
     checkpoint_age: float | None = None
@@ -113,23 +116,29 @@ def _folders(run: str, runs: Path) -> list[Path]:
     if run == "all":
         if not known:
             raise UserError(f"no runs in {runs}: --runs names the folder in which they lie")
-        return known
+        return [part for path in known for part in _parts(path)]
     for path in (Path(run), runs / run):
         if _is_run(path):
-            return [path]
+            return _parts(path)
     like = f"; did you mean {nearest(run, [path.name for path in known])}?" if known else ""
     raise UserError(f"no run at {run} and none of that name in {runs}{like}")
 
 
 def _is_run(path: Path) -> bool:
     run = RunDir(path)
-    return any(file.exists() for file in (run.status, run.job, run.config)) and path.is_dir()
+    return any(file.exists() for file in (run.status, run.job, run.config, run.parts)) and path.is_dir()
+
+
+def _parts(path: Path) -> list[Path]:
+    """The run's folder, or where its students are trained apart those of its parts."""
+    return RunDir(path).part_folders() or [path]
 
 
 def report(run: RunDir) -> Report:
     """What the folder of a run, and Slurm, say about it now."""
     status, owner, beat = run.read_status(), lock.holder(run.path), heartbeat.read(run.path)
-    made = Report(run.path.name, status.get("state", "new"), status.get("reason", ""))
+    name = run.path.name if run.path.parent.name != "parts" else "/".join(run.path.parts[-3:])
+    made = Report(name, status.get("state", "new"), status.get("reason", ""))
     made.step, made.steps = status.get("step", 0), status.get("steps", 0)
     made.restarts, made.starts = status.get("restarts", 0), status.get("starts", [])
     made.students = status.get("students", {})
@@ -141,6 +150,7 @@ def report(run: RunDir) -> Report:
         made.owner = str(owner) if owner else ""
         made.step = max(made.step, beat.step) if beat else made.step
         made.steps_per_second = status.get("steps_per_second")
+        made.time_shares = status.get("time_shares", {})
         if made.steps_per_second:
             made.seconds_left = (made.steps - made.step) / made.steps_per_second
     return made
@@ -224,6 +234,7 @@ def _one(one: Report) -> str:
         "state": one.state + (f": {one.why}" if one.why else ""),
         "step": f"{one.step} of {one.steps or '?'}{percent}",
         "rate": f"{one.steps_per_second:.3g} steps/s" if one.steps_per_second else "",
+        "time": in_words(one.time_shares),
         "left": _duration(one.seconds_left),
         "saved": _saved(one),
         "by": one.owner,

@@ -82,8 +82,12 @@ def requeue(reason: int, ranks: Ranks, *, progressed: bool) -> None:
         ranks: this process's place.
         progressed: whether this start has made a step.
     """
-    if ranks.launcher != "slurm" or ranks.rank != 0:
-        return
+    if ranks.launcher == "slurm" and ranks.rank == 0:
+        requeue_job(reason, progressed=progressed)
+
+
+def requeue_job(reason: int, *, progressed: bool) -> None:
+    """`requeue`, by the one process that asks for the job in which it runs."""
     job = os.environ["SLURM_JOB_ID"]
     wanted = reason == signal.SIGUSR2 or (reason == signal.SIGTERM and _preempted(job))
     if not wanted:

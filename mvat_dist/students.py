@@ -130,11 +130,18 @@ class Cost(NamedTuple):
     parameters: int
     macs: int
     """Multiply-accumulates of convolutions, linear layers and matrix products."""
+    values: int
+    """Numbers that these put out: what has to pass through memory, and in training to stay there."""
 
 
 def parameters(size: Size) -> int:
     """Trainable parameters of a network of this size."""
     return _network(size, samples=1).parameters
+
+
+COST_SECONDS = 4.0
+"""Length of the clip on which MACs are counted and time is measured: attention is quadratic in the
+length, so a cost per second means nothing without it."""
 
 
 def macs(size: Size, samples: int) -> int:
@@ -146,8 +153,16 @@ def macs(size: Size, samples: int) -> int:
     return _network(size, samples).macs
 
 
+def values(size: Size, samples: int) -> int:
+    """Numbers that the layers of a network put out in one forward pass over `samples` samples (one item).
+
+    What is done to them between layers is in proportion to it, in time and, in training, in memory.
+    """
+    return _network(size, samples).values
+
+
 def _sum(*costs: Cost) -> Cost:
-    return Cost(sum(cost.parameters for cost in costs), sum(cost.macs for cost in costs))
+    return Cost(*(sum(column) for column in zip(*costs, strict=True)))
 
 
 def _conv(
@@ -155,7 +170,7 @@ def _conv(
 ) -> Cost:
     """A convolution whose kernel is applied `frames` times, with the BatchNorm behind it."""
     weights = inputs * outputs * taps
-    return Cost(weights + outputs * (bias + 2 * norm), weights * frames)
+    return Cost(weights + outputs * (bias + 2 * norm), weights * frames, outputs * frames)
 
 
 def _network(size: Size, samples: int) -> Cost:
@@ -206,7 +221,7 @@ def _multi_view(size: Size, channels: int, frames: int) -> Cost:
         _conv(bottleneck, branch, 1, 2, bias=True, norm=False),
         # Global view: query, key, value and output, then the two products of attention.
         *[_conv(size.chunk, token, 1, branch * chunks, norm=False)] * 4,
-        Cost(0, 2 * branch * token * chunks**2),
+        Cost(0, 2 * branch * token * chunks**2, branch * token * chunks),
         # Local view, on every frame of every chunk.
         _conv(1, branch, DEPTHWISE_KERNEL, chunks * size.chunk),
         _conv(2, 1, SPATIAL_KERNEL, chunks * size.chunk),

@@ -12,13 +12,12 @@ import shlex
 import sys
 from pathlib import Path
 
-from mvat_dist import cache, cachejob, configfile, dispatch, launch, rundir, slurmjob, students
+from mvat_dist import cache, configfile
+from mvat_dist.cluster import cachejob, launch, placing, plan, slurmjob
 from mvat_dist.commandline import CommandParser
-from mvat_dist.config import SAMPLE_RATE, Config
-from mvat_dist.data.checks import check_config, check_readers
-from mvat_dist.data.store.lessons import read_header
+from mvat_dist.config import Config
 from mvat_dist.errors import UserError, exit_code
-from mvat_dist.rundir import RunDir
+from mvat_dist.sweeps import sweepjob
 
 _SLURM_ONLY = ("partition", "account", "qos", "mem", "constraint", "exclude", "wckey", "time")
 
@@ -50,6 +49,18 @@ def parser() -> argparse.ArgumentParser:
         help="fill a teacher cache by an array of so many jobs; the other options are then those of "
         "python -m mvat_dist.cache",
     )
+    add(
+        "--sweep",
+        metavar="SWEEP",
+        help="run trials of a W&B sweep (ENTITY/PROJECT/ID or its address) or a sweep file: an array of jobs",
+    )
+    add(
+        "--count",
+        type=int,
+        metavar="N",
+        help="of --sweep: trials, each a job on all nodes (default: all points of a file; for W&B's one, on "
+        "this machine until the sweep ends)",
+    )
     add("--wait", action="store_true", help="wait for the job; the exit code is that of the training")
     _add_shape(made)
     _add_slurm(made)
@@ -59,6 +70,17 @@ def parser() -> argparse.ArgumentParser:
 def _add_shape(made: argparse.ArgumentParser) -> None:
     shape = made.add_argument_group("size of the job")
     add = shape.add_argument
+    add(
+        "--placement",
+        choices=("auto", "together", "split", "jobs"),
+        default="auto",
+        help="of the students: all in every process; dealt with the processes to groups; or a job for each. "
+        "--parts names the groups. auto: as the run is already, else as forecast with --machine, else "
+        "together (default: auto)",
+    )
+    add(
+        "--machine", type=Path, metavar="FILE", help="measured rates for the forecast (benchmarks/scaling.py)"
+    )
     add("--nodes", type=int, default=1, help="default: 1")
     add("--gpus-per-node", type=int, help="one task runs per GPU")
     add("--tasks-per-node", type=int, help="processes per node (default: --gpus-per-node, else 1)")
@@ -106,22 +128,31 @@ def main(argv: list[str] | None = None) -> None:
     if options.cache is not None:
         _fill_cache(options, rest)
         return
+    if options.sweep is not None:
+        _start_sweep(options, rest)
+        return
     config = configfile.parse(rest, prog="python -m mvat_dist.submit")
     resources = _resources(options, config)
-    run = RunDir(rundir.run_folder(config))
-    _check(config, resources, run)
+    plan.check_inputs(config)
+    machine = plan.machine_of(options.machine, resources)
     reason = _why_local(options)
-    print(_plan(config, resources, run))
+    asked = None if options.placement == "auto" else options.placement
+    placed, config, forecasts = plan.place(
+        asked, config, resources, machine, measured=options.machine is not None, one_machine=bool(reason)
+    )
+    plan.check_shares(placed, config, resources)
+    print(plan.text(config, resources, placed))
     if reason:
         _say_local(reason, resources, options)
     if options.dry_run:
-        if not reason:
-            print(f"\n{dispatch.job_script(run, resources)}")
+        print(plan.forecast_text(forecasts, machine, resources))
+        for script in [] if reason else placing.job_scripts(placed, config, resources):
+            print(f"\n{script}")
         return
     if reason:
-        code = dispatch.locally(run, config, rest, resources)
+        code = placing.locally(placed, config, rest, resources)
     else:
-        code = dispatch.on_slurm(run, config, resources, wait=options.wait)
+        code = placing.on_slurm(placed, config, resources, wait=options.wait)
     if code:
         raise SystemExit(code)
 
@@ -138,13 +169,23 @@ def _fill_cache(options: argparse.Namespace, rest: list[str]) -> None:
         raise UserError("--wait is for training; watch the array with squeue")
     asked, config = cache.parse(rest)
     resources = _resources(options, config)
-    _check_teacher_file(config.teacher.file)
+    plan.check_teacher_file(config.teacher.file)
     if reason := _why_local(options):
         print(f"local    {reason}: the cache is filled by this machine's cores")
         cache.main([*rest, "--dry-run"] if options.dry_run else rest)
         return
     out = Path(asked.out).absolute()
     cachejob.on_slurm(out, config, rest, options.cache, resources, dry_run=options.dry_run)
+
+
+def _start_sweep(options: argparse.Namespace, rest: list[str]) -> None:
+    resources = _resources(options, Config())
+    reason = _why_local(options)
+    target = sweepjob.checked(options.sweep, rest, resources)
+    if reason:
+        _say_local(reason, resources, options)
+    start = sweepjob.locally if reason else sweepjob.on_slurm
+    start(target, options.count, resources, rest, dry_run=options.dry_run)
 
 
 def minutes(text: str) -> int:
@@ -181,6 +222,7 @@ def _check_counts(options: argparse.Namespace) -> None:
         "cpus_per_task": 1,
         "signal_delay": 1,
         "max_restarts": 0,
+        "count": 1,
     }
     for name, least in at_least.items():
         value = getattr(options, name)
@@ -228,77 +270,6 @@ def _resources(options: argparse.Namespace, config: Config) -> slurmjob.Resource
     )
 
 
-def _check(config: Config, resources: slurmjob.Resources, run: RunDir) -> None:
-    """Everything that can be known without torch, so that no job starts for nothing.
-
-    Raises:
-        UserError: with the fix.
-    """
-    processes = resources.nodes * resources.tasks_per_node
-    if config.train.batch % processes:
-        raise UserError(
-            f"--train.batch {config.train.batch} cannot be shared by {processes} processes "
-            f"({resources.nodes} nodes x {resources.tasks_per_node} tasks): choose a multiple of {processes}"
-        )
-    check_config(config.data)
-    check_readers(config.data, processes)
-    _check_teacher(config)
-    run.check_config(config)
-
-
-def _check_teacher(config: Config) -> None:
-    teacher = config.teacher
-    if config.distil.method == "none":
-        return
-    if teacher.source == "cache":
-        read_header(Path(teacher.cache))
-    if teacher.file or teacher.source == "live":
-        _check_teacher_file(teacher.file)
-
-
-def _check_teacher_file(file: str) -> None:
-    if not file or not Path(file).exists():
-        raise UserError(
-            f"no such teacher: {file or 'none was given'}; give a run folder or a checkpoint with --teacher"
-        )
-
-
-def _teacher_in_words(config: Config) -> str:
-    if config.distil.method == "none":
-        return ""
-    if config.teacher.source == "cache":
-        header = read_header(Path(config.teacher.cache))
-        name, megabytes = header["teacher"]["name"], header["bytes"] / 1e6
-        return f" beside {name} as cached in {config.teacher.cache} ({megabytes:.0f} MB)"
-    return f" beside {config.teacher.file}"
-
-
-def _plan(config: Config, resources: slurmjob.Resources, run: RunDir) -> str:
-    """What will be trained, on what, and where it will lie."""
-    samples = round(config.data.segment_seconds * SAMPLE_RATE)
-    sizes = students.select(config.student, config.sizes)
-    processes = resources.nodes * resources.tasks_per_node
-    batch = config.train.batch
-    what = config.distil.method + _teacher_in_words(config)
-    lines = [f"train    {what}, {config.train.steps} steps of {batch} segments"]
-    lines += [
-        f"         {name}: {students.parameters(size) / 1e6:.2f} M parameters, "
-        f"{students.macs(size, samples) / 1e9:.3g} GMAC per {config.data.segment_seconds:g} s"
-        for name, size in sizes.items()
-    ]
-    gpus = f", {resources.gpus_per_node} GPUs per node" if resources.gpus_per_node else ""
-    lines += [
-        f"on       {_shape(resources)}{gpus}: {batch // processes} of the {batch} segments per process",
-        f"run      {run.path}",
-    ]
-    return "\n".join(lines)
-
-
-def _shape(resources: slurmjob.Resources) -> str:
-    nodes, tasks = resources.nodes, resources.tasks_per_node
-    return f"{nodes} {'node' if nodes == 1 else 'nodes'} x {tasks} {'task' if tasks == 1 else 'tasks'}"
-
-
 def _why_local(options: argparse.Namespace) -> str | None:
     """Why the run stays on this machine; None where it goes to Slurm."""
     if options.cluster == "local":
@@ -314,7 +285,7 @@ def _why_local(options: argparse.Namespace) -> str | None:
 def _say_local(reason: str, resources: slurmjob.Resources, options: argparse.Namespace) -> None:
     processes = resources.nodes * resources.tasks_per_node
     what = "1 local process" if processes == 1 else f"{processes} local processes"
-    print(f"local    {reason}: {_shape(resources)} run as {what}")
+    print(f"local    {reason}: {plan.shape(resources)} run as {what}")
     if processes > launch.cores():
         print(f"         they share {launch.cores()} cores: expect it to be slow")
     defaults = parser().parse_args([])

@@ -32,6 +32,9 @@ class Teacher(Protocol):
     def __call__(self, batch: Batch) -> Lesson:
         """What it says of a micro-batch, on the batch's device."""
 
+    def enhance(self, noisy: Tensor) -> Tensor | None:
+        """What it makes of `noisy` (B, T); None where it cannot be asked."""
+
     def describe(self) -> dict[str, Any]:
         """What a run records of it, as JSON values."""
 
@@ -69,6 +72,13 @@ class LiveTeacher:
         maps = {key: energy_map(feature) for key, feature in views.items() if key in self._maps}
         return Lesson(maps, output.float() if self._output else None)
 
+    @torch.no_grad()
+    def enhance(self, noisy: Tensor) -> Tensor:
+        """Its output (B, T)."""
+        with self._autocast:
+            output: Tensor = self.model(noisy)
+        return output.float()
+
     def describe(self) -> dict[str, Any]:
         """What a run records of its teacher, as JSON values."""
         size = asdict(self.model.size)
@@ -103,6 +113,10 @@ class CachedTeacher:
         """What came with the batch."""
         assert batch.lesson is not None, "the stream was opened with the cache"
         return batch.lesson
+
+    def enhance(self, noisy: Tensor) -> None:
+        """Nothing: a cache holds no network."""
+        del noisy
 
     def describe(self) -> dict[str, Any]:
         """The teacher that filled the cache, and which cache it was."""

@@ -2,7 +2,8 @@
 
     python -m mvat_dist.train --config configs/distil.yaml --teacher runs/teacher --student all
 
-Started by ``srun``, by `mvat_dist.launch` or alone; the ranks find each other through `mvat_dist.ranks`.
+Started by ``srun``, by `mvat_dist.cluster.launch` or alone; the ranks find each other through
+`mvat_dist.ranks`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from mvat_dist import configfile, ranks, rundir
+from mvat_dist import configfile, placement, ranks, rundir
 from mvat_dist.config import Config
 from mvat_dist.errors import PortTakenError, UserError, exit_code
 
@@ -35,18 +36,18 @@ def main(argv: list[str] | None = None) -> None:
             saved, and the same command goes on. `errors.EXIT_HUNG` ends it at once, without this.
     """
     try:
-        config = configfile.parse(argv)
+        whole = configfile.parse(argv)
+        config, here = placement.mine(whole, ranks.read())
     except UserError as error:
         # Every rank finds the same mistake; one says it.
         raise UserError(str(error), say=ranks.read().rank == 0) from error
-    here = ranks.read()
     run = rundir.RunDir(rundir.run_folder(config))
     if _is_finished(run, config):
         if here.rank == 0:
             print(f"{run.path} is finished ({config.train.steps} steps): nothing to do")
         return
     ranks.export(here)
-    code = _train(config, here, run)
+    code = _train(config, here, run, whole)
     if here.rank == 0:
         _say_how_it_ended(run, config)
     if code:
@@ -70,8 +71,8 @@ def _say_how_it_ended(run: rundir.RunDir, config: Config) -> None:
         print(f"stopped and saved after step {status['step']}: the same command goes on from there")
 
 
-def _train(config: Config, here: ranks.Ranks, run: rundir.RunDir) -> int:
-    """Run the trainer inside a process group; the exit code."""
+def _train(config: Config, here: ranks.Ranks, run: rundir.RunDir, whole: Config) -> int:
+    """Run the trainer, of the `whole` run or of a part of it, inside a process group; the exit code."""
     device, precision = _device(config, here)
     import torch
 
@@ -91,6 +92,8 @@ def _train(config: Config, here: ranks.Ranks, run: rundir.RunDir) -> int:
         # The watchdogs end a hang, and with more to say; this is for a process whose threads hang too.
         engine.init_distributed(device, timedelta(seconds=2 * config.train.watchdog_seconds))
         trainer = Trainer(config, here, run, device, precision, guard)
+        if whole.parts and here.rank == 0:
+            placement.explain(whole)
         first = trainer.step
         reason = trainer.train(stop)
         code, orderly = 128 + reason if reason else 0, True
@@ -108,7 +111,7 @@ def _train(config: Config, here: ranks.Ranks, run: rundir.RunDir) -> int:
         if torch.distributed.is_initialized() and (orderly or device.type == "cpu"):
             torch.distributed.destroy_process_group()
         guard.leave()
-    if reason:
+    if reason and not whole.parts:  # a job of several parts: `mvat_dist.requeue`, when all have saved
         stopping.requeue(reason, here, progressed=trainer.step > first)
     return code
 

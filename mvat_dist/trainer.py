@@ -6,13 +6,14 @@ import logging
 import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mvat_dist import assembly, checkpoint, collectives, configfile, environment, modelfile, relief
+from mvat_dist import assembly, checkpoint, collectives, modelfile, relief, timing
 from mvat_dist.collectives import together
 from mvat_dist.config import Config
 from mvat_dist.data.mix.damage import DamageBudget
@@ -26,10 +27,10 @@ from mvat_dist.ranks import Ranks
 from mvat_dist.rundir import RunDir, State
 from mvat_dist.runstate import RunState, signal_name
 from mvat_dist.schedule import Hyperparameters
+from mvat_dist.scoring.validate import validate
 from mvat_dist.stopping import StopRequest
 from mvat_dist.summary import summarise
-from mvat_dist.tracking import Tracker
-from mvat_dist.validate import validate
+from mvat_dist.tracking.record import Record, peak_memory, validation_row
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ class Trainer:
         self.state = together(lambda: self._begin() if ranks.rank == 0 else None)
         self.fleet = assembly.build_fleet(config, ranks, run, self.inputs, found, device, precision)
         self._left_out = assembly.left_out(found, config) if ranks.rank == 0 else {}
-        self.tracker = together(lambda: self._open_record() if ranks.rank == 0 else None)
+        self.record = together(lambda: self._open_record() if ranks.rank == 0 else None)
         self._first = self.step
         self._steps_in_row = 0
         self._damage: DamageBudget | None = None
@@ -87,15 +88,8 @@ class Trainer:
         state.write("running", self.step)
         return state
 
-    def _open_record(self) -> Tracker:
-        environment.record(self.run.environment, self.ranks)
-        names = [student.name for student in self.fleet.students]
-        for name in names:
-            self.run.student(name).mkdir(parents=True, exist_ok=True)
-        tracker = Tracker(self.run.path, {name: self.run.history(name) for name in names})
-        tracker.rewind({student.name: student.progress.steps for student in self.fleet.students})
-        tracker.connect(self.config.track, configfile.as_dict(self.config))
-        return tracker
+    def _open_record(self) -> Record:
+        return Record(self.config, self.run, self.ranks, self.fleet.students, self.inputs)
 
     def train(self, stop: StopRequest) -> int:
         """All remaining steps, or as many as fit before somebody asks to stop.
@@ -110,13 +104,14 @@ class Trainer:
             waiting = [one for one in self.fleet.at(self.step) if one.progress.validated < self.step]
             if waiting:
                 self._validate(waiting)  # the last start stopped before it could
-        stream = self._stream()
+        stream, clock = self._stream(), self.fleet.stopwatch
         relief.refuse_if_hopeless(self.fleet, self.config, self.run, self.ranks)
         reason = 0
+        clock.lap()  # starting up is no part of the first row's speed
         with self._progress_bar() as bar:
             while not self.finished and not reason:
                 began = time.monotonic()
-                with self.fleet.stopwatch.section("data"):
+                with clock.section("data"):
                     micro_batches = next(stream)
                 now = self.fleet.step(micro_batches, self.step)
                 self.step += 1
@@ -124,7 +119,8 @@ class Trainer:
                 self._count_damage(micro_batches)
                 self._done("step", began)
                 bar.update()
-                reason = self._agreed(stop)
+                with clock.section("communication"):
+                    reason = self._agreed(stop)
                 self._after_step(now, bar, stopping=bool(reason))
         if reason:
             self._say_saved(reason, stop)
@@ -199,7 +195,8 @@ class Trainer:
         train, clock = self.config.train, self.fleet.stopwatch
         relief.relieve(self.fleet, self.config, self.run, self.ranks)
         if self._due(self.config.track.every):
-            self._record(now, bar)
+            with clock.section("logging"):
+                self._record(now, bar)
         if self._due(train.validate_every) and not stopping:
             with clock.section("validation"):
                 self._validate(self._well)
@@ -216,7 +213,7 @@ class Trainer:
         heard = self._steps_in_row * self.config.train.batch * self.config.data.segment_seconds
         speed = heard / elapsed
         self._steps_in_row = 0
-        losses, rows = {}, {}
+        losses, rows, memory = {}, {}, peak_memory(self.device)
         for student in self._well:
             row: dict[str, Any] = {
                 **student.meter.take_row(),
@@ -224,19 +221,20 @@ class Trainer:
                 "gradient_norm": student.engine.gradient_norm,
                 "skipped": student.progress.skipped,
                 "audio_seconds_per_second": speed,
-                "time": shares,
+                "memory": memory,
+                "time": timing.of_student(student.name, shares),
             }
             if self._damage:
                 row["damaged"] = self._damage.damaged
             losses[student.name.removeprefix("manner-")] = f"{row['loss']:.3f}"
             rows[student.name] = row
+        bar.set_description(f"training ({timing.in_words(shares)})", refresh=False)
         bar.set_postfix(losses, refresh=False)
 
         def write() -> None:
-            if self.tracker:
-                for name, row in rows.items():
-                    self.tracker.log(name, self.step, **row)
-            self._status("running", audio_seconds_per_second=speed)
+            if self.record:
+                self.record.trained(self.step, rows)
+            self._status("running", at_once=False, audio_seconds_per_second=speed, time_shares=shares)
 
         together(write)
 
@@ -250,8 +248,9 @@ class Trainer:
         began = time.monotonic()
         self.guard.progress("validating", self.step)
         weights = {student.name: student.engine.weights() for student in learning}
-        rows = validate(
-            {student.name: self._plain_copy(student, weights[student.name]) for student in learning},
+        networks = {student.name: self._plain_copy(student, weights[student.name]) for student in learning}
+        scored = validate(
+            networks,
             self.inputs.clips,
             VALIDATION_METRICS,
             device=self.device,
@@ -259,28 +258,25 @@ class Trainer:
             world_size=self.ranks.world_size,
             gather=collectives.gather,
         )
-        means = summarise(rows, VALIDATION_METRICS)
+        means = summarise(scored, VALIDATION_METRICS)
+        rows = {student.name: validation_row(means[student.name]) for student in learning}
         improved: list[Student] = []
-        scores: dict[str, dict[str, Any]] = {}
         for student in learning:
-            summaries = means[student.name]
-            row: dict[str, Any] = {f"valid/{metric}": found.mean for metric, found in summaries.items()}
-            row |= {f"valid/{metric}_failed": sum(f.failed.values()) for metric, f in summaries.items()}
-            scores[student.name] = row
             student.progress.validated = self.step
-            score, best = summaries[self.config.valid.best].mean, student.progress.best
+            score, best = means[student.name][self.config.valid.best].mean, student.progress.best
             if score is not None and (best is None or score > best):
                 student.progress.best = score
                 improved.append(student)
 
         def write() -> None:
-            if self.tracker:
-                for name, row in scores.items():
-                    self.tracker.log(name, self.step, **row)
+            if self.record is None:
+                return
+            self.record.validated(self.step, rows, networks, self.device)
             for student in improved:
-                self._write_weights(student, "best", weights[student.name])
+                file = self._write_weights(student, "best", weights[student.name])
+                self.record.improved(student, file)
 
-        together(lambda: write() if self.ranks.rank == 0 else None)
+        together(write)
         self._done("validation", began)
 
     def _plain_copy(self, student: Student, weights: dict[str, Tensor]) -> Manner:
@@ -301,6 +297,7 @@ class Trainer:
             checkpoint.save(self.run.checkpoints, self.step, kept, self.config.train.keep)
             if self.state:
                 self.state.saved(self.step)
+                self._status("running")
             for student in self.fleet.students:
                 self._write_weights(student, "last", states[student.name].weights)
 
@@ -309,9 +306,10 @@ class Trainer:
 
     def _write_weights(
         self, student: Student, which: Literal["best", "last"], weights: dict[str, Tensor]
-    ) -> None:
+    ) -> Path:
         file = self.run.weights(student.name, which)
         modelfile.save(file, weights, name=student.name, size=student.size, step=student.progress.steps)
+        return file
 
     def _progress_bar(self) -> tqdm[Any]:
         return tqdm(
@@ -324,10 +322,10 @@ class Trainer:
             mininterval=0.5 if sys.stderr.isatty() else 15,
         )
 
-    def _status(self, state: State, **more: Any) -> None:
+    def _status(self, state: State, *, at_once: bool = True, **more: Any) -> None:
         if self.state:
             progress = {student.name: asdict(student.progress) for student in self.fleet.students}
-            self.state.write(state, self.step, students=progress, **more)
+            self.state.write(state, self.step, at_once=at_once, students=progress, **more)
 
     def close(self, exit_code: int, reason: str) -> None:
         """Leave a truthful status and close the record, also after an error."""
@@ -337,5 +335,5 @@ class Trainer:
                 self._status("failed", exit_code=exit_code, reason=reason)
             except OSError as error:
                 logger.warning("the status of %s cannot be written: %s", self.run.path, error)
-        if self.tracker:
-            self.tracker.finish(exit_code)
+        if self.record:
+            self.record.finish(exit_code)

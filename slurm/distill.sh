@@ -64,6 +64,8 @@ export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 # Two of a task's CPUs are for its reader processes (--data.workers).
 threads=$((SRUN_CPUS_PER_TASK > 3 ? SRUN_CPUS_PER_TASK - 2 : 1))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
+# Groups of students that are trained apart (--parts) do not end together.
+[[ " $*" == *" --parts"* ]] && SLURM_WAIT=${SLURM_WAIT:-0}
 # Once a rank has ended, the others get this many seconds to end as well. Not --kill-on-bad-exit: the code of
 # a killed rank would hide that of the failed one, which is 2 for a mistake that the user can mend.
 export SLURM_WAIT=${SLURM_WAIT:-180} SLURM_KILL_BAD_EXIT=${SLURM_KILL_BAD_EXIT:-0}

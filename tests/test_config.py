@@ -12,7 +12,9 @@ import pytest
 from mvat_dist import configfile, rundir
 from mvat_dist.errors import UserError
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+OF_OTHERS = {Path(__file__).parent.parent / "configs" / f"{name}.yaml" for name in ("sweep", "experiment")}
+"""Files of other kinds: tests/test_sweepfile.py, tests/test_experiment.py."""
+CONFIGS = sorted(set((Path(__file__).parent.parent / "configs").glob("*.yaml")) - OF_OTHERS)
 ALONE = ["--distil.method", "none"]
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from mvat_dist import launch, ranks
+from mvat_dist import ranks
+from mvat_dist.cluster import launch
 from tests.waiting import until
 
 REPORT = """
@@ -43,7 +44,7 @@ def python(code: str, *arguments: str) -> list[str]:
 
 def launcher(command: list[str], processes: int, logs: Path) -> list[str]:
     """A process that launches, as `mvat_dist.submit` does."""
-    code = "import json, sys; from pathlib import Path; from mvat_dist import launch; "
+    code = "import json, sys; from pathlib import Path; from mvat_dist.cluster import launch; "
     code += "sys.exit(launch.run(json.loads(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])))"
     return python(code, json.dumps(command), str(processes), str(logs))
 

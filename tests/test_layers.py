@@ -12,18 +12,18 @@ from tests.conftest import REPOSITORY
 PACKAGE = REPOSITORY / "mvat_dist"
 
 ENTRY = {
-    "train", "submit", "cache", "cachejob", "dispatch", "slurmjob", "launch", "evaluate", "pack",
-    "synthesize", "quickstart", "status", "requeue",
+    "train", "submit", "sweep", "trial", "status", "requeue", "sync", "cluster", "sweeps",
+    "pack", "synthesize", "cache", "evaluate", "report", "enhance", "export", "experiment", "quickstart",
 }  # fmt: skip
 RUN = {
-    "trainer", "assembly", "caching", "cachecheck", "fleet", "engine", "teacher", "checkpoint", "tracking",
-    "validate", "scoring", "speed", "modelfile", "collectives", "devices", "environment", "logs", "stopping",
-    "timing", "guard", "relief", "watchdog",
+    "trainer", "assembly", "fleet", "relief", "engine", "collectives", "devices", "teacher", "modelfile",
+    "checkpoint", "caching", "cachecheck", "forecast", "tracking", "timing", "logs", "environment",
+    "stopping", "guard", "watchdog", "scoring", "deploy",
 }  # fmt: skip
-PARTS = {"models", "losses", "data", "metrics", "summary", "schedule"}
+PARTS = {"models", "losses", "data", "metrics", "summary", "schedule", "reporting", "costmodel"}
 GROUND = {
-    "config", "configfile", "students", "rundir", "ranks", "errors", "files", "seeds", "commandline",
-    "clock", "lock", "heartbeat", "squeue", "runstate", "locations",
+    "config", "configfile", "commandline", "students", "rundir", "placement", "ranks", "errors", "files",
+    "seeds", "clock", "history", "lock", "heartbeat", "squeue", "runstate", "locations",
 }  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate((GROUND, PARTS, RUN, ENTRY)) for room in rooms}
 FOREIGN_TO_PARTS = {"deepspeed", "submitit", "wandb"}

@@ -21,8 +21,8 @@ from mvat_dist.data.store.packed import Corpus, fingerprints, locate, open_subse
 from mvat_dist.data.store.shardcache import MANIFEST, Cache, RemoteFolder
 from mvat_dist.data.store.shards import ShardSet
 from mvat_dist.data.stream import TrainingData
+from mvat_dist.data.testsets import held_out
 from mvat_dist.errors import UserError
-from mvat_dist.evaluate import held_out
 from tests.conftest import REPOSITORY
 from tests.tiny_corpus import write_pairs, write_sources
 from tests.training_corpus import pairs, same, sources, taken, tone, write_corpus

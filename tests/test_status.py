@@ -141,6 +141,22 @@ def ended(run: RunDir, begins: int, saves: int | None, reason: str = "ended by S
     return run.read_status()
 
 
+def test_mere_progress_is_written_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(runstate.time, "monotonic", lambda: now[0])
+    run = RunDir(tmp_path)
+    state = RunState(run, 1000, 0)
+    state.write("running", 0)
+    seen = []
+    for step in range(10, 140, 10):
+        now[0] += 1.0
+        state.write("running", step, at_once=False, speed=step)
+        seen.append(run.read_status()["step"])
+    assert seen == [0, 0, 0, 0, 50, 50, 50, 50, 50, 100, 100, 100, 100]
+    state.write("stopped", 131)
+    assert (run.read_status()["step"], run.read_status()["speed"]) == (131, 130)
+
+
 def test_a_killed_job_comes_back_while_it_gets_on_and_a_few_times_while_not(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     assert requeue.decide(ended(run, 0, 5)) == (None, 0.0)

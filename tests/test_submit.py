@@ -16,7 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mvat_dist import configfile, dispatch, rundir, slurmjob, students, submit
+from mvat_dist import configfile, rundir, students, submit
+from mvat_dist.cluster import dispatch, slurmjob
 from mvat_dist.errors import UserError
 from mvat_dist.rundir import RunDir
 from tests.tiny_corpus import write_pairs, write_sources

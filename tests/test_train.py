@@ -41,8 +41,9 @@ COMMON = (
     "--valid.clips=2",
     "--valid.best=si_sdr",
     "--track.every=1",
+    "--track.examples=0",
 )
-TIMING = ("audio_seconds_per_second", "time")
+TIMING = ("audio_seconds_per_second", "time", "memory")
 
 
 @pytest.fixture(scope="module")

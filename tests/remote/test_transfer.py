@@ -21,9 +21,9 @@ from mvat_dist.data.store.remote import RemoteError
 from mvat_dist.data.store.shardcache import MANIFEST, Cache, RemoteFolder
 from mvat_dist.data.store.shards import ShardError, ShardSet
 from mvat_dist.data.stream import TrainingData
+from mvat_dist.data.testsets import held_out
 from mvat_dist.data.validation import ValidationClips
 from mvat_dist.errors import UserError
-from mvat_dist.evaluate import held_out
 from tests.conftest import REPOSITORY
 from tests.faulty_server import Fault, serving
 from tests.remote.conftest import clean, copies

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from mvat_dist import ranks, slurmjob
+from mvat_dist import ranks
+from mvat_dist.cluster import slurmjob
+from mvat_dist.cluster.slurmjob import Resources
 from mvat_dist.rundir import RunDir
-from mvat_dist.slurmjob import Resources
 from tests.conftest import REPOSITORY
 from tests.slurm.conftest import accounting, slurm, submit, until
 from tests.slurm.rank_report import RankReport

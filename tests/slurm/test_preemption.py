@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from mvat_dist import slurmjob
+from mvat_dist.cluster import slurmjob
 from mvat_dist.rundir import RunDir
 from tests.faults.cluster import ranks_of
 from tests.slurm.conftest import accounting, slurm, submit, until

@@ -44,8 +44,10 @@ def test_its_path_on_a_cpu(tmp_path: Path) -> None:
     ]
     right = {row[0]: row[1:] for row in cells if row[0] in {"one", "two", "teacher"} and len(row) == 7}
     assert len(right) == 3
-    for fp32, gradient, _, _, *compiled in right.values():
-        assert min(float(one) for one in [fp32, gradient, *filter(None, compiled)]) > 60
+    for fp32, gradient, _, _, compiled, its_gradient in right.values():
+        assert min(float(one) for one in (fp32, compiled) if one) > 100
+        # A value at the kink of a ReLU may be on its other side in float64: one such costs 70 dB.
+        assert min(float(one) for one in (gradient, its_gradient) if one) > 40
     assert all(right["one"])
     work = {row[0]: float(row[3]) for row in cells if len(row) == 6 and re.match(r"[\d.]", row[3])}
     assert work["fleet"] == pytest.approx(work["teacher's forward"] + work["one"] + work["two"], rel=0.02)

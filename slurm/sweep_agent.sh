@@ -42,23 +42,8 @@ if (($# < 1)); then
     exit 2
 fi
 project=$(find_project) || exit
-if [[ -f $project/.venv/bin/activate ]]; then
-    # shellcheck disable=SC1091 # made by `make setup`
-    source "$project/.venv/bin/activate"
-fi
-export PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH}
-
-# A rank that another launcher left in the shell that called sbatch.
-unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
-# Since Slurm 22.05 srun does not take over sbatch's --cpus-per-task.
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
-# Two of a task's CPUs are for its reader processes (--data.workers).
-threads=$((SRUN_CPUS_PER_TASK > 3 ? SRUN_CPUS_PER_TASK - 2 : 1))
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
-# As in distill.sh: the others get so many seconds to end once a rank has ended.
-export SLURM_WAIT=${SLURM_WAIT:-180} SLURM_KILL_BAD_EXIT=${SLURM_KILL_BAD_EXIT:-0}
-export MVAT_MAX_RESTARTS=${MVAT_MAX_RESTARTS:-1000} MVAT_SIGNAL_LEAD=${MVAT_SIGNAL_LEAD:-120}
-ulimit -c 0
+# shellcheck source=slurm/environment.sh
+source "$project/slurm/environment.sh" || exit
 
 printf '%s job %s, start %s: a trial of %s on %s\n' "$(date '+%F %T')" "${SLURM_JOB_ID:-none}" \
     "$((${SLURM_RESTART_COUNT:-0} + 1))" "$1" "${SLURM_JOB_NODELIST:-?}"

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +32,7 @@ from tests.cache_corpus import (
     teacher,  # noqa: F401
 )
 from tests.test_train import environment, history, train
+from tests.waiting import until
 
 # ruff: noqa: F811 (fixtures are imported and then asked for by name)
 
@@ -131,14 +131,17 @@ def test_killed_and_started_again_it_is_the_same(
     corpus: Path, teacher: Path, compact: Path, tmp_path: Path
 ) -> None:
     """kill -9 as soon as one shard is there, and again after two; parts side by side finish it."""
-    out = tmp_path / "torn cache"
+    out, parts = tmp_path / "torn cache", "teacher-*.npy"
     command = [sys.executable, "-m", "mvat_dist.cache", *options(corpus, teacher, out, "--output")]
     for shards in (1, 2):
         with subprocess.Popen(
             command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         ) as one:
-            while one.poll() is None and len(list(out.glob("teacher-*.npy"))) < shards:
-                time.sleep(0.001)
+            until(
+                lambda n=shards, one=one: one.poll() is not None or len(list(out.glob(parts))) >= n,
+                120,
+                pause=0.001,
+            )
             one.send_signal(signal.SIGKILL)
     if not (out / "teacher.json").exists():
         with pytest.raises(UserError, match="not a finished teacher cache"):

@@ -26,34 +26,21 @@ from mvat_dist.deploy.windows import cut, join
 from mvat_dist.enhance import main
 from mvat_dist.errors import UserError, exit_code
 from mvat_dist.modelfile import LoadedModel
-from mvat_dist.models import build
 from mvat_dist.students import Size
 from tests.conftest import REPOSITORY
+from tests.networks import loud
 from tests.signals import Audio, noise_at, syllables
 
 TINY = Size("small", 6, depth=2, chunk=16)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Sums of one thread are the same in every process."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
-    network = build(TINY)
-    network.train()
-    with torch.no_grad():
-        network(0.1 * torch.randn(4, 8000))  # BatchNorm with statistics of its own
-        out = network.eval()(0.1 * torch.randn(4, 8000))
-        network.manner_block.out_conv[0].weight *= 0.1 / out.std()  # as loud as its input
     file = tmp_path_factory.mktemp("a model") / "tiny.safetensors"
-    modelfile.save(file, network.state_dict(), name="tiny", size=TINY, step=1)
+    modelfile.save(file, loud(TINY).state_dict(), name="tiny", size=TINY, step=1)
     return file
 
 

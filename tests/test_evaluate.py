@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +27,8 @@ from tests.ranks_harness import on_ranks
 from tests.signals import noise_at, syllables
 from tests.tiny_corpus import write_pairs
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = {"tiny-a": Size("small", 8, depth=2), "tiny-b": Size("small", 6, depth=2)}
 TEACHER = Size("small", 10, depth=2)
 CPU = torch.device("cpu")
@@ -42,15 +43,6 @@ def some_pairs(count: int, seconds: float = 1.0) -> dict[str, tuple[np.ndarray, 
 def save(file: Path, name: str, size: Size, step: int, seed: int = 0) -> None:
     torch.manual_seed(seed)
     modelfile.save(file, build(size).state_dict(), name=name, size=size, step=step)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small networks, several test processes: more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

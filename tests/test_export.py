@@ -23,41 +23,26 @@ from mvat_dist.deploy import exporting, onnxfile
 from mvat_dist.errors import UserError, exit_code
 from mvat_dist.export import main
 from mvat_dist.files import write_json
-from mvat_dist.models import Manner, build
+from mvat_dist.models import Manner
 from mvat_dist.rundir import RunDir
 from mvat_dist.students import SIZES, Size
 from mvat_dist.teacher import LiveTeacher
 from tests.conftest import REPOSITORY
+from tests.networks import loud
 from tests.signals import noise_at, syllables
 
 TINY = Size("small", 6, depth=2, chunk=16)
 ODD = Size("base", 7, depth=2, chunk=10, kernel_size=5, stride=3, heads=2)
 
 
-def network(size: Size) -> Manner:
-    """With statistics of its own in BatchNorm, and an output as loud as its input."""
-    torch.manual_seed(0)
-    made = build(size).train()
-    with torch.no_grad():
-        made(0.1 * torch.randn(4, 8000))
-        out = made.eval()(0.1 * torch.randn(4, 8000))
-        made.manner_block.out_conv[0].weight *= 0.1 / out.std()
-    return made
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """A run's folder with one student, a record of its teacher and data, and scores."""
     folder = RunDir(tmp_path_factory.mktemp("runs") / "a run")
-    made = network(TINY)
+    made = loud(TINY)
     modelfile.save(folder.weights("tiny", "best"), made.state_dict(), name="tiny", size=TINY, step=70)
     folder.config.write_text(
         "seed: 5\ndata: {train: /data/shards, segment_seconds: 4.0}\ndistil: {method: mvat}\n"
@@ -111,7 +96,7 @@ def test_the_padded_length_in_closed_form(samples, kernel_size, stride, depth):
 
 @pytest.mark.parametrize("size", [TINY, ODD, SIZES["manner-s-0.6gf"]], ids=["tiny", "odd", "0.6gf"])
 def test_files_compute_what_the_network_computes_at_lengths_that_no_trace_has_seen(size, tmp_path):
-    made = network(size)
+    made = loud(size)
     exporting.save(made, tmp_path / "a.pt")
     onnxfile.save(made, tmp_path / "a.onnx", {})
     noise = 0.1 * np.random.default_rng(0).standard_normal((3, 17001)).astype(np.float32)

@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.tiny_corpus import write_pairs, write_sources
+from tests.waiting import until
 
 RATE = 16_000
 SIZES = (
@@ -160,8 +160,7 @@ def stopped_early(argv: list[str]) -> int:
     status = Path(next(a for a in argv if a.startswith("--runs=")).removeprefix("--runs=")) / "stopped/STATUS"
     status.unlink(missing_ok=True)
     with subprocess.Popen(argv, env=environment(), stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None and not status.exists():
-            time.sleep(0.01)
+        until(lambda: process.poll() is not None or status.exists(), 120, pause=0.01)
         process.send_signal(signal.SIGTERM)
     return process.returncode
 

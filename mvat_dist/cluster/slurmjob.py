@@ -95,6 +95,23 @@ class Resources:
     more: Mapping[str, str | bool] = field(default_factory=dict)
     """Any other sbatch option, by its long name; True for one without a value."""
 
+    def options(self) -> dict[str, Any]:
+        """What sbatch is asked for, by its long options with underscores; None leaves it to the site."""
+        return {
+            "time": self.minutes,
+            "nodes": self.nodes,
+            "ntasks_per_node": self.tasks_per_node,
+            "cpus_per_task": self.cpus_per_task,
+            "gpus_per_node": self.gpus_per_node,
+            "partition": self.partition,
+            "account": self.account,
+            "qos": self.qos,
+            "mem": self.mem,
+            "constraint": self.constraint,
+            "exclude": self.exclude,
+            "wckey": self.wckey,
+        }
+
 
 def executor(folder: Path, job_name: str, resources: Resources, argv: Sequence[str] = ()) -> SlurmExecutor:
     """The submitit executor that writes its files to `folder`; the training's arguments are `argv`.
@@ -108,19 +125,8 @@ def executor(folder: Path, job_name: str, resources: Resources, argv: Sequence[s
         raise UserError(f"Slurm cannot write to {str(folder)!r}: choose --runs without %, \\ and line breaks")
     parameters: dict[str, Any] = {
         "job_name": job_name,
-        "time": resources.minutes,
-        "nodes": resources.nodes,
-        "ntasks_per_node": resources.tasks_per_node,
-        "cpus_per_task": resources.cpus_per_task,
-        "gpus_per_node": resources.gpus_per_node,
-        "partition": resources.partition,
-        "account": resources.account,
-        "qos": resources.qos,
-        "mem": resources.mem,
-        "constraint": resources.constraint,
-        "exclude": resources.exclude,
-        # submitit always sends a key of its own, which some sites refuse; None leaves it out.
-        "wckey": resources.wckey,
+        # None too: without a "wckey" submitit sends one of its own, which some sites refuse.
+        **resources.options(),
         "signal_delay_s": resources.signal_delay,
         "stderr_to_stdout": True,
         "additional_parameters": {"requeue": True, **resources.more},

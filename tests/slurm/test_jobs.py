@@ -58,7 +58,8 @@ def project(tmp_path: Path) -> Path:
     )
     (folder / "mvat_dist" / "train.py").write_text(STAND_IN)
     (folder / "slurm").mkdir()
-    shutil.copy(REPOSITORY / "slurm" / "distill.sh", folder / "slurm")
+    for script in ("distill.sh", "environment.sh"):
+        shutil.copy(REPOSITORY / "slurm" / script, folder / "slurm")
     activate = folder / ".venv" / "bin" / "activate"
     activate.parent.mkdir(parents=True)
     activate.write_text(f'export VIRTUAL_ENV=used PATH="{Path(sys.executable).parent}:$PATH"\n')

@@ -1,0 +1,19 @@
+"""Small networks that behave like trained ones."""
+
+from __future__ import annotations
+
+import torch
+
+from mvat_dist.models import Manner, build
+from mvat_dist.students import Size
+
+
+def loud(size: Size) -> Manner:
+    """In eval mode, with statistics of its own in BatchNorm and an output about as loud as its input."""
+    torch.manual_seed(0)
+    made = build(size).train()
+    with torch.no_grad():
+        made(0.1 * torch.randn(4, 8000))
+        out = made.eval()(0.1 * torch.randn(4, 8000))
+        made.manner_block.out_conv[0].weight *= 0.1 / out.std()
+    return made

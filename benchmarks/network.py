@@ -68,11 +68,6 @@ def plain_convs(x: Tensor, *modules: nn.Module, groups: int = 1) -> Tensor:
     )
 
 
-def plain_gate(x: Tensor, tanh: nn.Module, gate: nn.Module) -> Tensor:
-    value, gates = layers_module.conv_together(x, tanh, gate).chunk(2, dim=1)
-    return torch.tanh(value) * torch.sigmoid(gates)
-
-
 def plain_tall(self: nn.Conv1d, x: Tensor) -> Tensor:
     return F.conv1d(x, self.weight, self.bias, padding=self.padding, groups=self.groups)
 
@@ -125,8 +120,10 @@ TRICKS: dict[str, list[Patch]] = {
     ],
     "of these: keys and values unprojected": [(multiview.GlobalView, "forward", sdpa_attention)],
     "local view as products with banded matrices": [(multiview.LocalView, "forward", plain_local)],
+    "attention's tokens filled up to whole vectors": [(multiview, "VECTOR", 1)],
     "overlap-add of one channel of local weights": [(multiview.MultiViewBlock, "_views", plain_views)],
     "depthwise convolution along an image's height": [(layers_module.TallConv1d, "forward", plain_tall)],
+    "last convolution's taps as channels": [(layers_module.MonoConv1d, "forward", plain_tall)],
     "maps of one input as one product": [
         (module, "conv_together", plain_convs) for module in (layers_module, multiview)
     ],
@@ -135,7 +132,6 @@ TRICKS: dict[str, list[Patch]] = {
         *[(module, "norm_together", plain_norm) for module in (layers_module, multiview)],
     ],
     "mask gates in tiles that fit the cache": [(layers_module, "TILE", 10**9)],
-    "tanh by sigmoid": [(module, "gated_tanh", plain_gate) for module in (layers_module, multiview)],
 }
 PARTS = {"of these: keys and values unprojected"}
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvat_dist import students
-from mvat_dist.models.layers import BatchNorm, MaskGate, ResidualConformer, rescale
+from mvat_dist.models.layers import BatchNorm, MaskGate, MonoConv1d, ResidualConformer, rescale
 from mvat_dist.models.multiview import MultiViewBlock
 from mvat_dist.students import VIEWS, Side, Size, ViewKey
 
@@ -74,7 +74,7 @@ class MaskingUNet(nn.Module):
         self.in_conv = nn.Sequential(
             nn.Conv1d(1, hidden, 3, padding=1), BatchNorm(hidden), nn.ReLU(inplace=True)
         )
-        self.out_conv = nn.Sequential(nn.Conv1d(hidden, 1, 3, padding=1))
+        self.out_conv = nn.Sequential(MonoConv1d(hidden))
         self.encoder = nn.ModuleList(Encoder(size, level) for level in levels)
         self.decoder = nn.ModuleList(Decoder(size, level) for level in reversed(levels))
         self.linear = nn.Sequential(nn.Linear(deepest, deepest, bias=False), nn.ReLU(inplace=True))

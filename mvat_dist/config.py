@@ -104,6 +104,9 @@ class DistilConfig:
     """Lambda: factor of the attention-transfer loss."""
     output_weight: float = 1.0
     """Factor of the output-distillation loss."""
+    fade_by: float = 0.0
+    """Share of the training by which both factors have fallen linearly to 0, so that the end is the
+    student's own; 0 keeps them as they are."""
     beta_channel: float = 1.0
     """Factor of the channel view's maps; 0 switches the view off."""
     beta_global: float = 1.0

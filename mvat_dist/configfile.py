@@ -204,8 +204,10 @@ def _check_ranges(config: Config) -> None:
         raise UserError(f"--optim.betas is {list(optim.betas)}: both lie from 0 to below 1")
     if not 0 <= train.batchnorm_momentum <= 1:
         raise UserError(f"--train.batchnorm_momentum is {train.batchnorm_momentum}: give 0 to 1")
-    if not 0 <= optim.warmup_fraction <= 1:
-        raise UserError(f"--optim.warmup_fraction is {optim.warmup_fraction}: it is a share from 0 to 1")
+    shares = {"optim.warmup_fraction": optim.warmup_fraction, "distil.fade_by": config.distil.fade_by}
+    for key, value in shares.items():
+        if not 0 <= value <= 1:
+            raise UserError(f"--{key} is {value}: it is a share from 0 to 1")
     # The largest analysis window of the spectral loss: 2048 samples, reflected at both ends.
     if config.data.segment_seconds * SAMPLE_RATE < 2048:
         raise UserError(

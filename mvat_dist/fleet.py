@@ -87,11 +87,11 @@ class Student:
         self.meter = Meter(objective.terms, engine.device)
         self.progress = Progress()
 
-    def learn(self, noisy: Tensor, prepared: Prepared, clock: Stopwatch) -> None:
-        """Forward, loss and backward on one micro-batch (B, T)."""
+    def learn(self, noisy: Tensor, prepared: Prepared, share: float, clock: Stopwatch) -> None:
+        """Forward, loss and backward on one micro-batch (B, T); `share` is what the teacher counts for."""
         with clock.section(f"forward/{self.name}"):
             estimate, views = self.engine(noisy, return_views=True)
-            terms = self.objective(estimate, views, prepared)
+            terms = self.objective(estimate, views, prepared, share)
             self.meter.add(terms, len(noisy))
         with clock.section(f"backward/{self.name}"):
             self.engine.backward(terms["loss"])
@@ -151,7 +151,9 @@ class Fleet:
 
     def step(self, micro_batches: Sequence[Batch], step: int) -> schedule.Hyperparameters:
         """Optimiser step `step`, counted from 0, of the students that it is the next of."""
-        now = schedule.at(step, self.config.train.steps, self.config.optim)
+        steps = self.config.train.steps
+        now = schedule.at(step, steps, self.config.optim)
+        share = schedule.distillation(step, steps, self.config.distil)
         self.stepped = learning = self.at(step)
         if not learning:  # the one that was behind has been given up: the step of the others is still to come
             return now
@@ -162,7 +164,7 @@ class Fleet:
         for number, batch in enumerate(micro_batches, start=1):
             prepared = self._prepare(batch, learning[0])
             for student in in_turn:
-                student.learn(prepared.targets.noisy, prepared, clock)
+                student.learn(prepared.targets.noisy, prepared, share, clock)
                 if number == len(micro_batches):
                     with clock.section("communication"):
                         student.engine.begin_reduction()

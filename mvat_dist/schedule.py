@@ -1,11 +1,11 @@
-"""Learning rate and momentum as pure functions of the step: nothing to save, nothing to restore."""
+"""What changes in the course of a training, as pure functions of the step: nothing to save or restore."""
 
 from __future__ import annotations
 
 import math
 from typing import NamedTuple
 
-from mvat_dist.config import OptimConfig
+from mvat_dist.config import DistilConfig, OptimConfig
 
 # torch.optim.lr_scheduler.OneCycleLR's defaults, which the authors' recipe uses.
 _ONECYCLE_START_DIVISOR = 25.0
@@ -43,6 +43,11 @@ def at(step: int, steps: int, config: OptimConfig) -> Hyperparameters:
     left = steps - 1 - rise
     fraction = (step - rise) / left if left > 0 else 1.0
     return Hyperparameters(_cosine(config.lr, end, fraction), _cosine(low, high, fraction))
+
+
+def distillation(step: int, steps: int, config: DistilConfig) -> float:
+    """Factor, from 1 to 0, of what the teacher's part of the loss counts for at step `step`, from 0."""
+    return max(0.0, 1 - step / (config.fade_by * steps)) if config.fade_by else 1.0
 
 
 def _cosine(start: float, end: float, fraction: float) -> float:

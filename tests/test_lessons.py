@@ -151,3 +151,21 @@ def test_a_map_of_another_length_is_refused() -> None:
     content = encode(LessonArrays(given_maps, None), "compact")
     with pytest.raises(ValueError, match="not \\(2,\\)"):
         decode(content, "compact", {KEYS[0]: 2})
+
+
+def test_a_share_of_the_teachers_part_counts_in_the_loss_and_leaves_the_terms() -> None:
+    config = DistilConfig(method="mvat+output", weight=0.3, output_weight=0.7)
+    network = Manner(Size("base", 6, depth=2, chunk=16)).eval()
+    objective = Objective(config, network.size, network.size)
+    torch.manual_seed(0)
+    noisy, clean, said = 0.1 * torch.randn(3, 2, 4000)
+    with torch.no_grad():
+        estimate, views = network(noisy, return_views=True)
+    other = {key: torch.rand(feature.shape[0], feature.shape[-1]) for key, feature in views.items()}
+    prepared = objective.prepare(noisy, clean, Lesson(other, said))
+    for share in (0.0, 0.25, 1.0):
+        terms = objective(estimate, views, prepared, share)
+        expected = terms["enhance"] + share * (0.7 * terms["output"] + 0.3 * terms["mvat"])
+        torch.testing.assert_close(terms["loss"], expected)
+        assert terms["mvat"] > 0
+        assert terms["output"] > 0

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mvat_dist import schedule
-from mvat_dist.config import OptimConfig
+from mvat_dist.config import DistilConfig, OptimConfig
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(10, 0.3), (101, 0.1), (50, 0.5), (7, 0.9)])
@@ -48,3 +48,12 @@ def test_short_runs_stay_within_bounds(kind: str, warmup: float, steps: int) -> 
         now = schedule.at(step, steps, config)
         assert 0 <= now.lr <= config.lr
         assert 0.8 < now.beta1 < 1
+
+
+def test_the_teachers_part_fades_linearly_to_nothing_and_stays_there() -> None:
+    shares = [schedule.distillation(step, 100, DistilConfig(fade_by=0.4)) for step in range(100)]
+    assert shares[0] == 1
+    assert shares[10] == pytest.approx(0.75)
+    assert shares[39] == pytest.approx(1 / 40)
+    assert set(shares[40:]) == {0.0}
+    assert {schedule.distillation(step, 100, DistilConfig()) for step in range(100)} == {1.0}

@@ -74,7 +74,7 @@ class Objective:
         )
 
     def __call__(
-        self, estimate: Tensor, views: Mapping[ViewKey, Tensor], prepared: Prepared
+        self, estimate: Tensor, views: Mapping[ViewKey, Tensor], prepared: Prepared, share: float = 1.0
     ) -> dict[str, Tensor]:
         """Every term of `terms`, each (); ``loss`` is the sum to minimise, lower is better.
 
@@ -82,17 +82,18 @@ class Objective:
             estimate: the student's output (B, T).
             views: its view features (B, n, T_b).
             prepared: from `prepare`, of this or another student's objective of the same fleet.
+            share: of lambda and mu that counts now, 0 to 1; the terms themselves stay as they are.
         """
         found = {"enhance": self._enhancement(estimate, prepared.targets)}
         total = found["enhance"]
         if prepared.output is not None:
             found["output"] = self._output(estimate, prepared.output)
-            total = total + self._config.output_weight * found["output"]
+            total = total + share * self._config.output_weight * found["output"]
         if self.keys:
             maps = {key: energy_map(views[key]) for key in self.keys}
             found["mvat"], terms = mvat_loss(maps, prepared.maps, self._betas)
             found |= {_term_name(key): term for key, term in terms.items()}
-            total = total + self._config.weight * found["mvat"]
+            total = total + share * self._config.weight * found["mvat"]
         return {"loss": total, **found}
 
 

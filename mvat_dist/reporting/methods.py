@@ -21,9 +21,9 @@ _BETAS = tuple(f"distil.beta_{view}" for view in VIEWS)
 # What of the distillation a method looks at; the rest may differ and changes nothing.
 _HEEDED = {
     "none": (),
-    "output": ("distil.output_weight",),
-    "mvat": ("distil.weight", *_BETAS),
-    "mvat+output": ("distil.weight", "distil.output_weight", *_BETAS),
+    "output": ("distil.output_weight", "distil.fade_by"),
+    "mvat": ("distil.weight", "distil.fade_by", *_BETAS),
+    "mvat+output": ("distil.weight", "distil.output_weight", "distil.fade_by", *_BETAS),
 }
 _ORDER = tuple(_HEEDED)
 

@@ -21,7 +21,7 @@ import zstandard
 from tabulate import tabulate
 from torch import Tensor
 
-from mvat_dist import modelfile, students
+from mvat_dist import modelfile, students, weightsfile
 from mvat_dist.config import SAMPLE_RATE, DataConfig, DistilConfig
 from mvat_dist.data.mix.training import TrainingData
 from mvat_dist.data.store import lessoncodec
@@ -94,7 +94,7 @@ def _segments(arguments: argparse.Namespace) -> tuple[Tensor, Tensor]:
 
 def _network(name: str, noisy: Tensor) -> Manner:
     if name not in students.SIZES:
-        return modelfile.load(modelfile.resolve(Path(name))).model
+        return modelfile.load(weightsfile.resolve(Path(name))).model
     network = Manner(students.get(name)).train()
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm1d):

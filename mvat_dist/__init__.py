@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mvat_dist.deploy.enhancer import Enhancer
+    from mvat_dist.devices import Precision
 
 __all__ = ["load"]
 
 
-def load(path: str | Path, device: str = "auto", batch: int = 1) -> Enhancer:
+def load(
+    path: str | Path, device: str = "auto", batch: int = 1, precision: Precision = "fp32"
+) -> Enhancer:
     """A model to enhance with: ``mvat_dist.load("best.safetensors").enhance(audio, sample_rate)``.
 
     Args and errors: `mvat_dist.deploy.enhancer.load`.
@@ -19,4 +22,4 @@ def load(path: str | Path, device: str = "auto", batch: int = 1) -> Enhancer:
     # Here, for the package must be importable at once and without torch.
     from mvat_dist.deploy import enhancer
 
-    return enhancer.load(path, device, batch)
+    return enhancer.load(path, device, batch, precision)

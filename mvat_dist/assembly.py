@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mvat_dist import checkpoint, modelfile, students
+from mvat_dist import checkpoint, modelfile, students, weightsfile
 from mvat_dist.checkpoint import StudentState
 from mvat_dist.collectives import batchnorms, from_rank_zero, together
 from mvat_dist.config import Config
@@ -61,7 +61,7 @@ def open_inputs(config: Config, world_size: int, device: torch.device, precision
     if lessons is not None:
         teacher = CachedTeacher(lessons)
     elif config.distil.method != "none":
-        teacher = LiveTeacher(modelfile.resolve(Path(config.teacher.file)), device, precision)
+        teacher = LiveTeacher(weightsfile.resolve(Path(config.teacher.file)), device, precision)
     objectives = {
         name: Objective(config.distil, size, teacher.size if teacher else None)
         for name, size in students.select(config.student, config.sizes).items()
@@ -79,7 +79,7 @@ def _open_cache(config: Config, precision: Precision) -> Lessons | None:
     lessons = Lessons(config.teacher.cache)
     lessons.check_precision(precision)
     if config.teacher.file:
-        file = modelfile.resolve(Path(config.teacher.file))
+        file = weightsfile.resolve(Path(config.teacher.file))
         lessons.check_teacher(modelfile.fingerprint(modelfile.load(file).model), file)
     return lessons
 

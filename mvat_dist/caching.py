@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from mvat_dist import devices, modelfile
+from mvat_dist import devices, weightsfile
 from mvat_dist.config import SAMPLE_RATE, Config
 from mvat_dist.data.identity import differences
 from mvat_dist.data.mix.training import TrainingData
@@ -139,7 +139,7 @@ def teacher_file(config: Config) -> Path:
     """
     if not config.teacher.file:
         raise UserError("which teacher? give --teacher RUN_OR_CHECKPOINT")
-    return modelfile.resolve(Path(config.teacher.file))
+    return weightsfile.resolve(Path(config.teacher.file))
 
 
 def default_workers(config: Config) -> int:

@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mvat_dist import students
 from mvat_dist.config import SAMPLE_RATE, Config
@@ -38,6 +38,9 @@ class Rate(NamedTuple):
         return students.macs(size, samples) * self.per_mac + students.values(size, samples) * self.per_value
 
 
+_MAKE_ONE = "python -m benchmarks.scaling --write FILE makes one"
+_PAIRS = ("forward", "learning")
+_SPEEDS = ("bandwidth", "store", "saving")
 _FORWARD, _LEARNING = Rate(2.9e-11, 4.5e-9), Rate(7.1e-11, 1.25e-8)
 
 
@@ -88,20 +91,52 @@ class Machine:
         """What `benchmarks/scaling.py --write` has measured.
 
         Raises:
-            UserError: no such file, or another kind of file.
+            UserError: no such file, another kind of file, or a rate that is missing or cannot be one.
         """
         try:
-            known = dict(read_json(file))
-            known |= {name: Rate(*known[name]) for name in ("forward", "learning")}
-            return cls(**known)
-        except (OSError, TypeError, ValueError, KeyError) as error:
-            raise UserError(
-                f"--machine {file}: {error}; python -m benchmarks.scaling --write FILE makes one"
-            ) from error
+            known = read_json(file)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--machine {file}: {error}; {_MAKE_ONE}") from error
+        if wrong := _wrong(known):
+            raise UserError(f"--machine {file}: {wrong}; {_MAKE_ONE}")
+        return cls(**{**known, **{name: Rate(*known[name]) for name in _PAIRS}})
 
     def to_json(self) -> str:
         """For `read`."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+
+def _wrong(rates: Any) -> str | None:
+    """What of the content of a machine's file cannot be right, in words."""
+    if not isinstance(rates, dict):
+        return "it holds no object of rates"
+    names = [field.name for field in dataclasses.fields(Machine)]
+    if unknown := sorted(rates.keys() - set(names)):
+        return f"it has {unknown[0]!r}, which is no rate"
+    for name in names:
+        if name not in rates:
+            return f"{name!r} is missing"
+        if needed := _needed(name, rates[name]):
+            return f"{name!r} is {json.dumps(rates[name])}, and must be {needed}"
+    return None
+
+
+def _needed(name: str, value: Any) -> str:
+    """What the rate called `name` has to be, where `value` is not that; else nothing."""
+    if name == "name":
+        return "" if isinstance(value, str) else "a text"
+    if name == "cores":
+        return "" if type(value) is int and value > 0 else "a whole number above 0"
+    if name in _PAIRS:
+        right = isinstance(value, list) and len(value) == 2 and all(map(_is_rate, value))
+        return "" if right else "two numbers, none below 0"
+    if name in _SPEEDS:
+        return "" if _is_rate(value) and value > 0 else "a number above 0"
+    return "" if _is_rate(value) else "a number, not below 0"
+
+
+def _is_rate(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value >= 0
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     batch = "windows or channels that the network hears at once; more pay on a GPU (default: %(default)s)"
     add("--batch", type=int, default=1, help=batch)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the network runs")
+    precision = "of the network's products; bf16 pays on GPUs and for large networks (default: %(default)s)"
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help=precision)
     add("--rate", type=int, default=16000, help="Hz, of standard input (default: %(default)s)")
     add("--channels", type=int, default=1, help="interleaved, of standard input (default: %(default)s)")
     return parser
@@ -120,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _enhancer(arguments: argparse.Namespace) -> Enhancer:
-    return enhancer.load(arguments.model, arguments.device, arguments.batch)
+    return enhancer.load(arguments.model, arguments.device, arguments.batch, arguments.precision)
 
 
 def _attempt(network: Enhancer, job: Job, dry: float, progress: Progress) -> Result:

@@ -37,7 +37,10 @@ def _parser() -> argparse.ArgumentParser:
         "  srun --ntasks 8 python -m mvat_dist.evaluate runs/teacher --data shards/dns",
     )
     add = parser.add_argument
-    model = "runs, students' folders or model files, NAME=PATH to name one; none scores the noisy input only"
+    model = (
+        "runs, students' folders or model files, NAME=PATH to name one; log-mmse is a classical filter, to "
+        "be better than; none scores the noisy input only"
+    )
     add("models", nargs="*", metavar="MODEL", help=model)
     data = (
         "packed corpus (its test_* subsets, else valid) or packed subset, as a folder, URL or quoted "

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from mvat_dist import modelfile
+from mvat_dist import modelfile, weightsfile
 from mvat_dist.commandline import CommandParser
 from mvat_dist.config import SAMPLE_RATE
 from mvat_dist.data.testsets import held_out
@@ -239,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
     names = _formats(arguments.formats)
     if arguments.clips < 1:
         raise UserError(f"--clips is {arguments.clips}: at least one is needed to check on")
-    file = modelfile.resolve(arguments.model, arguments.weights)
+    file = weightsfile.resolve(arguments.model, arguments.weights)
     loaded = modelfile.load(file)
     sets = held_out(arguments.data, arguments.clips, CLIP_SECONDS)
     clips = [clip for found in sets.values() for clip in found][: arguments.clips]

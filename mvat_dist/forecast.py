@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import json
-import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tabulate import tabulate
 
-from mvat_dist import costmodel, students
+from mvat_dist import costmodel, students, weightsfile
 from mvat_dist.config import SAMPLE_RATE, Config
 from mvat_dist.costmodel import Machine, Step, Work
 from mvat_dist.placement import Part, Placement, in_words
-from mvat_dist.rundir import RunDir
 from mvat_dist.students import Size
 
 _WORTH_IT = 0.9
@@ -151,34 +148,16 @@ def breaking_point(work: Work, machine: Machine, per_node: int, most: int = 4096
 
 
 def teacher_size(config: Config) -> Size | None:
-    """The teacher's architecture, by its file's header or the cache's; `manner-b` where it says none."""
+    """The teacher's architecture, by its file's header or the cache's; `manner-b` where that does not say.
+
+    Raises:
+        UserError: it is none that a run could learn from.
+    """
     if config.distil.method == "none":
         return None
     if config.teacher.source == "cache":
         from mvat_dist.data.store.lessons import read_header
 
         return Size(**read_header(Path(config.teacher.cache))["teacher"]["size"])
-    path = Path(config.teacher.file)
-    files = [path] if path.is_file() else _weights(path)
-    metadata = _metadata(files[0]) if files else {}
-    return Size(**json.loads(metadata["size"])) if "size" in metadata else students.SIZES["manner-b"]
-
-
-def _weights(folder: Path) -> list[Path]:
-    name = Path("best") / "model.safetensors"
-    places = [folder, *RunDir(folder).students.glob("*")]
-    return [place / name for place in places if (place / name).is_file()]
-
-
-def _metadata(file: Path) -> dict[str, str]:
-    """What a safetensors file says of itself, read without torch; empty for any other file."""
-    with file.open("rb") as opened:
-        head = opened.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        if not 2 <= length <= 100_000_000 or opened.read(1) != b"{":
-            return {}
-        try:
-            found = json.loads(b"{" + opened.read(length - 1))
-        except ValueError:
-            return {}
-    return dict(found.get("__metadata__", {}))
+    said = weightsfile.description(weightsfile.resolve(Path(config.teacher.file)))
+    return said.size if said else students.SIZES["manner-b"]

@@ -14,6 +14,9 @@ logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
+APART = ("validation", "checkpoint")
+"""Sections of a row's ``time`` that do not count for its speed: what is done between steps."""
+
 
 class History:
     """The rows of one student, in the order of writing."""

@@ -11,22 +11,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 
+from mvat_dist import weightsfile
 from mvat_dist.config import SAMPLE_RATE
-from mvat_dist.errors import UserError
-from mvat_dist.files import atomic_file, read_json
+from mvat_dist.files import atomic_file
 from mvat_dist.models import Manner, load_manner_checkpoint
-from mvat_dist.rundir import RunDir
 from mvat_dist.students import Size
-
-FORMAT = "mvat_dist.model.1"
-Which = Literal["best", "last"]
-_OWN = ("format", "name", "size", "sample_rate", "step")
 
 
 @dataclass(frozen=True)
@@ -53,7 +46,7 @@ def save(
     """Write weights and BatchNorm buffers atomically to `path`, and `about` them what else is to be said."""
     metadata = {
         **(about or {}),
-        "format": FORMAT,
+        "format": weightsfile.FORMAT,
         "name": name,
         "size": json.dumps(asdict(size)),
         "sample_rate": str(SAMPLE_RATE),
@@ -73,81 +66,11 @@ def load(path: Path) -> LoadedModel:
     Raises:
         UserError: nothing there, several students to choose from, or a file that is something else.
     """
-    file = resolve(path)
-    metadata = _metadata(file)
-    if metadata.get("format") != FORMAT:
+    file = weightsfile.resolve(path)
+    said = weightsfile.description(file)
+    if said is None:
         return LoadedModel(file.stem, load_manner_checkpoint(file), None)
-    try:
-        name, size = metadata["name"], Size(**json.loads(metadata["size"]))
-        if Path(name).name != name:  # an export is written to a file of this name
-            raise ValueError(f"its name {name!r} cannot be that of a file")
-        step = int(metadata["step"]) if "step" in metadata else None
-    except (KeyError, TypeError, ValueError, UserError) as error:
-        raise UserError(f"{file}: its description is damaged ({error}): copy the file again") from error
-    about = {key: value for key, value in metadata.items() if key not in _OWN}
-    return LoadedModel(name, load_manner_checkpoint(file, size), step, about)
-
-
-def _metadata(file: Path) -> dict[str, str]:
-    """What a safetensors file says of itself; empty for any other file."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return dict(opened.metadata() or {})
-    except SafetensorError:
-        return {}
-
-
-def resolve(path: Path, which: Which = "best") -> Path:
-    """The weights file that `path` stands for: itself, or the one in a student's or a run's folder.
-
-    Raises:
-        UserError: nothing there, or several students to choose from.
-    """
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise UserError(f"no model at {path}: give a run folder, a student's folder or a checkpoint file")
-    if (own := _weights(path, which)) is not None:
-        return own
-    found = students_of(path, which)
-    if not found:
-        raise UserError(f"{path} holds no weights: a run has students/NAME/best/model.safetensors")
-    if len(found) > 1:
-        names, one = ", ".join(found), next(iter(found.values())).parents[1]
-        raise UserError(f"{path} holds several students ({names}): give one's folder, such as {one}")
-    return next(iter(found.values()))
-
-
-def _weights(student_folder: Path, which: Which) -> Path | None:
-    """`which` weights of one student, or the others where those do not exist yet."""
-    others: Which = "last" if which == "best" else "best"
-    for choice in (which, others):
-        file = student_folder / choice / "model.safetensors"
-        if file.is_file():
-            return file
-    return None
-
-
-def students_of(run: Path, which: Which = "best") -> dict[str, Path]:
-    """Weights file of every student in a run folder, or in those of its parts, that has one, by name."""
-    places = [one.students for one in _runs(run)]
-    folders = sorted(
-        (folder for place in places if place.is_dir() for folder in place.iterdir()), key=lambda one: one.name
-    )
-    found = {folder.name: _weights(folder, which) for folder in folders}
-    return {name: file for name, file in found.items() if file is not None}
-
-
-def _runs(run: Path) -> list[RunDir]:
-    """The run, and those that it was divided into."""
-    return [RunDir(run), *(RunDir(part) for part in RunDir(run).part_folders())]
-
-
-def teacher_of(run: Path) -> Path | None:
-    """Weights file of the teacher that a run learnt from; None for a run without one."""
-    records = [one.inputs for one in _runs(run) if one.inputs.is_file()]
-    teacher = read_json(records[0])["teacher"] if records else None
-    return Path(teacher["file"]) if teacher else None
+    return LoadedModel(said.name, load_manner_checkpoint(file, said.size), said.step, said.about)
 
 
 def fingerprint(model: Manner) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
+from mvat_dist.history import APART
+
 if TYPE_CHECKING:
     import torch
 
@@ -114,6 +116,15 @@ class Stopwatch:
 def clock_of(device: torch.device) -> Clock:
     """The clock that tells the time of work on `device`."""
     return DeviceClock() if device.type == "cuda" else HostClock()
+
+
+def speed(amount: float, elapsed: float, shares: Mapping[str, float]) -> float | None:
+    """`amount` per second of training: of a lap's seconds, validations and checkpoints do not count.
+
+    None where the lap holds nothing else: a GPU's clock may not have told of the training yet.
+    """
+    seconds = elapsed * sum(share for name, share in shares.items() if name not in APART)
+    return amount / seconds if seconds else None
 
 
 def in_words(shares: Mapping[str, float], most: int = 4) -> str:

@@ -211,7 +211,7 @@ class Trainer:
         """One row per student: means over all ranks and over the steps since the last row."""
         elapsed, shares = self.fleet.stopwatch.lap()
         heard = self._steps_in_row * self.config.train.batch * self.config.data.segment_seconds
-        speed = heard / elapsed
+        speed = timing.speed(heard, elapsed, shares)
         self._steps_in_row = 0
         losses, rows, memory = {}, {}, peak_memory(self.device)
         for student in self._well:

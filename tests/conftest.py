@@ -26,6 +26,15 @@ settings.load_profile("project")
 
 REPOSITORY = Path(__file__).parent.parent
 
+LONG = ("faults", "train", "joining", "run_safety", "elastic", "placement", "sweep_agent", "experiment")
+"""Modules that take a minute and more, the longest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long modules first: where processes share out modules, none is left with a long one at the end."""
+    rank = {f"test_{name}.py": number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(LONG)))
+
 
 @pytest.fixture(scope="session")
 def shared_folder() -> Path:

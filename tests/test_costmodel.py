@@ -8,10 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mvat_dist import costmodel, forecast, modelfile, students
+from mvat_dist import costmodel, forecast, modelfile, students, weightsfile
 from mvat_dist.config import Config
 from mvat_dist.costmodel import Machine, Work
 from mvat_dist.errors import UserError
@@ -124,7 +126,6 @@ def test_too_many_processes_take_turns() -> None:
 
 def test_values_are_what_the_layers_put_out() -> None:
     """Counted on the network itself: what its convolutions, linear layers and attention give."""
-    import torch
     from torch import nn
 
     size, samples = Size("base", 12, depth=3), 4000
@@ -211,12 +212,40 @@ def test_a_machines_rates_come_back_from_their_file(tmp_path: Path) -> None:
     file = tmp_path / "our node.json"
     file.write_text(replace(MACHINE, name="ours", latency=3e-6).to_json())
     assert Machine.read(file) == replace(MACHINE, name="ours", latency=3e-6)
-    for content in ("{}", "no json", json.dumps({"forward": [1], "learning": [1, 2]}), '{"speed": 1}'):
+    for content in ("{}", "no json", json.dumps({"forward": [1], "learning": [1, 2]}), '{"speed": 1}', "[1]"):
         file.write_text(content)
         with pytest.raises(UserError, match="scaling"):
             Machine.read(file)
     with pytest.raises(UserError, match="nowhere"):
         Machine.read(tmp_path / "nowhere.json")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("update", "fast", r"'update' is \"fast\", and must be a number, not below 0"),
+        ("latency", -1e-6, r"'latency' is -1e-06, and must be a number, not below 0"),
+        ("jitter", True, r"'jitter' is true, and must be"),
+        ("loss", math.nan, r"'loss' is NaN, and must be"),
+        ("bandwidth", 0, r"'bandwidth' is 0, and must be a number above 0"),
+        ("cores", 1.5, r"'cores' is 1.5, and must be a whole number above 0"),
+        ("forward", [1e-11, "x"], r"'forward' is \[1e-11, \"x\"\], and must be two numbers"),
+        ("learning", 3, r"'learning' is 3, and must be two numbers"),
+        ("learning_memory", "10", r"'learning_memory' is \"10\", and must be"),
+        ("base_memory", None, r"'base_memory' is null, and must be"),
+        ("name", 7, r"'name' is 7, and must be a text"),
+    ],
+)
+def test_a_rate_that_cannot_be_one_is_named(tmp_path: Path, key: str, value: object, message: str) -> None:
+    file = tmp_path / "our node.json"
+    file.write_text(json.dumps(json.loads(MACHINE.to_json()) | {key: value}))
+    with pytest.raises(UserError, match=rf"--machine .*our node\.json: {message}.*scaling"):
+        Machine.read(file)
+    known = json.loads(MACHINE.to_json())
+    del known[key]
+    file.write_text(json.dumps(known))
+    with pytest.raises(UserError, match=f"our node.json: '{key}' is missing"):
+        Machine.read(file)
 
 
 def test_the_teachers_size_is_read_without_torch(tmp_path: Path) -> None:
@@ -228,7 +257,52 @@ def test_the_teachers_size_is_read_without_torch(tmp_path: Path) -> None:
     for place in (file, tmp_path / "run", tmp_path / "run" / "students" / "mine"):
         config.teacher.file = str(place)
         assert forecast.teacher_size(config) == size
+    best = file.parent
+    part = tmp_path / "run" / "parts" / "mine"
+    part.mkdir(parents=True)
+    (tmp_path / "run" / "students").rename(part / "students")
+    config.teacher.file = str(tmp_path / "run")
+    assert forecast.teacher_size(config) == size
+    moved = part / "students" / "mine"
+    (moved / "best").rename(moved / "last")  # nothing was scored yet
+    assert forecast.teacher_size(config) == size
+    assert not best.exists()
+
+
+def test_a_foreign_teacher_is_forecast_as_the_usual_one(tmp_path: Path) -> None:
+    config = Config()
+    weights = {"some.weight": torch.zeros(2)}
+    for number, metadata in enumerate((None, {"format": "pt"}, {"size": "1.2 GB", "license": "mit"})):
+        file = tmp_path / f"{number}.safetensors"
+        safetensors.torch.save_file(weights, file, metadata)
+        config.teacher.file = str(file)
+        assert forecast.teacher_size(config) == SIZES["manner-b"]
     other = tmp_path / "authors.pth"
     other.write_bytes(b"PK\x03\x04 and more")
     config.teacher.file = str(other)
     assert forecast.teacher_size(config) == SIZES["manner-b"]
+
+
+def test_a_teacher_that_training_would_refuse_has_no_forecast(tmp_path: Path) -> None:
+    """With the very words of the training."""
+    damaged = tmp_path / "damaged.safetensors"
+    metadata = {"format": weightsfile.FORMAT, "name": "a", "size": '{"hidden": "60"}'}
+    safetensors.torch.save_file({"some.weight": torch.zeros(2)}, damaged, metadata)
+    several = tmp_path / "several"
+    for name in ("a", "b"):
+        file = several / "students" / name / "best" / "model.safetensors"
+        file.parent.mkdir(parents=True)
+        safetensors.torch.save_file({"some.weight": torch.zeros(2)}, file)
+    (tmp_path / "empty").mkdir()
+    config = Config()
+    for place, words in (
+        (damaged, "damaged"),
+        (several, "several students"),
+        (tmp_path / "empty", "no weights"),
+    ):
+        config.teacher.file = str(place)
+        with pytest.raises(UserError, match=words) as forecasting:
+            forecast.teacher_size(config)
+        with pytest.raises(UserError) as training:
+            modelfile.load(place)
+        assert str(forecasting.value) == str(training.value)

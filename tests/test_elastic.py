@@ -18,8 +18,8 @@ from mvat_dist.rundir import RunDir
 from tests.faults.fleet import OPTIONS, STUDENTS, Bench, history, steps
 
 STEPS = 8
-LEGS = ((1, 0), (2, 2), (4, 3), (3, 1))
-"""(ranks, ZeRO stage), two steps each."""
+LEGS = ((1, 0, 0), (2, 2, 1), (4, 3, 0), (3, 1, 0))
+"""(ranks, ZeRO stage, reader processes of each rank), two steps each."""
 
 LOSS_TOLERANCE = 3e-4
 WEIGHT_TOLERANCE = 1e-2
@@ -45,13 +45,24 @@ def distance(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     options = (*OPTIONS, "--train.batch=12", "--train.micro_batch=1", f"--train.steps={STEPS}")
-    return Bench(tmp_path_factory.mktemp("elastic bench"), options)
+    return Bench(tmp_path_factory.mktemp("elastic bench"), (*options, "--data.workers=0"))
 
 
-def test_other_ranks_and_zero_stages_go_on_along_the_same_curve(bench: Bench, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def undisturbed(bench: Bench) -> RunDir:
+    """All steps in one process."""
+    run = RunDir(bench.folder / "my runs" / "undisturbed")
+    bench.start(run, processes=1).ended(0)
+    return run
+
+
+def test_other_ranks_and_zero_stages_go_on_along_the_same_curve(
+    bench: Bench, undisturbed: RunDir, tmp_path: Path
+) -> None:
     run = RunDir(tmp_path / "elastic")
-    for number, (ranks, stage) in enumerate(LEGS, start=1):
-        training = bench.start(run, f"--engine.zero_stage={stage}", processes=ranks)
+    for number, (ranks, stage, readers) in enumerate(LEGS, start=1):
+        options = (f"--engine.zero_stage={stage}", f"--data.workers={readers}")
+        training = bench.start(run, *options, processes=ranks)
         if number < len(LEGS):
             training.hold_after(2 * number - 1)
             training.process.terminate()
@@ -62,12 +73,12 @@ def test_other_ranks_and_zero_stages_go_on_along_the_same_curve(bench: Bench, tm
             training.ended(0)
     for student in STUDENTS:
         assert steps(run, student) == list(range(1, STEPS + 1))
-        rows, expected = (history(one, student) for one in (run, bench.undisturbed))
+        rows, expected = (history(one, student) for one in (run, undisturbed))
         for row, same in zip(rows, expected, strict=True):
             assert row.get("lr") == same.get("lr")
             if "loss" in row:
                 assert row["loss"] == pytest.approx(same["loss"], rel=LOSS_TOLERANCE), row["step"]
         assert run.read_status()["students"][student]["updates"] == STEPS
         for what in ("weights", "optimizer"):
-            found, undisturbed = (tensors(one, student, what) for one in (run, bench.undisturbed))
-            assert distance(found, undisturbed) < WEIGHT_TOLERANCE, (student, what)
+            found, expected = (tensors(one, student, what) for one in (run, undisturbed))
+            assert distance(found, expected) < WEIGHT_TOLERANCE, (student, what)

@@ -114,6 +114,15 @@ def test_batches_of_windows_and_channels_change_nothing(weights, model):
     np.testing.assert_allclose(several.enhance(noisy, 16000), model.enhance(noisy, 16000), atol=1e-6)
 
 
+def test_bf16_is_the_same_but_for_rounding_and_is_not_fp32(weights, model):
+    noisy = noisy_speech(1.5)
+    half = enhancer.load(weights, "cpu", precision="bf16").enhance(noisy, 16000)
+    exact = model.enhance(noisy, 16000)
+    error = np.linalg.norm(half - exact) / np.linalg.norm(exact)
+    assert half.dtype == np.float32
+    assert 1e-6 < error < 0.1  # eight bits of mantissa, through some fifty layers
+
+
 @pytest.mark.usefixtures("short_windows")
 def test_a_quiet_part_is_enhanced_as_if_there_were_no_loud_one(model):
     noisy = noisy_speech(6.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +15,12 @@ import pytest
 import safetensors.torch
 import soundfile
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 import mvat_dist.deploy
-from mvat_dist import export, modelfile
+from mvat_dist import export, modelfile, weightsfile
 from mvat_dist.deploy import exporting, onnxfile
 from mvat_dist.errors import UserError, exit_code
 from mvat_dist.export import main
@@ -45,17 +47,19 @@ def run(tmp_path_factory) -> Path:
     made = loud(TINY)
     modelfile.save(folder.weights("tiny", "best"), made.state_dict(), name="tiny", size=TINY, step=70)
     folder.config.write_text(
-        "seed: 5\ndata: {train: /data/shards, segment_seconds: 4.0}\ndistil: {method: mvat}\n"
-        "train: {steps: 90, batch: 8}\n"
+        "seed: 5\ndata: {train: '{/secret/en,/secret/de}', valid: 's3://ours/valid', segment_seconds: 4.0}\n"
+        "distil: {method: mvat}\ntrain: {steps: 90, batch: 8}\nteacher: {file: /secret/models/b.pth}\n"
+        "runs: /secret/runs\n"
     )
-    teacher = {"name": "manner-b", "sha256": "abc123", "file": "/models/b.pth"}
-    write_json(folder.inputs, {"teacher": teacher, "data": {}})
+    teacher = {"name": "manner-b", "sha256": "abc123", "file": "/secret/models/b.pth"}
+    data = {"/secret/en/train": "11", "/secret/de/train": "22", "s3://ours/valid": "33"}
+    write_json(folder.inputs, {"teacher": teacher, "data": data})
     write_json(folder.environment, {"commit": "c0ffee", "host": "secret-host", "packages": {"torch": "2"}})
     score = {"mean": 2.5, "low": 2.25, "high": 2.75, "clips": 9, "failed": {}}
     sections = {
         "test_a": {"scores": {"noisy": {"pesq_wb": {**score, "mean": 1.5}}, "tiny": {"pesq_wb": score}}}
     }
-    scores = {"weights": "best", "data": "/data/shards", "sections": sections}
+    scores = {"weights": "best", "data": "/secret/shards", "sections": sections}
     write_json(folder.path / "evaluate" / "shards-best" / "scores.json", scores)
     return folder.path
 
@@ -129,7 +133,7 @@ def test_an_export_is_its_files_and_a_card(exported):
     for fact in (sha256, "CC0-1.0", "teacher manner-b, SHA-256 abc123", "seed 5", "90 steps of 8 segments",
                  "| tiny  | 2.50 [2.25, 2.75]", "c0ffee", "`tiny.onnx`"):  # fmt: skip
         assert fact in card
-    assert "secret-host" not in card
+    assert "secret" not in card
 
 
 def test_weights_are_the_trained_ones_with_their_origin(run, exported):
@@ -138,9 +142,14 @@ def test_weights_are_the_trained_ones_with_their_origin(run, exported):
     assert modelfile.fingerprint(after.model) == modelfile.fingerprint(before.model)
     assert after.about["licence"] == "CC0-1.0"
     assert json.loads(after.about["inputs"])["teacher"]["sha256"] == "abc123"
-    assert json.loads(after.about["scores"])["/data/shards"]["test_a"]["tiny"]["pesq_wb"]["mean"] == 2.5
+    assert json.loads(after.about["scores"])["shards"]["test_a"]["tiny"]["pesq_wb"]["mean"] == 2.5
     assert "steps: 90" in after.about["config"]
-    assert "secret-host" not in str(after.about)
+    assert "secret" not in str(after.about)
+    config = yaml.safe_load(after.about["config"])
+    assert config["data"] == {"train": "{en,de}", "valid": "s3://ours/valid", "segment_seconds": 4.0}
+    assert (config["teacher"]["file"], config["runs"]) == ("b.pth", "runs")
+    named = [(one["name"], one["manifest_sha256"]) for one in json.loads(after.about["inputs"])["data"]]
+    assert named == [("train", "11"), ("train", "22"), ("s3://ours/valid", "33")]
     described = {one.key: one.value for one in onnx.load(exported / "tiny.onnx").metadata_props}
     assert described == {**after.about, "name": "tiny", "sample_rate": "16000"}
 
@@ -176,6 +185,27 @@ def test_onnxruntime_alone_enhances_a_file_as_the_command_does(run, exported, tm
     found = soundfile.read(tmp_path / "enhanced.flac", dtype="float32")[0]
     expected = mvat_dist.load(run).enhance(noisy, rate)
     np.testing.assert_allclose(found, expected, rtol=0, atol=2 / 32768)
+
+
+@pytest.mark.parametrize(
+    ("formats", "there"),
+    [
+        (
+            "fp16",
+            ['load("tiny.fp16.safetensors")', "--model tiny.fp16.safetensors", "metadata of `tiny.fp16"],
+        ),
+        ("torchscript", ["`tiny.pt` map float32"]),
+        ("onnx,torchscript", ["`tiny.onnx` and `tiny.pt` map", "enhance_onnx.py", "metadata of `tiny.onnx`"]),
+    ],
+)
+def test_a_card_tells_how_to_use_the_files_that_are_there(run, clips, tmp_path, formats, there):
+    main(["--model", str(run), "--formats", formats, "--data", str(clips), "--out", str(tmp_path)])
+    card = (tmp_path / "tiny.md").read_text()
+    for words in there:
+        assert words in card
+    named = set(re.findall(r"tiny[\w.]*\.(?:safetensors|pt|onnx)", card))
+    assert named == {file.name for file in tmp_path.iterdir()} - {"tiny.md"}
+    assert ("mvat_dist.load" in card) == ("fp16" in formats)
 
 
 # --- what is not kept -----------------------------------------------------------------------------
@@ -224,7 +254,7 @@ def test_a_damaged_description_is_named(exported, tmp_path):
     file = tmp_path / "torn.safetensors"
     weights = safetensors.torch.load_file(exported / "tiny.safetensors")
     for size in ("{}", "[1]", "no JSON", '{"kind": "small", "hidden": 0}'):
-        safetensors.torch.save_file(weights, file, {"format": modelfile.FORMAT, "name": "a", "size": size})
+        safetensors.torch.save_file(weights, file, {"format": weightsfile.FORMAT, "name": "a", "size": size})
         with pytest.raises(UserError, match=r"torn\.safetensors: its description is damaged"):
             modelfile.load(file)
 

@@ -23,7 +23,7 @@ RUN = {
 PARTS = {"models", "losses", "data", "metrics", "summary", "schedule", "reporting", "costmodel"}
 GROUND = {
     "config", "configfile", "commandline", "students", "rundir", "placement", "ranks", "errors", "files",
-    "seeds", "clock", "history", "lock", "heartbeat", "squeue", "runstate", "locations",
+    "seeds", "clock", "history", "weightsfile", "lock", "heartbeat", "squeue", "runstate", "locations",
 }  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate((GROUND, PARTS, RUN, ENTRY)) for room in rooms}
 FOREIGN_TO_PARTS = {"deepspeed", "submitit", "wandb"}

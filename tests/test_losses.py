@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mvat_dist.errors import UserError
 from mvat_dist.losses import EnhancementLoss, OutputLoss, energy_map, mvat_loss, shared_blocks
+from mvat_dist.losses import distance as distances
 from mvat_dist.models import load_manner_checkpoint
 from mvat_dist.students import SIZES, VIEWS, Size, View, ViewKey
 from tests.conftest import Reference
@@ -122,6 +123,21 @@ def test_gradient_is_that_of_the_formula() -> None:
         for step in (1e-6, -1e-6)
     )
     assert (estimate.grad * direction).sum().item() == pytest.approx((ahead - behind) / 2e-6, rel=1e-5)
+
+
+def test_a_loss_that_was_first_asked_in_inference_mode_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a window as long as its FFT the backward keeps no copy, but what was made for the first to ask."""
+    resolutions = (distances.Resolution(1536, 120, 1536),)
+    monkeypatch.setattr(distances, "RESOLUTIONS", resolutions)
+    estimate, teacher = noise(2, SAMPLES, seed=1), noise(2, SAMPLES, seed=2)
+    loss = OutputLoss()
+    with torch.inference_mode():
+        expected = loss(estimate, loss.prepare(teacher)).item()
+    found = loss(estimate.requires_grad_(), loss.prepare(teacher))
+    found.backward()
+    assert found.item() == pytest.approx(expected)
+    assert estimate.grad is not None
+    assert estimate.grad.isfinite().all()
 
 
 def test_autocast_does_not_touch_the_losses() -> None:

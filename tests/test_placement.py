@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mvat_dist.submit
-from mvat_dist import modelfile, placement, ranks
+from mvat_dist import modelfile, placement, ranks, weightsfile
 from mvat_dist.config import Config
 from mvat_dist.errors import UserError
 from mvat_dist.placement import Part
@@ -102,7 +102,7 @@ def test_the_commands_see_one_run(split: Path) -> None:
     assert [one["run"] for one in reports] == ["split/parts/mini", "split/parts/tiny"]
     assert [(one["state"], one["step"]) for one in reports] == [("finished", 6)] * 2
     assert all(one["starts"] for one in reports)
-    files = modelfile.students_of(split)  # what evaluate, report and enhance ask
+    files = weightsfile.students_of(split)  # what evaluate, report and enhance ask
     assert {name: modelfile.load(file).name for name, file in files.items()} == {
         "mini": "mini",
         "tiny": "tiny",

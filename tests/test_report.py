@@ -19,6 +19,7 @@ import scipy.stats
 from mvat_dist import configfile, evaluate, modelfile
 from mvat_dist.config import Config
 from mvat_dist.errors import UserError
+from mvat_dist.files import write_json
 from mvat_dist.models import build
 from mvat_dist.report import main
 from mvat_dist.reporting import provenance, style
@@ -389,7 +390,9 @@ def test_the_same_experiment_twice_counts_once(tmp_path):
 
 @pytest.mark.parametrize("method", ["none", "mvat+output"])
 def test_the_command_of_a_run_makes_the_same_experiment(tmp_path, method):
-    sizes = json.dumps({"it's mine": {"kind": "small", "hidden": 9}})
+    # A name of the table may be given to another size.
+    own = {"kind": "small", "hidden": 9}
+    sizes = json.dumps({"it's mine": own, "manner-s-0.9gf": own})
     config = config_of(method, 7, "--sizes", sizes, "--student", "manner-s-0.9gf,it's mine")
     RunDir(tmp_path / "a run").create(config)
     (run,) = Reader().runs([tmp_path / "a run"])
@@ -427,6 +430,63 @@ def test_students_trained_in_parts_have_their_records(tmp_path):
         run.student(name).rename(part / "students" / name)
     page = make(tmp_path / "runs", tmp_path / "out")
     assert len(page.tables["Validation PESQ-WB (MOS) ↑: the best and the last of each run"]) == 3
+
+
+def test_what_parts_cost_is_added_up(tmp_path):
+    run = make_run(tmp_path / "runs" / "divided", config_of("none", 0))
+    whole = json.loads(run.environment.read_text())
+    run.environment.unlink()
+    for name, processes, speed, apart in ((STUDENTS[0], 3, 4.0, 0.0), (STUDENTS[1], 1, 8.0, 0.5)):
+        part = RunDir(run.path / "parts" / name)
+        part.students.mkdir(parents=True)
+        run.student(name).rename(part.student(name))
+        rows = [{"step": step, "audio_seconds_per_second": speed} for step in (20, 40)]
+        rows[1]["time"] = {"forward": 1 - apart, "checkpoint": apart}
+        part.history(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_json(
+            part.environment, {**whole, "host": f"node-{processes}", "ranks": {"world_size": processes}}
+        )
+    page = make(tmp_path / "runs", tmp_path / "out")
+    spent = page.table("What was spent")
+    # 40 steps of 32 segments of 4 s; half of the second one's last 20 steps' time went into a checkpoint.
+    heard = 40 * 32 * 4
+    first, second = heard / 4 / 3600, (heard / 2 / 8 + heard / 2 / 8 / 0.5) / 3600
+    assert numbers(spent["divided", "hours"]) == pytest.approx([first + second], abs=6e-3)
+    assert numbers(spent["divided", "GPU or CPU hours"]) == pytest.approx([3 * first + second], abs=6e-3)
+    assert spent["divided", "processes"] == "3 + 1, CPU"
+    assert f"In all: {3 * first + second:.2f} CPU hours." in page.text
+    assert "on node-3" in page.text
+    assert "on node-1" in page.text
+
+
+def test_nothing_is_the_same_in_all_where_nothing_is(tmp_path):
+    make_run(tmp_path / "runs" / "a", config_of("none", 0))
+    other = ["--data.train=/other", "--data.segment_seconds=2", "--train.steps=50", "--train.batch=16"]
+    other += ["--train.micro_batch=1", "--optim.lr=0.5", "--optim.schedule=constant"]
+    make_run(tmp_path / "runs" / "b", config_of("mvat", 0, *other))
+    text = make(tmp_path / "runs", tmp_path / "out").text
+    assert "The same in all: none of data.train, data.segment_seconds, train.steps," in text
+
+
+def test_a_student_of_another_size_is_another_student(tmp_path):
+    def sized(**hidden: int) -> list[str]:
+        sizes = {name: {"kind": "small", "hidden": width} for name, width in hidden.items()}
+        return ["--sizes", json.dumps(sizes), "--student", ",".join(hidden)]
+
+    make_run(tmp_path / "runs" / "a", config_of("none", 0, *sized(mine=9)))
+    make_run(tmp_path / "runs" / "b", config_of("none", 1, *sized(mine=12, more=9)), gain=3.0)
+    make_run(tmp_path / "runs" / "c", config_of("none", 2, *sized(more=12)))
+    page = make(tmp_path / "runs", tmp_path / "out")
+    assert re.search(
+        r"runs/b is left out: its mine is of another size than that of the runs before", page.text
+    )
+    # What is left out has no say in what comes after it.
+    assert "runs/c is left out" not in page.text
+    table = page.table("PESQ-WB (MOS) ↑, higher is better: mean")
+    make_run(tmp_path / "others" / "a", config_of("none", 0, *sized(mine=9)))
+    make_run(tmp_path / "others" / "c", config_of("none", 2, *sized(more=12)))
+    expected = make(tmp_path / "others", tmp_path / "out2").table("PESQ-WB (MOS) ↑, higher is better: mean")
+    assert table == expected
 
 
 def luminance(colour: str) -> float:

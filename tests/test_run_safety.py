@@ -33,7 +33,7 @@ OPTIONS = (
     "--distil.method=none",
     "--data.reverb_probability=0",
     "--data.segment_seconds=0.25",
-    "--data.workers=1",
+    "--data.workers=0",
     "--train.batch=4",
     f"--train.steps={STEPS}",
     "--train.save_every=4",
@@ -161,7 +161,7 @@ def test_second_starter_signal_kill_and_a_damaged_checkpoint(
     assert 0 < found["signal"]["seconds_to_saved"] < 60
     assert lock.holder(run.path) is None
 
-    second = start(run)
+    second = start(run, "--data.workers=1")
     until_saved(run, second, 2)
     killed_in_a_save(run, second)
     assert run.read_status()["state"] == "running"
@@ -216,10 +216,11 @@ def test_removing_the_folder_ends_the_run_and_nothing_comes_back(tmp_path: Path,
 
 
 def test_a_hang_ends_explained_and_the_same_command_goes_on(tmp_path: Path, start: Start) -> None:
+    short = "--train.steps=16"
     other = RunDir(tmp_path / "two undisturbed")
-    ended(start(other, processes=2), 0)
+    ended(start(other, short, processes=2), 0)
     run = RunDir(tmp_path / "two")
-    launcher = start(run, "--train.watchdog_seconds=12", processes=2)
+    launcher = start(run, short, "--train.watchdog_seconds=12", "--data.workers=1", processes=2)
     until_saved(run, launcher)
     (stopped,) = [pid for pid in children(launcher.pid) if rank_of(pid) == 1]
     os.kill(stopped, signal.SIGSTOP)
@@ -232,5 +233,5 @@ def test_a_hang_ends_explained_and_the_same_command_goes_on(tmp_path: Path, star
     found = run.read_status()
     assert (found["state"], found["reason"][:5]) == ("failed", "hung:")
     assert lock.holder(run.path) is None
-    ended(start(run, processes=2), 0)
+    ended(start(run, short, processes=2), 0)
     same_end(run, other)

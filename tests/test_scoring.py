@@ -84,6 +84,22 @@ def test_a_crash_costs_one_score_of_one_pair(kill, scorers):
     assert all(score.failure is None for one in scores[1:] for score in one.values())
 
 
+def test_a_child_that_dies_idle_costs_nothing(scorers):
+    scored = threading.Event()
+
+    def killing() -> Iterator[Pair]:
+        for pair in PAIRS[:3]:
+            yield pair
+            assert scored.wait(60), "the pair was not scored"
+            scored.clear()
+            (child,) = scorers()
+            os.kill(child, signal.SIGKILL)
+
+    expected = score_pairs(PAIRS[:3], FAST, processes=1)
+    assert score_pairs(killing(), FAST, processes=1, progress=lambda _: scored.set()) == expected
+    assert all(score.failure is None for one in expected for score in one.values())
+
+
 def test_a_child_that_hangs_is_ended(scorers):
     names = ["si_sdr", "pesq_wb"]
     scores = score_pairs(signalling(PAIRS, signal.SIGSTOP, scorers), names, processes=1, seconds_limit=3.0)

@@ -105,7 +105,7 @@ def test_a_trial_hears_what_an_agent_would_tell_it(place: Path, monkeypatch: pyt
 def test_a_killed_sweep_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
     """Two points of the same science: the first is left alone, the second is killed and started again."""
     place = write_place(tmp_path)
-    laws = {"train.keep": {"values": [2, 3]}, "train.steps": {"value": 40}, "train.save_every": {"value": 3}}
+    laws = {"train.keep": {"values": [2, 3]}, "train.steps": {"value": 24}, "train.save_every": {"value": 3}}
     file = sweep_file(place, laws, method="grid")
     command = [sys.executable, "-m", "mvat_dist.sweep", str(file)]
     folder = sweepjob.folder(sweepfile.read(file), 0, place / "runs")
@@ -126,7 +126,7 @@ def test_a_killed_sweep_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
     for student in STUDENTS:
         histories = [run.history(student).read_text().splitlines() for run in (whole, struck)]
         losses = [[row["loss"] for row in map(json.loads, lines) if "loss" in row] for lines in histories]
-        assert len(losses[0]) == 40
+        assert len(losses[0]) == 24
         assert losses[0] == losses[1]
         weights = [load_file(run.weights(student, "last")) for run in (whole, struck)]
         assert all((weights[0][key] == weights[1][key]).all() for key in weights[0])
@@ -135,7 +135,7 @@ def test_a_killed_sweep_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
         "valid/si_sdr"
     ]
     assert len(re.findall(re.escape(f"{score:.4g}"), done.stdout)) == 2
-    assert "40 | finished" in done.stdout
+    assert "24 | finished" in done.stdout
 
 
 def finished(plan: Plan, number: int, values: list[float | None]) -> None:

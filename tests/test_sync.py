@@ -85,6 +85,27 @@ def test_what_a_lost_server_lacks_is_sent_once(
         assert reborn.run(NAMES[0]).config["student_name"]["value"] == NAMES[0]
 
 
+@pytest.mark.parametrize("status", [401, 404])
+def test_a_refused_attempt_leaves_nothing(part: RunDir, monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+    def left() -> dict[Path, Path]:
+        places = [*part.path.glob("wandb"), *part.path.glob("wandb/*")]
+        return {path: path.resolve(strict=True) for path in places}
+
+    with serving(Server()) as server:
+        account(monkeypatch, server)
+        for _ in range(2):
+            server.status = status
+            before = left()
+            with pytest.raises(UserError, match=r"has not taken all of .*same command"):
+                sync.main([str(part.path)])
+            assert left() == before
+            server.status = 200
+            sync.main([str(part.path)])
+            assert any("run-" in path.name for path in left())
+        for name in NAMES:
+            same_rows(server.run(name).history, part.history(name))
+
+
 def test_what_cannot_be_sent_is_refused(part: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     command = [str(part.path)]
     with pytest.raises(UserError, match=r"holds no run: .*runs/fleet"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mvat_dist.timing import Stopwatch, in_words, of_student
+from mvat_dist.timing import Stopwatch, in_words, of_student, speed
 from tests.test_train import corpus, train  # noqa: F401 (corpus is a fixture)
 
 
@@ -95,6 +96,29 @@ def test_a_late_device_loses_no_second(plan: list[tuple[str, int, int]], lags: l
     read()
     assert counted == pytest.approx({name: spent.get(name, 0.0) for name in counted})
     assert sum(counted.values()) == pytest.approx(sum(spent.values()))
+
+
+@given(steps=st.integers(1, 50), validating=st.integers(0, 90), saving=st.integers(0, 90))
+def test_the_speed_is_that_of_training(steps: int, validating: int, saving: int) -> None:
+    """Steps of 3 s that learn from 12 s of audio each: 4 s per second, whatever is done between them."""
+    device = Device(done=math.inf)
+    watch = Stopwatch(device)
+    for _ in range(steps):
+        with watch.section("data"):
+            device.work(1)
+        with watch.section("forward/a"):
+            device.work(1.5)
+        device.work(0.5)
+    for name, seconds in (("validation", validating), ("checkpoint", saving)):
+        with watch.section(name):
+            device.work(seconds)
+    elapsed, shares = watch.lap()
+    assert elapsed == pytest.approx(3 * steps + validating + saving)
+    assert speed(12.0 * steps, elapsed, shares) == pytest.approx(4)
+
+
+def test_a_lap_without_training_has_no_speed() -> None:
+    assert speed(12.0, 7.0, {"other": 0.0, "validation": 1.0}) is None
 
 
 def test_a_students_row_shows_its_own_shares() -> None:

@@ -32,7 +32,7 @@ COMMON = (
     "--data.reverb_probability=0",
     "--data.tempo_probability=0.5",
     "--data.segment_seconds=0.25",
-    "--data.workers=1",
+    "--data.workers=0",
     "--train.batch=4",
     "--train.micro_batch=1",
     "--train.steps=6",
@@ -43,6 +43,7 @@ COMMON = (
     "--track.every=1",
     "--track.examples=0",
 )
+LOSSES_ONLY = ("--train.steps=4", "--train.save_every=4", "--train.validate_every=4", "--valid.clips=1")
 TIMING = ("audio_seconds_per_second", "time", "memory")
 
 
@@ -166,7 +167,13 @@ def stopped_early(argv: list[str]) -> int:
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(corpus: Path, runs: Path, teacher: Path, fleet: Path) -> None:
-    arguments = ("--student=tiny,mini", f"--teacher={teacher}", "--distil.method=mvat+output")
+    """With a reader process, where the undisturbed run has none: what it had read ahead is not lost."""
+    arguments = (
+        "--student=tiny,mini",
+        f"--teacher={teacher}",
+        "--distil.method=mvat+output",
+        "--data.workers=1",
+    )
     resumed, stops = runs / "stopped", 0
     for _ in range(10):  # each start is asked to stop as soon as it listens, and makes one step
         code = stopped_early(command(corpus, runs, "stopped", arguments))
@@ -203,6 +210,7 @@ def two_processes(corpus: Path, runs: Path, teacher: Path) -> dict[int, np.ndarr
             "--student=tiny",
             f"--teacher={teacher}",
             f"--engine.zero_stage={stage}",
+            *LOSSES_ONLY,
             processes=2,
         )
         found[stage] = losses(run, "tiny")
@@ -211,13 +219,13 @@ def two_processes(corpus: Path, runs: Path, teacher: Path) -> dict[int, np.ndarr
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_zero_stages_give_the_same_curve(two_processes: dict[int, np.ndarray], stage: int) -> None:
-    assert len(two_processes[0]) == 6
+    assert len(two_processes[0]) == 4
     np.testing.assert_allclose(two_processes[stage], two_processes[0], rtol=1e-5)
 
 
 def test_one_process_equals_two(corpus: Path, runs: Path, teacher: Path) -> None:
     """With frozen statistics; otherwise BatchNorm sees other micro-batches, by its nature."""
-    arguments = ("--student=tiny", f"--teacher={teacher}", "--engine.freeze_batchnorm=true")
+    arguments = ("--student=tiny", f"--teacher={teacher}", "--engine.freeze_batchnorm=true", *LOSSES_ONLY)
     one = train(corpus, runs, "one", *arguments)
     two = train(corpus, runs, "two", *arguments, processes=2)
     np.testing.assert_allclose(losses(two, "tiny"), losses(one, "tiny"), rtol=1e-5)

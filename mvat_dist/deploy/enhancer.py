@@ -16,7 +16,7 @@ import torch
 from mvat_dist import modelfile
 from mvat_dist.config import SAMPLE_RATE
 from mvat_dist.deploy.windows import Audio, Window, cut, join
-from mvat_dist.devices import pick
+from mvat_dist.devices import Precision, pick
 from mvat_dist.errors import UserError
 from mvat_dist.modelfile import LoadedModel
 from mvat_dist.models.inference import folded
@@ -43,17 +43,25 @@ class Enhancer:
     what `dry` keeps of the input.
     """
 
-    def __init__(self, loaded: LoadedModel, device: torch.device | str = "cpu", batch: int = 1) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        device: torch.device | str = "cpu",
+        batch: int = 1,
+        precision: Precision = "fp32",
+    ) -> None:
         """Put the network on its device.
 
         Args:
             loaded: the network and its name.
             device: where it runs.
             batch: windows that it hears at once; more than 1 pays on a GPU.
+            precision: ``bf16`` computes the products in half the bits (docs/performance.md has its cost).
         """
         self.name = loaded.name
         self.device = torch.device(device)
         self.batch = batch
+        self._autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")
         self._network = folded(loaded.model).to(self.device)
 
     def enhance(self, audio: npt.ArrayLike, sample_rate: int, dry: float = 0.0) -> Audio:
@@ -117,23 +125,25 @@ class Enhancer:
         enhanced: list[Audio] = []
         for start in range(0, len(rows), self.batch):
             noisy = torch.from_numpy(np.stack(rows[start : start + self.batch])).to(self.device)
-            enhanced.extend(self._network(noisy).cpu().numpy())
+            with self._autocast:
+                estimate = self._network(noisy)
+            enhanced.extend(estimate.float().cpu().numpy())
         return enhanced
 
 
-def load(path: str | Path, device: str = "auto", batch: int = 1) -> Enhancer:
+def load(path: str | Path, device: str = "auto", batch: int = 1, precision: Precision = "fp32") -> Enhancer:
     """A model to enhance with.
 
     Args:
         path: a run with one student, a student's folder, an exported ``.safetensors`` file, or a checkpoint
             of the authors of MANNER.
         device: ``auto`` takes a GPU where torch sees one; ``cpu``, ``cuda``.
-        batch: as for `Enhancer`.
+        batch, precision: as for `Enhancer`.
 
     Raises:
         UserError: no model there, several to choose from, or no such device.
     """
-    return Enhancer(modelfile.load(Path(path)), pick(device), batch)
+    return Enhancer(modelfile.load(Path(path)), pick(device), batch, precision)
 
 
 class _Kept:

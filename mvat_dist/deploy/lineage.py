@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
-from mvat_dist import modelfile
+from mvat_dist import locations, modelfile
 from mvat_dist.files import read_json
 from mvat_dist.modelfile import LoadedModel
 from mvat_dist.rundir import RunDir
@@ -24,8 +25,8 @@ def describe(file: Path, loaded: LoadedModel, licence: str) -> dict[str, str]:
 
     ``licence``; ``sha256`` of the weights (`modelfile.fingerprint`); ``exported_with``; and, as far as a
     run's folder is around `file`, ``config`` (YAML), ``inputs`` (teacher and data with their fingerprints),
-    ``environment`` (commit and versions) and ``scores`` (by test set). A file that was exported before keeps
-    what it says.
+    ``environment`` (commit and versions) and ``scores`` (by test set). Folders and files of this machine are
+    called by their names alone. A file that was exported before keeps what it says.
 
     Args:
         file: where `loaded` was read.
@@ -45,9 +46,14 @@ def _of_run(file: Path, name: str) -> dict[str, str]:
     if len(parents) < 4 or not RunDir(parents[3]).config.is_file():
         return {}
     run = RunDir(parents[3])
-    found = {"config": run.config.read_text(encoding="utf-8")}
+    config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+    found = {"config": yaml.safe_dump(_placeless(config), sort_keys=False)}
     if run.inputs.is_file():
-        found["inputs"] = json.dumps(read_json(run.inputs))
+        inputs = read_json(run.inputs)
+        data = [
+            {"name": _name(folder), "manifest_sha256": sha256} for folder, sha256 in inputs["data"].items()
+        ]
+        found["inputs"] = json.dumps({"teacher": _placeless(inputs["teacher"]), "data": data})
     if run.environment.is_file():
         environment = read_json(run.environment)
         # Not the command, the host and the variables: they say more of the owner than of the network.
@@ -71,8 +77,23 @@ def _scores(run: Path, name: str, which: str) -> dict[str, Any]:
             section: {model: scored for model, scored in one["scores"].items() if model in (name, NOISY)}
             for section, one in record["sections"].items()
         }
-        found[str(record.get("data", file.parent.name))] = sections
+        found[file.parent.name.removesuffix(f"-{which}")] = sections
     return found
+
+
+def _placeless(value: Any) -> Any:
+    """`value` with names in place of its paths: they would say much of the owner, and lead nowhere."""
+    if isinstance(value, dict):
+        return {key: _placeless(inner) for key, inner in value.items()}
+    if isinstance(value, str) and value.startswith(("/", "{")):
+        names = [_name(one) for one in locations.expand(value)]
+        return names[0] if len(names) == 1 else "{" + ",".join(names) + "}"
+    return value
+
+
+def _name(location: str) -> str:
+    """Of a folder or a file of this machine; URLs stay."""
+    return location if locations.is_url(location) else Path(location).name
 
 
 def read(about: Mapping[str, str], key: str) -> Any:

@@ -33,13 +33,16 @@ _USE = """\
 ```python
 import mvat_dist, soundfile
 audio, rate = soundfile.read("noisy.wav")
-enhanced = mvat_dist.load("{name}.safetensors").enhance(audio, rate)
+enhanced = mvat_dist.load("{weights}").enhance(audio, rate)
 ```
 
-or `python -m mvat_dist.enhance --model {name}.safetensors noisy.wav --out enhanced`.
+or `python -m mvat_dist.enhance --model {weights} noisy.wav --out enhanced`."""
 
-The ONNX and TorchScript files map float32 (batch, time) at 16 kHz, full scale 1, to the same shape, for any
-batch and time; normalisation and padding are inside. `docs/examples/enhance_onnx.py` runs without torch."""
+_USE_GRAPH = """\
+{graphs} map float32 (batch, time) at 16 kHz, full scale 1, to the same shape, for any batch and time;
+normalisation and padding are inside."""
+
+_USE_ONNX = "`docs/examples/enhance_onnx.py` runs `{onnx}` without torch."
 
 _LIMITS = """\
 - 16 kHz mono inside: nothing above 8 kHz is left, and channels are enhanced one by one.
@@ -61,6 +64,7 @@ def card(loaded: LoadedModel, about: Mapping[str, str], exported: Sequence[Expor
         ("licence", about["licence"]),
         ("exported with", about["exported_with"]),
     ]
+    kept = [one.file for one in exported if one.kept]
     files = [
         (
             f"`{one.file}`" if one.kept else f"{one.file} (not kept)",
@@ -78,9 +82,9 @@ def card(loaded: LoadedModel, about: Mapping[str, str], exported: Sequence[Expor
             "## Files",
             tabulate(files, ["file", "what", "MB", "checked"], tablefmt="github", disable_numparse=True),
             "## Use",
-            _USE.format(name=loaded.name),
+            *_use(kept),
             "## Training",
-            _training(about),
+            _training(about, kept),
             "## Scores",
             _scores(about),
             "## Limits",
@@ -89,7 +93,20 @@ def card(loaded: LoadedModel, about: Mapping[str, str], exported: Sequence[Expor
     ) + "\n"  # fmt: skip
 
 
-def _training(about: Mapping[str, str]) -> str:
+def _use(kept: Sequence[str]) -> list[str]:
+    """How to use the files that are there."""
+    weights = [file for file in kept if file.endswith(".safetensors")]
+    onnx = [file for file in kept if file.endswith(".onnx")]
+    graphs = [f"`{file}`" for file in kept if file not in weights]
+    said = [_USE.format(weights=weights[0])] if weights else []
+    if graphs:
+        said.append(_USE_GRAPH.format(graphs=" and ".join(graphs)))
+    if onnx:
+        said.append(_USE_ONNX.format(onnx=onnx[0]))
+    return said or ["No file was kept."]
+
+
+def _training(about: Mapping[str, str], kept: Sequence[str]) -> str:
     if "config" not in about:
         return "The file that was exported does not say."
     config = yaml.safe_load(about["config"])
@@ -100,10 +117,13 @@ def _training(about: Mapping[str, str]) -> str:
     lines.append(f"data {config['data']['train']}")
     if environment := lineage.read(about, "environment"):
         lines.append(f"mvat_dist at commit {environment['commit']}")
-    return (
-        "\n".join(f"- {line}" for line in lines)
-        + "\n\nThe whole configuration is in the `.safetensors` file."
+    listed = "\n".join(f"- {line}" for line in lines)
+    # TorchScript files say nothing of themselves.
+    speaking = [f"`{file}`" for file in kept if not file.endswith(".pt")]
+    inside = (
+        f"\n\nThe whole configuration is in the metadata of {' and '.join(speaking)}." if speaking else ""
     )
+    return listed + inside
 
 
 def _steps(config: Mapping[str, Any]) -> str:

@@ -145,4 +145,6 @@ def _power(spectrum: Tensor) -> Tensor:
 @lru_cache(maxsize=16)
 def _window(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The Hann window, made once."""
-    return torch.hann_window(length, dtype=dtype, device=device)
+    # Also where the first to ask is in inference mode: a later training may have to save it for its backward.
+    with torch.inference_mode(mode=False):
+        return torch.hann_window(length, dtype=dtype, device=device)

@@ -94,10 +94,12 @@ def _compared(study: Study) -> Section:
     shared = [
         f"{key}: {recipes[0][key]}" for key in _SHARED if all(one[key] == recipes[0][key] for one in recipes)
     ]
-    return Section(
-        "What was compared",
-        [Table("Methods", heads, rows), Text("The same in all: " + "; ".join(shared) + ".")],
+    same = (
+        f"The same in all: {'; '.join(shared)}."
+        if shared
+        else f"The same in all: none of {', '.join(_SHARED)}."
     )
+    return Section("What was compared", [Table("Methods", heads, rows), Text(same)])
 
 
 def _meaning(method: Method) -> str:

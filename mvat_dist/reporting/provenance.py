@@ -5,33 +5,60 @@ from __future__ import annotations
 import json
 import shlex
 from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from mvat_dist import configfile
 from mvat_dist.config import Config
+from mvat_dist.history import APART
 from mvat_dist.reporting.blocks import Block, Cell, Code, Fold, Items, Missing, Section, Table, Text
 from mvat_dist.reporting.runs import Run, number
 from mvat_dist.reporting.study import Study
-from mvat_dist.students import SIZES
+from mvat_dist.summary import Row
 
 
-def seconds(run: Run) -> float | None:
-    """Wall-clock seconds of training with its validations and checkpoints; None without a record.
+@dataclass(frozen=True)
+class Spent:
+    """What training in one folder has cost: that of a run, or of a part that it was divided into."""
 
-    From the speed in the record, seconds of audio per second, over the steps since the row before. Of
-    several students in one run, the one with the longest record. Starting up is not in it.
-    """
-    heard_per_step = run.config.train.batch * run.config.data.segment_seconds
-    longest: float | None = None
-    for rows in run.histories.values():
-        told = [(row["step"], number(row.get("audio_seconds_per_second"))) for row in rows]
-        known = {step: speed for step, speed in told if speed}
-        before = [0, *sorted(known)]
-        total = sum((step - last) * heard_per_step / known[step] for last, step in pairwise(before))
-        if known:
-            longest = max(total, longest or 0.0)
-    return longest
+    processes: int
+    device: str
+    """``CPU``, ``GPU`` or ``unknown``."""
+    seconds: float | None
+    """Wall-clock, of training with its validations and checkpoints; None without a record.
+
+    Of several students, who are trained at once, that of the one with the longest record. Starting up is not
+    in it."""
+
+
+def spent(run: Run) -> list[Spent]:
+    """Of each folder in which students of `run` were trained."""
+    found = []
+    for folder, environment in run.environments.items():
+        histories = [rows for name, rows in run.histories.items() if run.home_of(name) == folder]
+        known = [taken for rows in histories if (taken := _seconds(rows, run.config)) is not None]
+        ranks = environment.get("ranks")
+        size = number(ranks.get("world_size")) if isinstance(ranks, dict) else None
+        device = _device(environment, histories, run.config)
+        found.append(Spent(int(size or 1), device, max(known, default=None)))
+    return found
+
+
+def _seconds(rows: Sequence[Row], config: Config) -> float | None:
+    """From the speeds in the record, each over the steps since the row before; None without one."""
+    heard_per_step = config.train.batch * config.data.segment_seconds
+    known: dict[int, float] = {}
+    for row in rows:
+        shares = row.get("time")
+        apart = [number(shares.get(name)) or 0.0 for name in APART] if isinstance(shares, dict) else []
+        speed = (number(row.get("audio_seconds_per_second")) or 0.0) * (1 - sum(apart))
+        if speed > 0:
+            known[row["step"]] = speed
+    before = [0, *sorted(known)]
+    total = sum((step - last) * heard_per_step / known[step] for last, step in pairwise(before))
+    return total if known else None
 
 
 def cost(study: Study) -> Section:
@@ -39,42 +66,41 @@ def cost(study: Study) -> Section:
     totals: defaultdict[str, float] = defaultdict(float)
     rows = []
     for run in study.runs:
-        spent = seconds(run)
-        hours = spent * _ranks(run) / 3600 if spent is not None else None
-        totals[_device(run)] += hours or 0.0
+        parts = spent(run)
+        known = [(part, part.seconds / 3600) for part in parts if part.seconds is not None]
+        for part, hours in known:
+            totals[part.device] += hours * part.processes
+        processes = " + ".join(str(part.processes) for part in parts)
         rows.append(
             [
                 Cell(run.name),
                 Cell(str(run.status.get("state", "unknown"))),
                 Cell(f"{run.status.get('step', 0)} of {run.config.train.steps}"),
-                Cell(f"{_ranks(run)}, {_device(run)}"),
-                Cell(f"{spent / 3600:.2f}" if spent is not None else "-"),
-                Cell(f"{hours:.2f}" if hours is not None else "-"),
+                Cell(f"{processes}, {' and '.join(sorted({part.device for part in parts}))}"),
+                Cell(f"{sum(hours for _, hours in known):.2f}" if known else "-"),
+                Cell(f"{sum(hours * part.processes for part, hours in known):.2f}" if known else "-"),
             ]
         )
-    spent_on = ", ".join(f"{hours:.2f} {device} hours" for device, hours in sorted(totals.items()))
+    spent_on = (
+        ", ".join(f"{hours:.2f} {device} hours" for device, hours in sorted(totals.items()))
+        or "nothing known"
+    )
     text = (
         f"In all: {spent_on}. Hours are the time of training with its validations and checkpoints, from the "
-        "speed in each record; GPU or CPU hours are these times the number of processes, one per GPU. "
-        "Energy: not measured."
+        "speed in each record; GPU or CPU hours are these times the number of processes, one per GPU. Of "
+        "students that were trained apart, those of all parts are added up. Energy: not measured."
     )
     heads = ["run", "state", "steps", "processes", "hours", "GPU or CPU hours"]
     return Section("Cost of the runs", [Text(text), Table("What was spent", heads, rows)])
 
 
-def _ranks(run: Run) -> int:
-    ranks = run.environment.get("ranks")
-    size = number(ranks.get("world_size")) if isinstance(ranks, dict) else None
-    return int(size or 1)
-
-
-def _device(run: Run) -> str:
-    packages = run.environment.get("packages")
+def _device(environment: dict[str, Any], histories: Sequence[Sequence[Row]], config: Config) -> str:
+    packages = environment.get("packages")
     torch = str(packages.get("torch", "")) if isinstance(packages, dict) else ""
-    if "cpu" in torch or run.config.engine.device == "cpu":
+    if "cpu" in torch or config.engine.device == "cpu":
         return "CPU"
     # Only a GPU has memory of its own to tell of.
-    memory = [row.get("memory") for rows in run.histories.values() for row in rows]
+    memory = [row.get("memory") for rows in histories for row in rows]
     return "GPU" if any(isinstance(one, dict) and "cuda_gb" in one for one in memory) else "unknown"
 
 
@@ -88,15 +114,10 @@ def reproduction(study: Study) -> Section:
 
 
 def _run(run: Run) -> Block:
-    environment = run.environment
-    packages = environment.get("packages")
-    versions = packages if isinstance(packages, dict) else {}
-    facts = [
-        f"configuration {configfile.identity(run.config)}, seed {run.config.seed}",
-        f"code {environment.get('commit') or 'unknown'}, mvat_dist {versions.get('mvat_dist', 'unknown')}, "
-        f"torch {versions.get('torch', 'unknown')}",
-        f"on {environment.get('host', 'unknown')}, {environment.get('platform', 'unknown')}",
-    ]
+    facts = [f"configuration {configfile.identity(run.config)}, seed {run.config.seed}"]
+    # Of a divided run the parts mostly have the same code, and often one host: each is said once.
+    facts += dict.fromkeys(_code(environment) for environment in run.environments.values())
+    facts += dict.fromkeys(_host(environment) for environment in run.environments.values())
     if run.teacher:
         facts.append(f"teacher {run.teacher.get('file')}, SHA-256 of its weights {run.teacher.get('sha256')}")
     blocks: list[Block] = [Items(facts), Code(command(run.config))]
@@ -107,13 +128,24 @@ def _run(run: Run) -> Block:
     return Fold(run.name, blocks)
 
 
+def _code(environment: dict[str, Any]) -> str:
+    packages = environment.get("packages")
+    versions = packages if isinstance(packages, dict) else {}
+    return (
+        f"code {environment.get('commit') or 'unknown'}, mvat_dist {versions.get('mvat_dist', 'unknown')}, "
+        f"torch {versions.get('torch', 'unknown')}"
+    )
+
+
+def _host(environment: dict[str, Any]) -> str:
+    return f"on {environment.get('host', 'unknown')}, {environment.get('platform', 'unknown')}"
+
+
 def command(config: Config) -> str:
     """The command line that trains `config` again."""
     defaults = configfile.science(Config())
     options = []
     for key, value in configfile.science(config).items():
-        if key == "sizes":
-            value = {name: size for name, size in value.items() if name not in SIZES}
         if value != defaults.get(key):
             options.append(f"--{key} {shlex.quote(_written(value))}")
     return " \\\n    ".join(["python -m mvat_dist.train", *options])

@@ -41,7 +41,8 @@ class Run:
     config: Config
     inputs: dict[str, Any] = field(default_factory=dict)
     status: dict[str, Any] = field(default_factory=dict)
-    environment: dict[str, Any] = field(default_factory=dict)
+    environments: dict[Path, dict[str, Any]] = field(default_factory=dict)
+    """By the folders in which students were trained: that of the run, or those of its parts."""
     histories: dict[str, list[Row]] = field(default_factory=dict)
     """By student: the rows of the record, each with its ``step``."""
     evaluations: list[Evaluation] = field(default_factory=list)
@@ -114,7 +115,7 @@ class Reader:
             config,
             self._json(places[0].inputs),
             min(statuses, key=lambda one: number(one.get("step")) or 0.0),
-            self._json(places[0].environment),
+            {place.path: self._json(place.environment) for place in places},
             {
                 name: self._rows(RunDir(home(path, name)).history(name), {"step": int})
                 for name in students.select(config.student, config.sizes)

@@ -48,13 +48,14 @@ class Study:
         sizes: dict[str, Size] = {}
         kept = []
         for run in runs:
-            resized = [name for name, size in run.sizes.items() if sizes.setdefault(name, size) != size]
+            resized = [name for name, size in run.sizes.items() if sizes.get(name, size) != size]
             if resized:
                 problems.append(
                     f"{run.path} is left out: its {', '.join(resized)} is of another size than that of the "
                     "runs before it"
                 )
             else:
+                sizes |= run.sizes
                 kept.append(run)
         ordered = dict(sorted(sizes.items(), key=lambda item: (_macs(item[1]), item[0])))
         methods = grouping.group(kept)

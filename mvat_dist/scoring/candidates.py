@@ -8,13 +8,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mvat_dist import locations, modelfile
+from torch import nn
+
+from mvat_dist import locations, modelfile, weightsfile
 from mvat_dist.errors import UserError
-from mvat_dist.modelfile import LoadedModel, Which
+from mvat_dist.modelfile import LoadedModel
+from mvat_dist.models.logmmse import LogMmse
 from mvat_dist.rundir import RunDir
+from mvat_dist.students import Size
 from mvat_dist.summary import NOISY
+from mvat_dist.weightsfile import Which
 
 TEACHER = "teacher"
+CLASSICAL = "log-mmse"
+"""The MODEL that is no file: a filter that learns nothing, for a network to be better than."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +30,14 @@ class Candidate:
 
     name: str
     full_name: str
-    loaded: LoadedModel
+    own_name: str
+    """What its file calls it."""
+    model: nn.Module
+    """(B, T) -> (B, T), in eval mode."""
     fingerprint: str
+    size: Size | None = None
+    """None where it is no network."""
+    step: int | None = None
 
 
 def networks_of(models: Sequence[str], which: Which) -> dict[str, Candidate]:
@@ -32,8 +45,8 @@ def networks_of(models: Sequence[str], which: Which) -> dict[str, Candidate]:
 
     Args:
         models: paths, each a run (its teacher and all its students), a student's folder, a model file or
-            an authors' checkpoint; or NAME=PATH to choose the name. A network that is met twice, such as
-            the teacher of two runs, counts once.
+            an authors' checkpoint; or NAME=PATH to choose the name; or `CLASSICAL`. A network that is met
+            twice, such as the teacher of two runs, counts once.
         which: weights, where there is a choice.
 
     Raises:
@@ -67,14 +80,16 @@ def _split(model: str) -> tuple[str, Path]:
 
 
 def _candidates(path: Path, name: str, label: str, which: Which) -> list[Candidate]:
+    if str(path) == CLASSICAL and not path.exists():
+        return [Candidate(name or CLASSICAL, name or CLASSICAL, CLASSICAL, LogMmse().eval(), CLASSICAL)]
     if not RunDir(path).config.is_file():
-        loaded = modelfile.load(modelfile.resolve(path, which))
+        loaded = modelfile.load(weightsfile.resolve(path, which))
         return [_candidate(name or loaded.name, name or label, loaded)]
-    students = modelfile.students_of(path, which)
+    students = weightsfile.students_of(path, which)
     if not students:
         raise UserError(f"{path} holds no trained student yet: weights are saved with its first checkpoint")
     files = dict(students)
-    teacher = modelfile.teacher_of(path)
+    teacher = weightsfile.teacher_of(path)
     if teacher is not None and teacher.exists():
         files = {TEACHER: teacher, **files}
     elif teacher is not None:
@@ -86,4 +101,7 @@ def _candidates(path: Path, name: str, label: str, which: Which) -> list[Candida
 
 
 def _candidate(name: str, full_name: str, loaded: LoadedModel) -> Candidate:
-    return Candidate(name, full_name, loaded, modelfile.fingerprint(loaded.model))
+    model = loaded.model
+    return Candidate(
+        name, full_name, loaded.name, model, modelfile.fingerprint(model), model.size, loaded.step
+    )

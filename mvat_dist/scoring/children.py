@@ -82,11 +82,14 @@ class _Child:
             theirs.close()
         self.ready = False
         self.task: _Task | None = None
+        self.begun = False
+        """Whether the child has said that it has its task; the start of a child counts for its first task."""
         self.deadline = 0.0
 
     def assign(self, task: _Task, seconds: float) -> None:
         """Send `task`; a child that has died in the meantime is found by `receive`."""
         self.task = task
+        self.begun = not self.ready
         self.deadline = time.monotonic() + seconds
         try:
             self.connection.send_bytes(json.dumps(task.left).encode())
@@ -102,7 +105,7 @@ class _Child:
         except (EOFError, OSError):
             return False
         if message == _READY:
-            self.ready = True
+            self.ready = self.begun = True
         elif self.task is not None:
             self.task.done(Score(*json.loads(message)))
         self.deadline = time.monotonic() + seconds
@@ -267,7 +270,10 @@ class _Pool:
                 yield task
 
     def _bury(self, child: _Child, *, timed_out: bool) -> None:
-        """Give the metric that ended `child` a failed score, and put the rest of its task first in line."""
+        """Give the metric that ended `child` a failed score, and put the rest of its task first in line.
+
+        Of a child that has died, or was stopped, while it was idle, the whole task is put there.
+        """
         self.children.remove(child)
         code = child.end()
         # A Python error before the first clip would come back for every clip; a signal may hit anyone.
@@ -275,8 +281,9 @@ class _Pool:
             raise RuntimeError(f"a scoring process could not start (exit code {code}); its message is above")
         task = child.task
         assert task is not None
-        reason = f"took more than {self.seconds_limit:g} s" if timed_out else f"scorer died ({_cause(code)})"
-        task.done(Score(None, reason))
+        if child.begun:
+            late = f"took more than {self.seconds_limit:g} s"
+            task.done(Score(None, late if timed_out else f"scorer died ({_cause(code)})"))
         if task.left:
             child.task = None
             self.waiting.appendleft(task)
@@ -291,13 +298,17 @@ def _cause(code: int) -> str:
 
 
 def serve(descriptor: int) -> None:
-    """A child's whole life: score what comes through the inherited pipe until the parent closes it."""
+    """A child's whole life: score what comes through the inherited pipe until the parent closes it.
+
+    It says when it is there, when it has a clip, and each score.
+    """
     connection = Connection(descriptor)
     connection.send_bytes(_READY)
     while True:
         try:
             names = json.loads(connection.recv_bytes())
             estimate, clean = (np.frombuffer(connection.recv_bytes(), np.float32) for _ in range(2))
+            connection.send_bytes(_READY)
             for name in names:
                 score = _score(name, estimate, clean)
                 connection.send_bytes(json.dumps([score.value, score.failure]).encode())

@@ -115,7 +115,7 @@ def score(evaluation: Evaluation, log: RowLog, here: Ranks, processes: int) -> N
     """
     share = [place for place in evaluation.places if place[1] % here.world_size == here.rank]
     missing = set(share) - evaluation.known_rows(log).keys()
-    models = {name: one.loaded.model.to(evaluation.device) for name, one in evaluation.networks.items()}
+    models = {name: one.model.to(evaluation.device) for name, one in evaluation.networks.items()}
     bar = tqdm(total=len(share), initial=len(share) - len(missing), unit="utterance", desc="scoring")
     with log.appending(here.rank) as append, bar:
         for subset, clips in evaluation.sets.items():
@@ -162,7 +162,7 @@ def _write(evaluation: Evaluation, log: RowLog, rows: list[Row], costs: Mapping[
         )
         for name in evaluation.sets
     ]
-    names = {name: one.loaded.name for name, one in evaluation.networks.items()}
+    names = {name: one.own_name for name, one in evaluation.networks.items()}
     tables = [scoresheet.table_markdown(one, names, costs, evaluation.metrics) for one in sections]
     out = evaluation.out
     # It vouches for what lies beside it: gone before the others change, back when all are there.
@@ -177,9 +177,9 @@ def _record(evaluation: Evaluation, sections: Sequence[Section], costs: Mapping[
     """The content of ``scores.json``."""
     networks = {
         name: {
-            "name": one.loaded.name,
-            "step": one.loaded.step,
-            "size": asdict(one.loaded.model.size),
+            "name": one.own_name,
+            "step": one.step,
+            "size": asdict(one.size) if one.size else None,
             **asdict(costs[name]),
         }
         for name, one in evaluation.networks.items()
@@ -207,5 +207,5 @@ def _costs_file(log: RowLog) -> Path:
 def measure_costs(evaluation: Evaluation, log: RowLog) -> None:
     """Once for an evaluation, so that it ends with the same tables however often it is interrupted."""
     if not _costs_file(log).exists():
-        costs = {name: asdict(cost(one.loaded.model)) for name, one in evaluation.networks.items()}
+        costs = {name: asdict(cost(one.model, one.size)) for name, one in evaluation.networks.items()}
         write_json(_costs_file(log), costs)

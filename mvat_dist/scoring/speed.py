@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from mvat_dist import students
 from mvat_dist.config import SAMPLE_RATE
-from mvat_dist.models import Manner
 from mvat_dist.models.inference import folded
-from mvat_dist.students import COST_SECONDS
+from mvat_dist.students import COST_SECONDS, Size
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,15 @@ class Cost:
     """Processing time over audio duration of its inference form, on one thread of this machine."""
 
 
-def cost(model: Manner) -> Cost:
-    """Count and measure `model`, which must be on the CPU and in eval mode."""
+def cost(model: nn.Module, size: Size | None) -> Cost:
+    """Count and measure `model`, on the CPU and in eval mode; without a size it multiplies no matrices."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    macs = students.macs(model.size, round(COST_SECONDS * SAMPLE_RATE))
+    macs = students.macs(size, round(COST_SECONDS * SAMPLE_RATE)) if size else 0
     return Cost(parameters, macs / 1e9, real_time_factor(folded(model)))
 
 
 @torch.no_grad()
-def real_time_factor(model: torch.nn.Module, seconds: float = COST_SECONDS, runs: int = 5) -> float:
+def real_time_factor(model: nn.Module, seconds: float = COST_SECONDS, runs: int = 5) -> float:
     """Processing time over audio duration of one pass over `seconds` of noise; below 1 keeps up with speech.
 
     Wall-clock median of `runs` passes on one CPU thread, after one that is not counted (it allocates

@@ -32,9 +32,11 @@ from mvat_dist.tracking.wandbrows import STEP, VALIDATED, Extras, Mark, copy_of,
 from mvat_dist.tracking.wandbservice import (
     END_SECONDS,
     at_once,
+    contents,
     end_service,
     kill_service,
     newest_values,
+    restore,
     segments,
 )
 
@@ -97,14 +99,19 @@ class Mirror:
 
         Raises:
             Exception: whatever W&B raises where it cannot be reached, refuses the key or does not take all
-                in ten minutes (`TimeoutError`). The next call goes on.
+                in ten minutes (`TimeoutError`). The next call goes on. Where no run could be opened, nothing
+                of the attempt is left on disk.
         """
         self._mode, self._upload_seconds = "online", _PATIENT_SECONDS
+        own = self._folder / "wandb"
+        before = contents(own)
         try:
             self._open_fleet()
             self._end_runs(exit_code)
         finally:
             end_service(kill=True)
+            if not self._runs:
+                restore(own, before)
 
     def log(self, name: str, row: Row, extras: Extras | None = None) -> None:
         """Send one row of a history."""

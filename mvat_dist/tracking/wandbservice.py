@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import shutil
 import struct
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,26 @@ def end_service(*, kill: bool = False) -> None:
 
     at_once([teardown], END_SECONDS)
     kill_service()
+
+
+def contents(own: Path) -> dict[Path, Path | None]:
+    """What is in W&B's folder of a run; of links, such as ``latest-run``, where they lead."""
+    entries = own.iterdir() if own.is_dir() else ()
+    return {entry: entry.readlink() if entry.is_symlink() else None for entry in entries}
+
+
+def restore(own: Path, before: Mapping[Path, Path | None]) -> None:
+    """Remove what has come into W&B's folder since it had these `contents`, and lead its links back."""
+    for entry, target in contents(own).items():
+        if target:
+            entry.unlink()
+        elif entry not in before:
+            shutil.rmtree(entry, ignore_errors=True)
+    for entry, target in before.items():
+        if target:
+            entry.symlink_to(target)
+    if not before:
+        shutil.rmtree(own, ignore_errors=True)
 
 
 def kill_service() -> None:

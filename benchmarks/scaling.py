@@ -1,8 +1,8 @@
 """Fits `mvat_dist.costmodel` to this machine, checks it on what it has not seen, and looks ahead.
 
-    python -m benchmarks.scaling python -m benchmarks.scaling --write machine.json     # for mvat_dist.submit
-    --dry-run --machine machine.json python -m benchmarks.scaling --simulate machine.json  # 4, 64 and 512
-    such nodes; nothing is measured
+    python -m benchmarks.scaling
+    python -m benchmarks.scaling --write machine.json      # for mvat_dist.submit --dry-run --machine machine.json
+    python -m benchmarks.scaling --simulate machine.json   # 4, 64 and 512 such nodes; nothing is measured
 
 The real fleet trains on 1, 2 and 4 processes for the fit and on 3 for the check. Run it on a machine that is
 doing nothing else: these are wall times.

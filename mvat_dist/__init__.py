@@ -12,9 +12,7 @@ if TYPE_CHECKING:
 __all__ = ["load"]
 
 
-def load(
-    path: str | Path, device: str = "auto", batch: int = 1, precision: Precision = "fp32"
-) -> Enhancer:
+def load(path: str | Path, device: str = "auto", batch: int = 1, precision: Precision = "fp32") -> Enhancer:
     """A model to enhance with: ``mvat_dist.load("best.safetensors").enhance(audio, sample_rate)``.
 
     Args and errors: `mvat_dist.deploy.enhancer.load`.

@@ -1,11 +1,12 @@
 """Fits `mvat_dist.costmodel` to this machine, checks it on what it has not seen, and looks ahead.
 
     python -m benchmarks.scaling
-    python -m benchmarks.scaling --write machine.json      # for mvat_dist.submit --dry-run --machine machine.json
+    python -m benchmarks.scaling --write machine.json      # for `submit --dry-run --machine machine.json`
     python -m benchmarks.scaling --simulate machine.json   # 4, 64 and 512 such nodes; nothing is measured
 
-The real fleet trains on 1, 2 and 4 processes for the fit and on 3 for the check. Run it on a machine that is
-doing nothing else: these are wall times.
+The real fleet trains on 1, 2 and 4 processes for the fit. What the fit has not seen is the check: 3
+processes, and other students on 2 with other segments. Run it on a machine that is doing nothing else: these
+are wall times.
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ from mvat_dist.ranks import export, free_port, read
 from mvat_dist.teacher import LiveTeacher
 
 FITTED, HELD_OUT = (1, 2, 4), 3
+OTHER: dict[str, Any] = {"students": "manner-s-8.1gf,manner-s-0.6gf", "batch": 3, "seconds": 2.0}
+"""Another fleet, held out as well: of sizes, a batch and a length that are not in the fit."""
+OTHER_PROCESSES = 2
 SMALL, LARGE = 1_000, 4_000_000
 """Floats of the two messages from whose times latency and bandwidth follow."""
 
@@ -55,9 +59,16 @@ def main() -> None:
         _simulate(Machine.read(arguments.simulate))
         return
     found = {processes: _run(arguments, processes) for processes in (*FITTED, HELD_OUT)}
+    other = argparse.Namespace(**{**vars(arguments), **OTHER})
     machine = _fit(arguments, found)
     print(machine.to_json())
-    _check(arguments, machine, found)
+    checks = [
+        _compared(arguments, machine, processes, one, "held out" if processes == HELD_OUT else "fitted")
+        for processes, one in sorted(found.items())
+    ]
+    unseen = _run(other, OTHER_PROCESSES)
+    checks.append(_compared(other, machine, OTHER_PROCESSES, unseen, "held out: other students, 3 x 2 s"))
+    print(tabulate(checks, headers="keys", tablefmt="github", floatfmt=".3g"))
     if arguments.write:
         write_text(arguments.write, machine.to_json())
     _simulate(machine)
@@ -133,20 +144,19 @@ def _messages(found: dict[str, Any], processes: int) -> tuple[float, float]:
     return found["small"] / rounds, 4 * (LARGE - SMALL) / processes / slope
 
 
-def _check(arguments: argparse.Namespace, machine: Machine, found: dict[int, dict[str, Any]]) -> None:
-    rows = []
-    for processes, one in sorted(found.items()):
-        forecasted = costmodel.step(_work(arguments, processes), machine, processes, processes).seconds
-        rows.append(
-            {
-                "processes": processes,
-                "": "held out" if processes == HELD_OUT else "fitted",
-                "measured s": one["step"],
-                "forecast s": forecasted,
-                "error %": 100 * (forecasted / one["step"] - 1),
-            }
-        )
-    print(tabulate(rows, headers="keys", tablefmt="github", floatfmt=".3g"))
+def _compared(
+    arguments: argparse.Namespace, machine: Machine, processes: int, found: dict[str, Any], what: str
+) -> dict[str, Any]:
+    """A row: the step that was measured, and its forecast."""
+    forecasted = costmodel.step(_work(arguments, processes), machine, processes, processes).seconds
+    error = 100 * (forecasted / found["step"] - 1)
+    return {
+        "processes": processes,
+        "": what,
+        "measured s": found["step"],
+        "forecast s": forecasted,
+        "error %": error,
+    }
 
 
 def _simulate(machine: Machine) -> None:

@@ -41,7 +41,7 @@ class Rate(NamedTuple):
 _MAKE_ONE = "python -m benchmarks.scaling --write FILE makes one"
 _PAIRS = ("forward", "learning")
 _SPEEDS = ("bandwidth", "store", "saving")
-_FORWARD, _LEARNING = Rate(2.9e-11, 4.5e-9), Rate(7.1e-11, 1.25e-8)
+_FORWARD, _LEARNING = Rate(3.3e-11, 1.4e-9), Rate(2.1e-11, 1.1e-8)
 
 
 @dataclass(frozen=True)
@@ -55,19 +55,19 @@ class Machine:
     """Of the teacher."""
     learning: Rate = _LEARNING
     """Of a student: forward and backward."""
-    loss: float = 0.016
+    loss: float = 0.036
     """Seconds of the losses per second of audio and student, with the backward."""
-    update: float = 3.0e-9
+    update: float = 5.8e-9
     """Optimiser seconds per parameter."""
-    call: float = 0.01
+    call: float = 0.0
     """Seconds per student and micro-batch whatever their size: Python, launching of kernels."""
-    crowding: float = 0.15
+    crowding: float = 0.017
     """By how much computation slows down per other process of the node, for memory and caches are shared."""
-    jitter: float = 0.03
+    jitter: float = 0.054
     """Standard deviation of a step's duration over processes, as a share of it."""
-    latency: float = 1e-4
+    latency: float = 1e-3
     """Seconds for one message from a process to the next."""
-    bandwidth: float = 1e9
+    bandwidth: float = 1.4e9
     """Bytes per second from a process to the next."""
     overlap: float = 0.5
     """Share of a student's computation during which the gradients of the one before can travel."""
@@ -75,7 +75,7 @@ class Machine:
     """Seconds in which one reader makes a segment of four seconds."""
     store: float = 1e9
     """Bytes per second that the shared storage gives to all processes together."""
-    saving: float = 2e8
+    saving: float = 2.9e8
     """Bytes per second of writing a checkpoint, flushed to the disk."""
     scoring: float = 0.12
     """Seconds of PESQ and the like for a clip of four seconds, per process."""

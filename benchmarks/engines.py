@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -26,12 +24,12 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from benchmarks.processes import told
 from mvat_dist import students
-from mvat_dist.cluster import launch
 from mvat_dist.config import SAMPLE_RATE, EngineConfig, OptimConfig
 from mvat_dist.engine import StudentEngine, deepspeed_config, init_distributed
 from mvat_dist.models import Manner
-from mvat_dist.ranks import export, free_port, read
+from mvat_dist.ranks import export, read
 from mvat_dist.schedule import Hyperparameters
 
 CPU = torch.device("cpu")
@@ -90,23 +88,7 @@ def _run(arguments: argparse.Namespace, way: str, processes: int) -> dict[str, f
         f"--way={WAYS[way]}",
     ]
     command += [f"--steps={arguments.steps}", f"--seconds={arguments.seconds}", f"--batch={arguments.batch}"]
-    found: list[dict[str, float]] = []
-    for _ in range(arguments.repeats):
-        port = free_port()
-        members = [
-            subprocess.Popen(
-                command,
-                env=launch.environment(rank, processes, port, os.environ) | {"OMP_NUM_THREADS": "1"},
-                stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                text=True,
-            )
-            for rank in range(processes)
-        ]
-        told, _ = members[0].communicate(timeout=300)
-        if any(member.wait() for member in members):
-            raise SystemExit(f"{way} failed: run {' '.join(command)} to see why")
-        found.append(json.loads(told.splitlines()[-1]))
+    found = [told(command, processes) for _ in range(arguments.repeats)]
     return {key: statistics.median(one[key] for one in found) for key in found[0]}
 
 

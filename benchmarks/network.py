@@ -1,13 +1,13 @@
 """The network against the authors' formulation: time, memory and what each rewriting is worth.
 
-    python benchmarks/network.py                        # 13 minutes on a busy machine
-    python benchmarks/network.py --plain ~/MANNER       # against the authors' own code
-    python benchmarks/network.py --only tricks
+    python -m benchmarks.network                        # 13 minutes on a busy machine
+    python -m benchmarks.network --plain ~/MANNER       # against the authors' own code
+    python -m benchmarks.network --only tricks
 
-Without ``--plain`` the authors' formulation is stood in for by `PlainManner` below: the same modules,
-each computed on its own and in torch's obvious way. Both networks are run in turn in one process on one
-thread, and the medians of the ratios of CPU time are reported: other people's load moves both alike.
-Memory is the peak of a child process that makes one forward pass, less that of one that makes none.
+Without ``--plain`` the authors' formulation is stood in for by `benchmarks.plain`. Both networks are run in
+turn in one process on one thread, and the medians of the ratios of CPU time are reported: other people's load
+moves both alike. Memory is the peak of a child process that makes one forward pass, less that of one that
+makes none.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from benchmarks.plain import enhance
 from mvat_dist.config import SAMPLE_RATE
 from mvat_dist.models import Manner, build, multiview
 from mvat_dist.models import layers as layers_module
@@ -153,16 +154,15 @@ ALL = [patch for name, patches in TRICKS.items() if name not in PARTS for patch 
 
 
 class PlainManner(nn.Module):
-    """A network computed with none of the rewritings."""
+    """A network computed in the plain formulation, with weights of its own."""
 
     def __init__(self, network: Manner) -> None:
         super().__init__()
-        self.network = network
+        self.network = copy.deepcopy(network)
 
     def forward(self, noisy: Tensor) -> Tensor:
-        with patched(ALL):
-            estimate: Tensor = self.network(noisy)
-        return estimate
+        tensors = {**dict(self.network.named_parameters()), **dict(self.network.named_buffers())}
+        return enhance(tensors, self.network.size, noisy, training=self.training)[0]
 
 
 class TheirManner(nn.Module):
@@ -234,7 +234,7 @@ def training(model: nn.Module, noisy: Tensor) -> Step:
 def pair(name: str, plain: Path | None) -> tuple[nn.Module, Manner]:
     torch.manual_seed(0)
     network = build(name)
-    return (TheirManner(plain, network) if plain else PlainManner(copy.deepcopy(network))), network
+    return (TheirManner(plain, network) if plain else PlainManner(network)), network
 
 
 def speedups(plain: Path | None) -> str:
@@ -349,7 +349,7 @@ def lengths(plain: Path | None, out: Path | None) -> str:
 
 
 def _in_child(which: str, name: str, seconds: float, plain: Path | None) -> list[float]:
-    argv = [sys.executable, __file__, "--child", which, name, str(seconds)]
+    argv = [sys.executable, "-m", "benchmarks.network", "--child", which, name, str(seconds)]
     argv += ["--plain", str(plain)] if plain else []
     done = subprocess.run(argv, capture_output=True, text=True, check=True)
     return [float(word) for word in done.stdout.splitlines()[-1].split()]
@@ -379,7 +379,7 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(
         description="The network against the authors' formulation.",
-        epilog="example: python benchmarks/network.py --plain ~/MANNER --picture lengths.png",
+        epilog="example: python -m benchmarks.network --plain ~/MANNER --picture lengths.png",
     )
     parser.add_argument("--plain", type=Path, help="a clone of the authors' repository to compare with")
     parser.add_argument("--only", choices=["speedups", "tricks", "rtf", "lengths"])

@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +29,7 @@ from scipy.optimize import nnls
 from tabulate import tabulate
 
 from benchmarks.fleet import CPU, build_fleet
+from benchmarks.processes import told
 from mvat_dist import costmodel, forecast, modelfile, students
 from mvat_dist.cluster import launch
 from mvat_dist.config import SAMPLE_RATE, Config
@@ -38,7 +38,7 @@ from mvat_dist.data.stream import Batch
 from mvat_dist.engine import init_distributed
 from mvat_dist.files import write_text
 from mvat_dist.models import Manner
-from mvat_dist.ranks import export, free_port, read
+from mvat_dist.ranks import export, read
 from mvat_dist.teacher import LiveTeacher
 
 FITTED, HELD_OUT = (1, 2, 4), 3
@@ -175,24 +175,10 @@ def _simulate(machine: Machine) -> None:
 
 
 def _run(arguments: argparse.Namespace, processes: int) -> dict[str, Any]:
-    """What rank 0 of so many fresh processes measures."""
+    """What so many fresh processes measure."""
     command = [sys.executable, "-m", "benchmarks.scaling", "--measured", f"--students={arguments.students}"]
     command += [f"--{key}={getattr(arguments, key)}" for key in ("teacher", "batch", "seconds", "steps")]
-    port = free_port()
-    members = [
-        subprocess.Popen(
-            command,
-            env=launch.environment(rank, processes, port, os.environ) | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
-            stderr=None if rank == 0 else subprocess.DEVNULL,
-            text=True,
-        )
-        for rank in range(processes)
-    ]
-    told, _ = members[0].communicate()
-    if any(member.wait() for member in members):
-        raise SystemExit(f"{processes} processes failed")
-    return dict(json.loads(told.splitlines()[-1]))
+    return told(command, processes)
 
 
 def _measured(arguments: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mvat_dist import collectives, modelfile
-from mvat_dist.errors import UserError, exit_code
+from mvat_dist.errors import UserError
 from mvat_dist.evaluate import main
 from mvat_dist.files import write_json
 from mvat_dist.metrics import GROUPS, METRICS
@@ -23,6 +23,7 @@ from mvat_dist.scoring import speed
 from mvat_dist.scoring.validate import validate
 from mvat_dist.students import Size, parameters
 from mvat_dist.summary import mean_interval, summarise
+from tests.mistakes import assert_refused
 from tests.ranks_harness import on_ranks
 from tests.signals import noise_at, syllables
 from tests.tiny_corpus import write_pairs
@@ -178,11 +179,7 @@ def test_mistakes_are_one_line_and_exit_code_2(run, corpus, tmp_path, monkeypatc
     given = {"run": str(run), "--data": str(corpus)} | change
     argv = [given.pop("run"), *(part for option in given.items() for part in option)]
     before = sorted(tmp_path.rglob("*"))
-    assert exit_code(main, argv) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert message in error
+    assert_refused(main, argv, message, capsys)
     assert sorted(tmp_path.rglob("*")) == before
 
 

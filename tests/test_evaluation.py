@@ -16,7 +16,7 @@ import torch
 from scipy import stats
 
 from mvat_dist import modelfile
-from mvat_dist.errors import UserError, exit_code
+from mvat_dist.errors import UserError
 from mvat_dist.evaluate import main
 from mvat_dist.files import write_json
 from mvat_dist.metrics import METRICS
@@ -26,6 +26,7 @@ from mvat_dist.scoring import children as scoring
 from mvat_dist.students import Size
 from mvat_dist.summary import by_snr, compare
 from tests.conftest import REPOSITORY
+from tests.mistakes import assert_refused
 from tests.signals import noise_at, syllables
 from tests.tiny_corpus import write_pairs
 from tests.waiting import until
@@ -298,11 +299,7 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, ar
     save(Path("one.safetensors"), 0)
     save(Path("two.safetensors"), 1)
     before = sorted(tmp_path.rglob("*"))
-    assert exit_code(main, argv) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert message in error
+    assert_refused(main, argv, message, capsys)
     assert sorted(tmp_path.rglob("*")) == before
 
 

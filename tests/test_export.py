@@ -30,6 +30,7 @@ from mvat_dist.rundir import RunDir
 from mvat_dist.students import SIZES, Size
 from mvat_dist.teacher import LiveTeacher
 from tests.conftest import REPOSITORY
+from tests.mistakes import assert_refused
 from tests.networks import loud
 from tests.signals import noise_at, syllables
 
@@ -274,11 +275,8 @@ def test_mistakes_are_one_line(run, clips, tmp_path, monkeypatch, capsys, change
     monkeypatch.chdir(tmp_path)
     Path("notes.txt").write_text("nothing")
     given = {"--model": str(run), "--data": str(clips), "--out": "out", **change}
-    assert exit_code(main, [part for option in given.items() for part in option]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert message in error
+    argv = [part for option in given.items() for part in option]
+    assert_refused(main, argv, message, capsys)
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 
 

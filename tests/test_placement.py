@@ -24,7 +24,7 @@ from mvat_dist.errors import UserError
 from mvat_dist.placement import Part
 from mvat_dist.ranks import Ranks
 from mvat_dist.students import STUDENTS
-from tests.test_train import COMMON, environment, history, losses, same_weights, train
+from tests.test_train import COMMON, environment, history, losses, same_weights, succeed, train
 from tests.test_train import corpus as corpus
 from tests.waiting import until
 
@@ -32,15 +32,7 @@ BOTH = ("--student=tiny,mini", "--distil.method=none")
 
 
 def submit(corpus: Path, runs: Path, name: str, *arguments: str) -> None:
-    done = subprocess.run(
-        submit_command(corpus, runs, name, *arguments),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    succeed(submit_command(corpus, runs, name, *arguments))
 
 
 def submit_command(corpus: Path, runs: Path, name: str, *arguments: str) -> list[str]:

@@ -79,16 +79,13 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
 
 
-def train(corpus: Path, runs: Path, name: str, *arguments: str, processes: int = 1) -> Path:
-    done = subprocess.run(
-        command(corpus, runs, name, arguments, processes),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+def succeed(argv: list[str]) -> None:
+    done = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def train(corpus: Path, runs: Path, name: str, *arguments: str, processes: int = 1) -> Path:
+    succeed(command(corpus, runs, name, arguments, processes))
     return runs / name
 
 

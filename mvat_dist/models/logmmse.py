@@ -67,18 +67,15 @@ class LogMmse(nn.Module):
     def forward(self, noisy: Tensor) -> Tensor:
         """(B, T) -> (B, T), full scale 1."""
         window = torch.hann_window(_FFT, device=noisy.device)
-        samples = noisy.shape[-1]
-        padded = nn.functional.pad(noisy, (_FFT, _FFT))  # whole frames over every sample, of any length
-        spectra = torch.stft(padded, _FFT, _HOP, window=window, center=False, return_complex=True)
+        spectra = torch.stft(noisy, _FFT, _HOP, window=window, pad_mode="constant", return_complex=True)
         powers = spectra.abs().square().double().cpu().numpy()
         gains = torch.from_numpy(np.stack([_gains(power.T).T for power in powers])).to(spectra)
-        frames = torch.fft.irfft(spectra * gains, dim=1) * window[:, None]
-        return _overlap_add(frames, window)[:, _FFT : _FFT + samples]
+        return torch.istft(spectra * gains, _FFT, _HOP, window=window, length=noisy.shape[-1])
 
 
 def _gains(powers: Spectrum) -> Spectrum:
     """Factors of the amplitudes (frames, F) from the powers of noisy speech."""
-    heard = powers[powers.sum(1) > 0]  # the padding, and digital silence, say nothing of the noise
+    heard = powers[powers.sum(1) > 0]  # digital silence says nothing of the noise
     tracker = NoiseTracker(heard[:_FIRST_FRAMES].mean(0) if len(heard) else powers[0])
     factors = np.ones_like(powers)
     speech = np.zeros_like(powers[0])
@@ -91,13 +88,3 @@ def _gains(powers: Spectrum) -> Spectrum:
         factors[number] = np.minimum(gain(np.clip(prior, _LEAST_SNR, _LARGEST_SNR), posterior), 1.0)
         speech = factors[number] ** 2 * power
     return factors
-
-
-def _overlap_add(frames: Tensor, window: Tensor) -> Tensor:
-    """Windowed frames (B, L, N) -> (B, samples), divided by the sum of the squared windows."""
-    batch, length, count = frames.shape
-    samples = (count - 1) * _HOP + length
-    fold = nn.Fold((1, samples), (1, length), stride=(1, _HOP))
-    weight = fold(window.square()[None, :, None].expand(1, length, count))
-    total: Tensor = fold(frames) / weight.clamp_min(1e-8)
-    return total.view(batch, samples)

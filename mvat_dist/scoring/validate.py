@@ -44,11 +44,9 @@ def validate(
     *,
     device: torch.device,
     noisy: bool = False,
-    processes: int = 1,
     rank: int = 0,
     world_size: int = 1,
     gather: Gather = lambda rows: [rows],
-    progress: Callable[[int], object] | None = None,
 ) -> list[Row]:
     """One row per clip and model, in the order of `clips` and `models`, equal on every rank.
 
@@ -60,27 +58,14 @@ def validate(
         metrics: names from `mvat_dist.metrics.METRICS`.
         device: where the networks are.
         noisy: score the noisy input too, as the first model, called `NOISY`.
-        processes: scoring children of this rank; 0 takes one per available CPU.
         rank, world_size: this process and their number.
         gather: needed with more than one rank; called once, by all of them.
-        progress: called with 1 after each scored row of this rank.
     """
-    rows = []
-    scored = rows_as_scored(
-        models,
-        clips,
-        metrics,
-        device=device,
-        noisy=noisy,
-        processes=processes,
-        wanted=lambda index, _: index % world_size == rank,
+    own = rows_as_scored(
+        models, clips, metrics, device=device, noisy=noisy, wanted=lambda at, _: at % world_size == rank
     )
-    for row in scored:
-        rows.append(row)
-        if progress is not None:
-            progress(1)
     names = [NOISY, *models]
-    gathered = [row for one_rank in gather(rows) for row in one_rank]
+    gathered = [row for one_rank in gather(list(own)) for row in one_rank]
     return sorted(gathered, key=lambda row: (row["index"], names.index(row["model"])))
 
 
@@ -97,6 +82,7 @@ def rows_as_scored(
     """The row of each clip and model as soon as it is scored, in any order; the rest is as in `validate`.
 
     Args:
+        processes: scoring children of this rank; 0 takes one per available CPU.
         wanted: whether the model of a name is to be scored on the clip at a position.
     """
     begun: list[Row] = []

@@ -22,7 +22,7 @@ from mvat_dist.data.validation import ValidationClips
 from mvat_dist.devices import Precision
 from mvat_dist.engine import StudentEngine, deepspeed_config
 from mvat_dist.errors import UserError
-from mvat_dist.files import check_space, write_json
+from mvat_dist.files import check_space, read_json, write_json
 from mvat_dist.fleet import Fleet, Student
 from mvat_dist.losses import Objective
 from mvat_dist.models import Manner
@@ -120,6 +120,7 @@ def _claim(run: RunDir, config: Config, inputs: Inputs) -> Path | None:
     read = {
         "teacher": inputs.teacher.describe() if inputs.teacher else None,
         "data": fingerprints([*Corpus.of(config.data).all_folders(), *_held_out(config)]),
+        "init": _beginnings(run, config, found),
     }
     if found:
         run.check_inputs(read)
@@ -127,6 +128,48 @@ def _claim(run: RunDir, config: Config, inputs: Inputs) -> Path | None:
     run.create(config)
     run.record_inputs(read)
     return found
+
+
+def _beginnings(run: RunDir, config: Config, found: Path | None) -> dict[str, dict[str, str]]:
+    """Which weights every student began or begins with, by name; empty where they are random ones.
+
+    Raises:
+        UserError: `train.init` does not fit a student that is still to begin.
+    """
+    known: dict[str, dict[str, str]] = {}
+    if found and run.inputs.exists():
+        known = read_json(run.inputs).get("init", {})
+    if not config.train.init:
+        return known
+    begun = checkpoint.progress_of(found) if found else {}
+    fresh = [name for name in students.select(config.student, config.sizes) if name not in begun]
+    return known | {name: _described(_first_weights(config, name)) for name in fresh}
+
+
+def _first_weights(config: Config, name: str) -> modelfile.LoadedModel:
+    """The network in `train.init` that the student begins as.
+
+    Raises:
+        UserError: there is none of this size.
+    """
+    place = Path(config.train.init)
+    try:
+        of_runs = weightsfile.students_of(place) if place.is_dir() else {}
+        file = of_runs.get(name) or weightsfile.resolve(place)
+        loaded = modelfile.load(file)
+    except UserError as error:
+        raise UserError(f"--train.init: {error}") from error
+    if loaded.model.size != (size := students.get(name, config.sizes)):
+        raise UserError(
+            f"--train.init {file} is {loaded.model.size}, but the student {name} is {size}: give weights of "
+            "its size, or declare the student's size so"
+        )
+    return loaded
+
+
+def _described(loaded: modelfile.LoadedModel) -> dict[str, str]:
+    """A network that students begin with, as a run records it."""
+    return {"name": loaded.name, "sha256": modelfile.fingerprint(loaded.model)}
 
 
 def position(config: Config, found: Path | None) -> int:
@@ -210,6 +253,8 @@ def _network(config: Config, name: str, weights: dict[str, torch.Tensor] | None)
     """The student's network: from the seed and its name alone, so it starts the same in every fleet."""
     torch.manual_seed(seed_for(config.seed, name))
     module: nn.Module = Manner(students.get(name, config.sizes))
+    if weights is None and config.train.init:
+        weights = dict(_first_weights(config, name).model.state_dict())
     if weights is not None:
         module.load_state_dict(weights)
     if config.train.batchnorm_momentum:

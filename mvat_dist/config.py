@@ -179,6 +179,9 @@ class TrainConfig:
     most places), which need some 500 steps to forget their start: shorter runs want 0.1."""
     max_skipped: int = 100
     """Consecutive steps with a non-finite gradient after which a student is rolled back or given up."""
+    init: str = ""
+    """Weights to begin with instead of random ones, as when fine-tuning: a run folder with each of the
+    students, or one student's folder or file. Read once: a run that goes on has its own."""
     rollbacks: int = 1
     """Times a student goes back to the last checkpoint that it was well in, with half its learning rate,
     before it is given up; the others train on meanwhile."""

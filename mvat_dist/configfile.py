@@ -116,7 +116,7 @@ def _make_paths_absolute(config: Config) -> None:
     config.runs = str(Path(config.runs).absolute())
     config.data.train = locations.absolute(config.data.train)
     config.data.valid = config.data.valid and locations.absolute(config.data.valid)
-    for holder, name in ((config.teacher, "file"), (config.teacher, "cache")):
+    for holder, name in ((config.teacher, "file"), (config.teacher, "cache"), (config.train, "init")):
         if getattr(holder, name):
             setattr(holder, name, str(Path(getattr(holder, name)).absolute()))
 
@@ -154,6 +154,8 @@ def check(config: Config) -> None:
         raise UserError(
             "every view is switched off: give one of --distil.beta_channel, _global, _local above 0"
         )
+    if locations.is_url(config.train.init):
+        raise UserError(f"--train.init {config.train.init} is a URL: copy it to a folder of this machine")
     _check_ranges(config)
 
 

@@ -31,7 +31,7 @@ config.yaml        the resolved configuration; `python -m mvat_dist.train --conf
 environment.json   versions, host and ranks of the latest start
 STATUS             state, step, why it stopped, restarts, as JSON; `python -m mvat_dist.status THIS_FOLDER`
 lock/, heartbeat   who writes here now, and that process's sign of life
-inputs.json        which teacher (fingerprint of its weights) and which shards (hash of their manifest)
+inputs.json        which teacher and which first weights (fingerprints), which shards (hash of their manifest)
 deepspeed.json     the configuration that DeepSpeed got for each student
 checkpoints/       step-NNNNNNNN/: all that is needed to go on; safetensors and JSON
 students/NAME/     history.jsonl (losses, learning rate, scores by step), best/ and last/: model.safetensors

@@ -108,6 +108,22 @@ def test_a_child_that_hangs_is_ended(scorers):
     assert all(score.failure is None for one in scores[1:] for score in one.values())
 
 
+def test_a_child_that_is_suspended_idle_is_ended(scorers):
+    """Its pipe does not hold a clip: sending one must not wait for it for ever."""
+    scored = threading.Event()
+
+    def suspending() -> Iterator[Pair]:
+        yield PAIRS[0]
+        assert scored.wait(60), "the pair was not scored"
+        (child,) = scorers()
+        os.kill(child, signal.SIGSTOP)
+        yield CROWDED
+
+    pairs = suspending()
+    scores = score_pairs(pairs, ["si_sdr"], processes=1, seconds_limit=3.0, progress=lambda _: scored.set())
+    assert scores == score_pairs([PAIRS[0], CROWDED], ["si_sdr"], processes=1)
+
+
 @pytest.mark.parametrize("to_job", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
 def test_signals_of_slurm_and_of_the_terminal_do_not_reach_the_children(to_job, scorers):
     scores = score_pairs(signalling(PAIRS, to_job, scorers), FAST, processes=2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -228,6 +229,21 @@ def test_one_process_equals_two(corpus: Path, runs: Path, teacher: Path) -> None
     np.testing.assert_allclose(losses(two, "tiny"), losses(one, "tiny"), rtol=1e-5)
 
 
+def test_a_student_begins_as_the_weights_it_is_given(corpus: Path, runs: Path, teacher: Path) -> None:
+    """At no learning rate it stays what it began as; once begun, it does not need them any more."""
+    given = runs / "given.safetensors"
+    shutil.copy(teacher / "students" / "mini" / "last" / "model.safetensors", given)
+    still = ("--optim.lr=1e-30", "--engine.freeze_batchnorm=true", "--distil.method=none", *LOSSES_ONLY)
+    argv = command(corpus, runs, "given", ["--student=mini", f"--train.init={given}", *still])
+    succeed(argv)
+    assert same_weights(runs / "given", teacher, "mini")
+    before = (runs / "given" / "inputs.json").read_bytes()
+    given.unlink()
+    succeed(argv)
+    assert (runs / "given" / "inputs.json").read_bytes() == before
+    assert json.loads(before)["init"]["mini"]["name"] == "mini"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -237,6 +253,7 @@ def test_one_process_equals_two(corpus: Path, runs: Path, teacher: Path) -> None
         (["--student=tiny", "--distil.method=none", "--data.train=no/such/shards"], "no/such/shards"),
         (["--student=tiny", "--distil.method=none", "--resume=must"], "no complete checkpoint"),
         (["--student=shallow", "--teacher={teacher}", "--distil.method=mvat"], "no multi-view block"),
+        (["--student=tiny", "--distil.method=none", "--train.init={teacher}"], "but the student tiny is"),
         (["--student=tiny", "--distil.method=none", "--data.workers=9"], "shards"),
         (["--student=tiny", "--distil.method=none", "--engine.device=cuda"], "GPU"),
     ],

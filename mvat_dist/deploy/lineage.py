@@ -53,7 +53,10 @@ def _of_run(file: Path, name: str) -> dict[str, str]:
         data = [
             {"name": _name(folder), "manifest_sha256": sha256} for folder, sha256 in inputs["data"].items()
         ]
-        found["inputs"] = json.dumps({"teacher": _placeless(inputs["teacher"]), "data": data})
+        learnt_from = {"teacher": _placeless(inputs["teacher"]), "data": data}
+        if name in inputs.get("init", {}):
+            learnt_from["init"] = inputs["init"][name]
+        found["inputs"] = json.dumps(learnt_from)
     if run.environment.is_file():
         environment = read_json(run.environment)
         # Not the command, the host and the variables: they say more of the owner than of the network.

@@ -15,6 +15,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import time
@@ -87,10 +89,15 @@ class _Child:
         self.deadline = 0.0
 
     def assign(self, task: _Task, seconds: float) -> None:
-        """Send `task`; a child that has died in the meantime is found by `receive`."""
+        """Send `task`; a child that has died in the meantime is found by `receive`, one that takes nothing by
+        its deadline."""
         self.task = task
         self.begun = not self.ready
         self.deadline = time.monotonic() + seconds
+        # A clip is more than a pipe holds: it would wait for a suspended child for ever.
+        whole, part = int(seconds), int(seconds % 1 * 1e6)
+        with socket.socket(fileno=os.dup(self.connection.fileno())) as same:
+            same.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", whole, part))
         try:
             self.connection.send_bytes(json.dumps(task.left).encode())
             for audio in (task.pair.estimate, task.pair.clean):

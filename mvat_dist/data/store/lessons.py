@@ -12,7 +12,6 @@ heard, with which the reader compares what the student is about to hear.
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import io
 import json
@@ -21,7 +20,7 @@ import re
 import zlib
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +31,7 @@ from mvat_dist.data.store.lessonshards import SHARD_NAME, Rows, levels_of, load_
 from mvat_dist.data.store.recent import Recent
 from mvat_dist.data.store.shardfile import ShardError
 from mvat_dist.errors import UserError
-from mvat_dist.students import Size, ViewKey
+from mvat_dist.students import Kind, Size, ViewKey
 
 FORMAT = 1
 HEADER = "teacher.json"
@@ -237,8 +236,7 @@ def _wrong(header: dict[str, Any]) -> str | None:
         "precision": header.get("precision") in ("fp32", "bf16"),
         "teacher": isinstance(teacher, dict)
         and all(isinstance(teacher.get(key), str) for key in ("name", "sha256"))
-        and isinstance(teacher.get("size"), dict)
-        and teacher["size"].keys() <= {one.name for one in dataclasses.fields(Size)},
+        and _is_size(teacher.get("size")),
         "data": isinstance(header.get("data"), dict),
         "output": isinstance(header.get("output"), bool),
         "coarseness": header.get("coarseness") is None or isinstance(header["coarseness"], float),
@@ -248,6 +246,15 @@ def _wrong(header: dict[str, Any]) -> str | None:
         "shards": isinstance(shards, list) and all(map(_is_shard, shards)),
     }
     return next((name for name, is_right in right.items() if not is_right), None)
+
+
+def _is_size(value: Any) -> bool:
+    if not isinstance(value, dict) or not all(_is_count(one) for key, one in value.items() if key != "kind"):
+        return False
+    try:
+        return Size(**value).kind in get_args(Kind)
+    except (TypeError, UserError):
+        return False
 
 
 def _is_count(value: Any) -> bool:

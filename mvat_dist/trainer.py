@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mvat_dist import assembly, checkpoint, collectives, modelfile, relief, timing
+from mvat_dist import assembly, checkpoint, collectives, energy, modelfile, relief, timing
 from mvat_dist.collectives import together
 from mvat_dist.config import Config
 from mvat_dist.data.mix.damage import DamageBudget
@@ -107,7 +107,8 @@ class Trainer:
         stream, clock = self._stream(), self.fleet.stopwatch
         relief.refuse_if_hopeless(self.fleet, self.config, self.run, self.ranks)
         reason = 0
-        clock.lap()  # starting up is no part of the first row's speed
+        clock.lap()  # starting up is no part of the first row's speed, or of its energy
+        self._energy = energy.Meter(self.device, energy.counter_of(self.device, self.ranks.local_rank))
         with self._progress_bar() as bar:
             while not self.finished and not reason:
                 began = time.monotonic()
@@ -214,6 +215,7 @@ class Trainer:
         speed = timing.speed(heard, elapsed, shares)
         self._steps_in_row = 0
         losses, rows, memory = {}, {}, peak_memory(self.device)
+        joules = self._energy.lap()
         for student in self._well:
             row: dict[str, Any] = {
                 **student.meter.take_row(),
@@ -224,6 +226,8 @@ class Trainer:
                 "memory": memory,
                 "time": timing.of_student(student.name, shares),
             }
+            if joules is not None:
+                row["joules"] = joules
             if self._damage:
                 row["damaged"] = self._damage.damaged
             losses[student.name.removeprefix("manner-")] = f"{row['loss']:.3f}"

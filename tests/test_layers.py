@@ -17,7 +17,7 @@ ENTRY = {
 }  # fmt: skip
 RUN = {
     "trainer", "assembly", "fleet", "relief", "engine", "collectives", "devices", "teacher", "modelfile",
-    "checkpoint", "caching", "cachecheck", "forecast", "tracking", "timing", "logs", "environment",
+    "checkpoint", "caching", "cachecheck", "forecast", "tracking", "timing", "energy", "logs", "environment",
     "stopping", "guard", "watchdog", "scoring", "deploy",
 }  # fmt: skip
 PARTS = {"models", "losses", "data", "metrics", "summary", "schedule", "reporting", "costmodel"}

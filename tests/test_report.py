@@ -442,6 +442,7 @@ def test_what_parts_cost_is_added_up(tmp_path):
         run.student(name).rename(part.student(name))
         rows = [{"step": step, "audio_seconds_per_second": speed} for step in (20, 40)]
         rows[1]["time"] = {"forward": 1 - apart, "checkpoint": apart}
+        rows[0]["joules"], rows[1]["joules"] = 0.9e6 * processes, 1.8e6 * processes
         part.history(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
         write_json(
             part.environment, {**whole, "host": f"node-{processes}", "ranks": {"world_size": processes}}
@@ -454,6 +455,7 @@ def test_what_parts_cost_is_added_up(tmp_path):
     assert numbers(spent["divided", "hours"]) == pytest.approx([first + second], abs=6e-3)
     assert numbers(spent["divided", "GPU or CPU hours"]) == pytest.approx([3 * first + second], abs=6e-3)
     assert spent["divided", "processes"] == "3 + 1, CPU"
+    assert spent["divided", "kWh"] == "3"  # 2.7 MJ a process, of which there are four
     assert f"In all: {3 * first + second:.2f} CPU hours." in page.text
     assert "on node-3" in page.text
     assert "on node-1" in page.text

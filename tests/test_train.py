@@ -45,7 +45,7 @@ COMMON = (
     "--track.examples=0",
 )
 LOSSES_ONLY = ("--train.steps=4", "--train.save_every=4", "--train.validate_every=4", "--valid.clips=1")
-TIMING = ("audio_seconds_per_second", "time", "memory")
+TIMING = ("audio_seconds_per_second", "joules", "time", "memory")
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,8 @@ class Spent:
 
     Of several students, who are trained at once, that of the one with the longest record. Starting up is not
     in it."""
+    joules: float | None
+    """Of all processors, over the same time; None where a row does not say."""
 
 
 def spent(run: Run) -> list[Spent]:
@@ -39,11 +41,19 @@ def spent(run: Run) -> list[Spent]:
     for folder, environment in run.environments.items():
         histories = [rows for name, rows in run.histories.items() if run.home_of(name) == folder]
         known = [taken for rows in histories if (taken := _seconds(rows, run.config)) is not None]
+        joules = [taken for rows in histories if (taken := _joules(rows)) is not None]
         ranks = environment.get("ranks")
         size = number(ranks.get("world_size")) if isinstance(ranks, dict) else None
         device = _device(environment, histories, run.config)
-        found.append(Spent(int(size or 1), device, max(known, default=None)))
+        found.append(Spent(int(size or 1), device, max(known, default=None), max(joules, default=None)))
     return found
+
+
+def _joules(rows: Sequence[Row]) -> float | None:
+    """Of all rows of training; None where one of them does not say."""
+    told = [number(row.get("joules")) for row in rows if "audio_seconds_per_second" in row]
+    known = [one for one in told if one is not None]
+    return sum(known) if known and len(known) == len(told) else None
 
 
 def _seconds(rows: Sequence[Row], config: Config) -> float | None:
@@ -79,6 +89,7 @@ def cost(study: Study) -> Section:
                 Cell(f"{processes}, {' and '.join(sorted({part.device for part in parts}))}"),
                 Cell(f"{sum(hours for _, hours in known):.2f}" if known else "-"),
                 Cell(f"{sum(hours * part.processes for part, hours in known):.2f}" if known else "-"),
+                Cell(_kilowatt_hours([part.joules for part in parts])),
             ]
         )
     spent_on = (
@@ -88,10 +99,16 @@ def cost(study: Study) -> Section:
     text = (
         f"In all: {spent_on}. Hours are the time of training with its validations and checkpoints, from the "
         "speed in each record; GPU or CPU hours are these times the number of processes, one per GPU. Of "
-        "students that were trained apart, those of all parts are added up. Energy: not measured."
+        "students that were trained apart, those of all parts are added up. Energy is that of the GPUs, or "
+        "of whole nodes' CPUs and memory, over the same time, where their counters could be read."
     )
-    heads = ["run", "state", "steps", "processes", "hours", "GPU or CPU hours"]
+    heads = ["run", "state", "steps", "processes", "hours", "GPU or CPU hours", "kWh"]
     return Section("Cost of the runs", [Text(text), Table("What was spent", heads, rows)])
+
+
+def _kilowatt_hours(joules: Sequence[float | None]) -> str:
+    known = [one for one in joules if one is not None]
+    return f"{sum(known) / 3.6e6:.3g}" if known and len(known) == len(joules) else "-"
 
 
 def _device(environment: dict[str, Any], histories: Sequence[Sequence[Row]], config: Config) -> str:

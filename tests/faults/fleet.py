@@ -47,7 +47,7 @@ OPTIONS = (
     "--track.examples=0",
 )
 # What a row says of the machine, not of the learning.
-TIMING = ("audio_seconds_per_second", "time", "memory")
+TIMING = ("audio_seconds_per_second", "joules", "time", "memory")
 
 
 def write_corpus(folder: Path) -> Path:

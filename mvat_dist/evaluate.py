@@ -154,7 +154,12 @@ def _default_out(arguments: argparse.Namespace) -> Path:
     if len(arguments.models) == 1:
         (path,) = (Path(one.partition("=")[2] or one) for one in arguments.models)
         folder = path if path.is_dir() else path.parent
-    return folder / "evaluate" / f"{locations.name(data)}-{arguments.weights}"
+    return folder / "evaluate" / label_of(data, arguments.weights)
+
+
+def label_of(data: str, weights: str) -> str:
+    """The folder of an evaluation among those of its run."""
+    return f"{locations.name(data)}-{weights}"
 
 
 if __name__ == "__main__":

@@ -43,6 +43,8 @@ class Grid:
     """Each method is trained with each of these seeds."""
     test: str = ""
     """Packed folder with the test sets to score; empty: `data.train` of the configuration."""
+    baselines: list[str] = field(default_factory=list)
+    """Scored beside the students and their teacher: model files, or ``log-mmse``, a classical filter."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,9 @@ def main(argv: list[str] | None = None) -> None:
         print("in the queue; when all are finished, the same command scores them and writes the report")
         return
     for cell in todo:
-        evaluate.main([str(cell.run.path), "--data", grid.test or cell.config.data.train])
+        data, run = grid.test or cell.config.data.train, cell.run.path
+        place = run / "evaluate" / evaluate.label_of(data, "best")
+        evaluate.main([str(run), *grid.baselines, "--data", data, "--out", str(place)])
     report.main([*(str(cell.run.path) for cell in todo), "--out", str(out / "report")])
 
 
@@ -166,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
         "runs. The same command again goes on where this one was stopped.",
         "python -m mvat_dist.experiment configs/experiment.yaml --out experiments/paper --nodes 4",
     )
-    made.add_argument("grid", type=Path, help="YAML file: teacher, methods, seeds, students, test")
+    made.add_argument("grid", type=Path, help="YAML file: teacher, methods, seeds, students, test, baselines")
     made.add_argument("--out", type=Path, required=True, help="folder for runs/ and report/")
     made.add_argument("--wait", action="store_true", help="on Slurm: wait for the jobs, then score them")
     return made

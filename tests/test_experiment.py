@@ -80,7 +80,7 @@ def test_the_grid_is_trained_scored_and_reported_and_goes_on_where_it_was(
     assert (distilled["distil"]["method"], distilled["distil"]["beta_global"]) == ("mvat", 0)
 
     written = Path("an experiment/runs/none-seed0/students/tiny/last/model.safetensors").stat().st_mtime_ns
-    write_grid(place)
+    write_grid(place, baselines=["log-mmse"])
     capfd.readouterr()
     run()
     assert "4 runs below" in (said := capfd.readouterr().out)
@@ -89,6 +89,8 @@ def test_the_grid_is_trained_scored_and_reported_and_goes_on_where_it_was(
     again = Path("an experiment/runs/none-seed0/students/tiny/last/model.safetensors").stat().st_mtime_ns
     assert again == written
     assert {file: file.read_bytes() for file in report.iterdir()} != first
+    assert "\n| log-mmse " not in (first[report / "report.md"]).decode()
+    assert "\n| log-mmse " in (report / "report.md").read_text()
 
 
 def test_a_run_that_fails_does_not_hold_up_the_others(place: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -144,8 +144,8 @@ def scores(study: Study, test: TestSet) -> list[Block]:
 
 
 def _references(test: TestSet, metrics: Sequence[str]) -> Table:
-    """The noisy input and the teachers."""
-    whos = [Who(NOISY), *test.teachers]
+    """The noisy input, the teachers and the baselines."""
+    whos = [Who(NOISY), *test.references]
     rows = [
         [Cell("noisy input" if who.name == NOISY else who.name)]
         + [_score(test, who, metric) for metric in metrics]
@@ -153,7 +153,7 @@ def _references(test: TestSet, metrics: Sequence[str]) -> Table:
         if test.has(who)
     ]
     return Table(
-        "What there is to compare with: the noisy input and the teacher", ["", *map(label, metrics)], rows
+        "What there is to compare with: noisy input, teacher, baselines", ["", *map(label, metrics)], rows
     )
 
 

@@ -11,7 +11,7 @@ from mvat_dist.reporting.blocks import Block, Cell, Figure, Figures, Fold, Missi
 from mvat_dist.reporting.charts import Axis, Chart, Point, Series
 from mvat_dist.reporting.comparison import mark
 from mvat_dist.reporting.methods import Method
-from mvat_dist.reporting.results import Clip, Estimate, TestSet, Who
+from mvat_dist.reporting.results import REFERENCE, Clip, Estimate, TestSet, Who
 from mvat_dist.reporting.study import COST_SECONDS, Cost, Study, label, shown, signed
 from mvat_dist.reporting.style import STYLES
 from mvat_dist.summary import NOISY
@@ -65,7 +65,7 @@ def _networks(study: Study, test: TestSet) -> list[_Network]:
         estimate = test.estimate(Who(name, method.label), test.primary)
         if estimate is not None:
             found.append((name, method, study.cost(name), estimate))
-    for who in test.teachers:
+    for who in test.references:
         cost, estimate = study.teacher_cost(who), test.estimate(who, test.primary)
         if cost is not None and estimate is not None:
             found.append((who.name, None, cost, estimate))
@@ -206,7 +206,7 @@ def by_snr(study: Study, test: TestSet) -> list[Block]:
     buckets = _buckets(test)
     if not buckets:
         return [Missing("No scores by SNR: the SNR of the clips is not known.")]
-    whos = [Who(NOISY), *test.teachers, *(Who(name, m.label) for name, m in study.scored(test))]
+    whos = [Who(NOISY), *test.references, *(Who(name, m.label) for name, m in study.scored(test))]
     found = {
         who: {name: test.estimate(who, test.primary, clips) for name, clips in buckets.items()}
         for who in whos
@@ -227,7 +227,7 @@ def by_snr(study: Study, test: TestSet) -> list[Block]:
 def _named(who: Who) -> str:
     if who.name == NOISY:
         return "noisy input"
-    return f"{who.name}, {who.method}" if who.method != "teacher" else who.name
+    return f"{who.name}, {who.method}" if who.method != REFERENCE else who.name
 
 
 def _buckets(test: TestSet) -> dict[str, frozenset[Clip]]:
@@ -243,7 +243,7 @@ def _snr_figure(
     rows: list[tuple[str, Who, int | None]] = [
         (method.label, Who(student, method.label), number) for number, method in study.main
     ]
-    rows += [("teacher", who, None) for who in test.teachers]
+    rows += [(who.name.partition(" (")[0], who, None) for who in test.references]
     series = []
     for name, who, style in rows:
         estimates = list(found.get(who, {}).values())

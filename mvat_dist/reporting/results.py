@@ -24,6 +24,8 @@ from mvat_dist.reporting.runs import Evaluation, Run, number
 from mvat_dist.summary import NOISY, Row, mean_interval, paired
 
 TEACHER = "teacher"
+"""As `mvat_dist.evaluate` calls it."""
+REFERENCE = "reference"
 
 
 class Clip(NamedTuple):
@@ -39,9 +41,9 @@ class Who(NamedTuple):
     """What was scored."""
 
     name: str
-    """A student, `NOISY` or the teacher's name."""
+    """A student, `NOISY`, the teacher's name, or that of another reference, such as a classical filter."""
     method: str = ""
-    """Label of a student's method; empty for the noisy input, ``teacher`` for a teacher."""
+    """Label of a student's method; empty for the noisy input, `REFERENCE` for what the students are not."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,9 @@ class TestSet:
         return sum(clip.duration_s for clip in self.clips)
 
     @property
-    def teachers(self) -> list[Who]:
-        return [who for who in self._rows if who.method == TEACHER]
+    def references(self) -> list[Who]:
+        """Teachers, and whatever else was scored beside the students."""
+        return [who for who in self._rows if who.method == REFERENCE]
 
     def has(self, who: Who) -> bool:
         return who in self._rows
@@ -197,7 +200,7 @@ def _who(model: str, method: Method, run: Run) -> Who:
         return Who(model, method.label)
     if model == NOISY:
         return Who(NOISY)
-    return Who(teacher_name(run.teacher) if model == TEACHER else model, TEACHER)
+    return Who(teacher_name(run.teacher) if model == TEACHER else model, REFERENCE)
 
 
 def teacher_name(teacher: dict[str, Any] | None) -> str:

@@ -84,7 +84,7 @@ class Study:
     def teachers_of(self, method: Method, test: TestSet) -> list[Who]:
         """The teachers of a method's runs that have scores on `test`."""
         names = dict.fromkeys(results.teacher_name(run.teacher) for run in method.runs)
-        whos = [Who(name, results.TEACHER) for name in names]
+        whos = [Who(name, results.REFERENCE) for name in names]
         return [who for who in whos if test.has(who)]
 
     def teacher_cost(self, teacher: Who) -> Cost | None:

@@ -24,7 +24,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from benchmarks.processes import told
+from benchmarks.processes import measured_by
 from mvat_dist import students
 from mvat_dist.config import SAMPLE_RATE, EngineConfig, OptimConfig
 from mvat_dist.engine import StudentEngine, deepspeed_config, init_distributed
@@ -88,7 +88,7 @@ def _run(arguments: argparse.Namespace, way: str, processes: int) -> dict[str, f
         f"--way={WAYS[way]}",
     ]
     command += [f"--steps={arguments.steps}", f"--seconds={arguments.seconds}", f"--batch={arguments.batch}"]
-    found = [told(command, processes) for _ in range(arguments.repeats)]
+    found = [measured_by(command, processes) for _ in range(arguments.repeats)]
     return {key: statistics.median(one[key] for one in found) for key in found[0]}
 
 

@@ -1,7 +1,7 @@
 """What a GPU makes of the fleet: right results, speed beside its peak, memory, where the time goes.
 
-    make gpu python -m benchmarks.gpu --device cpu --tiny    # the same path on a CPU, in seconds; its figures
-    mean nothing
+    make gpu
+    python -m benchmarks.gpu --device cpu --tiny    # the same path on a CPU; its figures mean nothing
 
 FLOPs are counted (`torch.utils.flop_counter`: matrix products, convolutions, attention; forward and
 backward), the peak is the best of some large matrix products measured in the same run. Writes

@@ -29,7 +29,7 @@ from scipy.optimize import nnls
 from tabulate import tabulate
 
 from benchmarks.fleet import CPU, build_fleet
-from benchmarks.processes import told
+from benchmarks.processes import measured_by
 from mvat_dist import costmodel, forecast, modelfile, students
 from mvat_dist.cluster import launch
 from mvat_dist.config import SAMPLE_RATE, Config
@@ -178,7 +178,7 @@ def _run(arguments: argparse.Namespace, processes: int) -> dict[str, Any]:
     """What so many fresh processes measure."""
     command = [sys.executable, "-m", "benchmarks.scaling", "--measured", f"--students={arguments.students}"]
     command += [f"--{key}={getattr(arguments, key)}" for key in ("teacher", "batch", "seconds", "steps")]
-    return told(command, processes)
+    return measured_by(command, processes)
 
 
 def _measured(arguments: argparse.Namespace) -> None:

@@ -120,56 +120,39 @@ def _claim(run: RunDir, config: Config, inputs: Inputs) -> Path | None:
     read = {
         "teacher": inputs.teacher.describe() if inputs.teacher else None,
         "data": fingerprints([*Corpus.of(config.data).all_folders(), *_held_out(config)]),
-        "init": _beginnings(run, config, found),
     }
+    given = _given_weights(config, found)
     if found:
         run.check_inputs(read)
     _check_disk(run.path, config)
     run.create(config)
-    run.record_inputs(read)
+    known = read_json(run.inputs).get("init", {}) if found and run.inputs.exists() else {}
+    for name, loaded in given.items():
+        # A copy: a rollback, or a node that comes later, must not depend on what lies elsewhere.
+        state = loaded.model.state_dict()
+        modelfile.save(run.weights(name, "first"), state, name=name, size=loaded.model.size, step=None)
+        known[name] = {"name": loaded.name, "sha256": modelfile.fingerprint(loaded.model)}
+    run.record_inputs(read | {"init": known})
     return found
 
 
-def _beginnings(run: RunDir, config: Config, found: Path | None) -> dict[str, dict[str, str]]:
-    """Which weights every student began or begins with, by name; empty where they are random ones.
+def _given_weights(config: Config, found: Path | None) -> dict[str, modelfile.LoadedModel]:
+    """What `train.init` gives the students that the checkpoint `found` does not hold yet, by name.
 
     Raises:
-        UserError: `train.init` does not fit a student that is still to begin.
+        UserError: nothing that fits one of them.
     """
-    known: dict[str, dict[str, str]] = {}
-    if found and run.inputs.exists():
-        known = read_json(run.inputs).get("init", {})
     if not config.train.init:
-        return known
+        return {}
     begun = checkpoint.progress_of(found) if found else {}
-    fresh = [name for name in students.select(config.student, config.sizes) if name not in begun]
-    return known | {name: _described(_first_weights(config, name)) for name in fresh}
-
-
-def _first_weights(config: Config, name: str) -> modelfile.LoadedModel:
-    """The network in `train.init` that the student begins as.
-
-    Raises:
-        UserError: there is none of this size.
-    """
-    place = Path(config.train.init)
-    try:
-        of_runs = weightsfile.students_of(place) if place.is_dir() else {}
-        file = of_runs.get(name) or weightsfile.resolve(place)
-        loaded = modelfile.load(file)
-    except UserError as error:
-        raise UserError(f"--train.init: {error}") from error
-    if loaded.model.size != (size := students.get(name, config.sizes)):
-        raise UserError(
-            f"--train.init {file} is {loaded.model.size}, but the student {name} is {size}: give weights of "
-            "its size, or declare the student's size so"
-        )
-    return loaded
-
-
-def _described(loaded: modelfile.LoadedModel) -> dict[str, str]:
-    """A network that students begin with, as a run records it."""
-    return {"name": loaded.name, "sha256": modelfile.fingerprint(loaded.model)}
+    given = {}
+    for name, size in students.select(config.student, config.sizes).items():
+        if name not in begun:
+            file = weightsfile.first_weights(config.train.init, name, size)
+            given[name] = modelfile.load(file)
+            if (its := given[name].model.size) != size:  # a checkpoint of the authors says so only when read
+                raise UserError(f"--train.init {file} is {its}, but the student {name} is {size}")
+    return given
 
 
 def position(config: Config, found: Path | None) -> int:
@@ -198,7 +181,7 @@ def healthy_state(run: RunDir, config: Config, name: str, ranks: Ranks) -> Stude
     found = together(lambda: checkpoint.newest(run.checkpoints, healthy) if ranks.rank == 0 else None)
     found = from_rank_zero(found)
     state = checkpoint.load(found, name) if found else None
-    return state or StudentState(dict(_network(config, name, None).state_dict()), {}, {})
+    return state or StudentState(dict(_network(config, run, name, None).state_dict()), {}, {})
 
 
 def left_out(found: Path | None, config: Config) -> dict[str, StudentState]:
@@ -235,7 +218,7 @@ def build_fleet(
             accumulation=accumulation,
             precision=precision,
         )
-        module = _network(config, name, state.weights if state else None)
+        module = _network(config, run, name, state.weights if state else None)
         engine = StudentEngine(module, described[name], config.optim, device)
         engine.module.train()
         if config.engine.freeze_batchnorm:
@@ -249,12 +232,15 @@ def build_fleet(
     return Fleet(fleet, inputs.teacher, config)
 
 
-def _network(config: Config, name: str, weights: dict[str, torch.Tensor] | None) -> nn.Module:
-    """The student's network: from the seed and its name alone, so it starts the same in every fleet."""
+def _network(config: Config, run: RunDir, name: str, weights: dict[str, torch.Tensor] | None) -> nn.Module:
+    """The student's network with `weights`, or as it begins.
+
+    That is as it was given, or from the seed and its name alone, so that it is the same in every fleet.
+    """
     torch.manual_seed(seed_for(config.seed, name))
     module: nn.Module = Manner(students.get(name, config.sizes))
     if weights is None and config.train.init:
-        weights = dict(_first_weights(config, name).model.state_dict())
+        weights = dict(modelfile.load(run.weights(name, "first")).model.state_dict())
     if weights is not None:
         module.load_state_dict(weights)
     if config.train.batchnorm_momentum:

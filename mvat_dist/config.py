@@ -106,7 +106,7 @@ class DistilConfig:
     """Factor of the output-distillation loss."""
     fade_by: float = 0.0
     """Share of the training by which both factors have fallen linearly to 0, so that the end is the
-    student's own; 0 keeps them as they are."""
+    student's own; 0 keeps them as they are. The teacher is asked until the end, for the record."""
     beta_channel: float = 1.0
     """Factor of the channel view's maps; 0 switches the view off."""
     beta_global: float = 1.0
@@ -181,7 +181,7 @@ class TrainConfig:
     """Consecutive steps with a non-finite gradient after which a student is rolled back or given up."""
     init: str = ""
     """Weights to begin with instead of random ones, as when fine-tuning: a run folder with each of the
-    students, or one student's folder or file. Read once: a run that goes on has its own."""
+    students, or one student's folder or file. Copied when a student begins, and not read again."""
     rollbacks: int = 1
     """Times a student goes back to the last checkpoint that it was well in, with half its learning rate,
     before it is given up; the others train on meanwhile."""

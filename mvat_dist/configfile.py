@@ -264,6 +264,10 @@ def science(config: Config) -> dict[str, Any]:
 
 
 def identity(config: Config) -> str:
-    """Eight hexadecimal digits that are equal for two configurations of the same science."""
-    canonical = json.dumps(science(config), sort_keys=True)
+    """Eight hexadecimal digits that are equal for two configurations of the same science.
+
+    Of the keys that are not at their default alone: a key that a later version adds renames no run.
+    """
+    usual = science(Config())
+    canonical = json.dumps({k: v for k, v in science(config).items() if v != usual.get(k)}, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:8]

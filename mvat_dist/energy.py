@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from mvat_dist.collectives import sum_in_place
+from mvat_dist.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +29,10 @@ class Meter:
     def __init__(self, device: torch.device, counter: Counter) -> None:
         self._device, self._counter = device, counter
         self._before = 0.0
+
+    def look(self) -> None:
+        """Read this rank's counter: one of a CPU starts again at 0 now and then."""
+        self._counter.joules()
 
     def lap(self) -> float | None:
         """Joules; None where one of the ranks cannot tell. Every rank calls it."""
@@ -46,19 +52,28 @@ class Counter(Protocol):
         """What it has counted since it was made; None where it cannot be read."""
 
 
-def counter_of(device: torch.device, local_rank: int) -> Counter:
-    """What counts for a rank: its own GPU, or the node's CPUs, which are the first local rank's."""
+def counter_of(device: torch.device, ranks: Ranks, *, whole_nodes: bool) -> Counter:
+    """What counts for a rank: its own GPU, or its node's CPUs, which are the first local rank's.
+
+    Args:
+        whole_nodes: no other part of the run is on its nodes; else nobody knows who took how much of a CPU's.
+    """
     if device.type == "cuda":
         return GpuCounter(device)
-    return CpuCounter() if local_rank == 0 else Nothing()
+    if not whole_nodes:
+        return Fixed(None)
+    return CpuCounter() if ranks.local_rank == 0 else Fixed(0.0)
 
 
-class Nothing:
-    """For a rank whose energy another one counts."""
+@dataclass(frozen=True)
+class Fixed:
+    """For a rank whose energy another one counts, or nobody."""
 
-    def joules(self) -> float:
-        """None taken."""
-        return 0.0
+    taken: float | None
+
+    def joules(self) -> float | None:
+        """Always the same."""
+        return self.taken
 
 
 class CpuCounter:
@@ -69,7 +84,10 @@ class CpuCounter:
     """
 
     def __init__(self, powercap: Path = POWERCAP) -> None:
-        self._ranges = {zone: _number(zone / "max_energy_range_uj") for zone in _zones(powercap)}
+        ranges = {zone: _number(zone / "max_energy_range_uj") for zone in _zones(powercap)}
+        self._ranges = {zone: value for zone, value in ranges.items() if value is not None}
+        if len(self._ranges) < len(ranges):
+            self._ranges = {}
         self._last = self._read()
         self._counted = 0.0
 
@@ -80,7 +98,7 @@ class CpuCounter:
             return None
         for zone, value in now.items():
             grown = value - self._last[zone]
-            self._counted += grown if grown >= 0 else grown + (self._ranges[zone] or 0)
+            self._counted += grown if grown >= 0 else grown + self._ranges[zone]
         self._last = now
         return self._counted / 1e6
 

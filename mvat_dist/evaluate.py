@@ -130,7 +130,13 @@ def _prepare(arguments: argparse.Namespace, here: Ranks) -> Evaluation:
     out = arguments.out or _default_out(arguments)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: give a folder")
-    about = {"models": arguments.models, "weights": arguments.weights, **about}
+    about = {
+        "models": arguments.models,
+        "weights": arguments.weights,
+        "limit": arguments.limit,
+        "max_seconds": arguments.max_seconds,
+        **about,
+    }
     return Evaluation(networks, sets, metrics, reference, device, out, about)
 
 

@@ -21,6 +21,7 @@ from mvat_dist.commandline import CommandParser
 from mvat_dist.config import Config
 from mvat_dist.errors import UserError, exit_code
 from mvat_dist.rundir import RunDir, run_folder
+from mvat_dist.scoring.candidates import CLASSICAL
 
 _SIGNALLED = 128
 """Exit codes above it say which signal ended a process."""
@@ -44,7 +45,8 @@ class Grid:
     test: str = ""
     """Packed folder with the test sets to score; empty: `data.train` of the configuration."""
     baselines: list[str] = field(default_factory=list)
-    """Scored beside the students and their teacher: model files, or ``log-mmse``, a classical filter."""
+    """Scored beside the students and their teacher: model files or runs, NAME=PATH to name one, or
+    ``log-mmse``, a classical filter."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +132,15 @@ def main(argv: list[str] | None = None) -> None:
     for cell in todo:
         data, run = grid.test or cell.config.data.train, cell.run.path
         place = run / "evaluate" / evaluate.label_of(data, "best")
-        evaluate.main([str(run), *grid.baselines, "--data", data, "--out", str(place)])
+        evaluate.main([str(run), *map(_apart, grid.baselines), "--data", data, "--out", str(place)])
     report.main([*(str(cell.run.path) for cell in todo), "--out", str(out / "report")])
+
+
+def _apart(baseline: str) -> str:
+    """`baseline` as evaluate's MODEL, named so that it cannot be taken for one of the students."""
+    if baseline == CLASSICAL or "=" in baseline:
+        return baseline
+    return f"baseline-{Path(baseline).stem}={baseline}"
 
 
 def _train(cell: Cell, options: list[str]) -> bool:

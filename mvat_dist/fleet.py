@@ -70,8 +70,8 @@ class Progress:
     """Factor of its learning rate: every rollback halves it."""
     given_up: bool = False
     """True where rollbacks did not help: the student stays as it is, the others go on."""
-    validated: int = 0
-    """Steps done at the last validation."""
+    validated: int = -1
+    """Steps done at the last validation; -1 before the first."""
     best: float | None = None
     """Best validation score so far (higher is better)."""
 

@@ -34,7 +34,8 @@ lock/, heartbeat   who writes here now, and that process's sign of life
 inputs.json        which teacher and which first weights (fingerprints), which shards (hash of their manifest)
 deepspeed.json     the configuration that DeepSpeed got for each student
 checkpoints/       step-NNNNNNNN/: all that is needed to go on; safetensors and JSON
-students/NAME/     history.jsonl (losses, learning rate, scores by step), best/ and last/: model.safetensors
+students/NAME/     history.jsonl (losses, learning rate, scores by step), best/ and last/: model.safetensors;
+                   first/: the weights that it was given to begin with, where train.init named some
 parts/             where students are trained apart, in place of the two above: such a folder for each group
 logs/, submitit/   output of the processes and of the Slurm job
 examples/          noisy, clean and teacher of a few clips; each student's own are in students/NAME/examples
@@ -114,7 +115,7 @@ class RunDir:
     def history(self, name: str) -> Path:
         return self.student(name) / "history.jsonl"
 
-    def weights(self, name: str, which: Literal["best", "last"]) -> Path:
+    def weights(self, name: str, which: Literal["first", "best", "last"]) -> Path:
         return self.student(name) / which / "model.safetensors"
 
     def check_config(self, config: Config) -> None:

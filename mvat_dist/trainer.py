@@ -71,6 +71,8 @@ class Trainer:
         self.fleet = assembly.build_fleet(config, ranks, run, self.inputs, found, device, precision)
         self._left_out = assembly.left_out(found, config) if ranks.rank == 0 else {}
         self.record = together(lambda: self._open_record() if ranks.rank == 0 else None)
+        alone = run.fleet == run.path.name
+        self._energy = energy.Meter(device, energy.counter_of(device, ranks, whole_nodes=alone))
         self._first = self.step
         self._steps_in_row = 0
         self._damage: DamageBudget | None = None
@@ -100,15 +102,16 @@ class Trainer:
         train = self.config.train
         self._status("running")
         self.guard.progress("starting", self.step)
-        if self.step and self._due(train.validate_every):
+        # The last start may have stopped before it could, and given weights may be the best ever.
+        if (self.step or train.init) and self._due(train.validate_every):
             waiting = [one for one in self.fleet.at(self.step) if one.progress.validated < self.step]
             if waiting:
-                self._validate(waiting)  # the last start stopped before it could
+                self._validate(waiting)
         stream, clock = self._stream(), self.fleet.stopwatch
         relief.refuse_if_hopeless(self.fleet, self.config, self.run, self.ranks)
         reason = 0
         clock.lap()  # starting up is no part of the first row's speed, or of its energy
-        self._energy = energy.Meter(self.device, energy.counter_of(self.device, self.ranks.local_rank))
+        self._energy.lap()
         with self._progress_bar() as bar:
             while not self.finished and not reason:
                 began = time.monotonic()
@@ -177,6 +180,7 @@ class Trainer:
     def _done(self, what: Literal["step", "validation", "save"], began: float) -> None:
         """Something that began at `began` is complete: tell the watchdog, and remember how long it took."""
         self.guard.progress("training", self.step)
+        self._energy.look()
         # The first step of a start loads and compiles.
         if self.state and self.step > self._first + (what == "step"):
             self.state.took(what, time.monotonic() - began)

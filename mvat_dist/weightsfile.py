@@ -88,6 +88,29 @@ def resolve(path: Path, which: Which = "best") -> Path:
     return next(iter(found.values()))
 
 
+def first_weights(init: str, name: str, size: Size) -> Path:
+    """The file that `train.init` stands for, of a student called `name` and of `size`.
+
+    Raises:
+        UserError: there is none, or it says that it is of another size.
+    """
+    place = Path(init)
+    of_run = students_of(place) if place.is_dir() and _weights(place, "best") is None else {}
+    if len(of_run) > 1 and name not in of_run:
+        raise UserError(f"--train.init {place} has no weights of {name}, but of {', '.join(of_run)}")
+    try:
+        file = of_run.get(name) or resolve(place)
+        said = description(file)
+    except UserError as error:
+        raise UserError(f"--train.init: {error}") from error
+    if said and said.size != size:
+        raise UserError(
+            f"--train.init {file} is {said.size}, but the student {name} is {size}: give weights of its "
+            "size, or declare the student's size so"
+        )
+    return file
+
+
 def _weights(student_folder: Path, which: Which) -> Path | None:
     """`which` weights of one student, or the others where those do not exist yet."""
     others: Which = "last" if which == "best" else "best"

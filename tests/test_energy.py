@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from mvat_dist.energy import CpuCounter, Meter
+from mvat_dist import energy
+from mvat_dist.energy import CpuCounter, GpuCounter, Meter, counter_of
+from mvat_dist.ranks import Ranks
 from tests.ranks_harness import on_ranks
 
 RANGE = 262_143_328_850
@@ -60,6 +65,62 @@ def test_a_meter_counts_from_lap_to_lap(tmp_path: Path) -> None:
     assert meter.lap() == pytest.approx(6.0)
     lay_all(tmp_path, 7_000_000, 0, 0, 1_000_000, 0)
     assert meter.lap() == pytest.approx(2.0)
+
+
+def test_a_counter_without_its_range_is_not_trusted(tmp_path: Path) -> None:
+    lay(tmp_path, "intel-rapl:0", "package-0", 5)
+    (tmp_path / "intel-rapl:0" / "max_energy_range_uj").unlink()
+    assert CpuCounter(tmp_path).joules() is None
+
+
+def test_who_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The first rank of each node, for the whole of it; nobody, where parts of a run share a node."""
+    lay(tmp_path, "intel-rapl:0", "package-0", 1)
+    monkeypatch.setattr(energy, "POWERCAP", tmp_path)
+    cpu, ranks = torch.device("cpu"), Ranks(4, 8, 0, 4, 1, 2, "node-0", 1, "slurm")
+    beside = dataclasses.replace(ranks, rank=5, local_rank=1)
+    assert isinstance(counter_of(cpu, ranks, whole_nodes=True), CpuCounter)
+    assert counter_of(cpu, beside, whole_nodes=True).joules() == 0
+    assert counter_of(cpu, ranks, whole_nodes=False).joules() is None
+
+
+class FakeNvml:
+    """NVML as nvidia-ml-py has it: millijoules since the driver was loaded."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self) -> None:
+        self.millijoules: dict[str, int] = {}
+
+    def nvmlInit(self) -> None:  # noqa: N802
+        pass
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:  # noqa: N802
+        return uuid
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:  # noqa: N802
+        if handle not in self.millijoules:
+            raise self.NVMLError
+        return self.millijoules[handle]
+
+
+def test_a_gpu_is_asked_for_by_its_uuid(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = FakeNvml()
+    nvml.millijoules = {"GPU-0-1": 10_000, "GPU-2-3": 70_000}
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="2-3"))
+    counter = GpuCounter(torch.device("cuda", 0))
+    nvml.millijoules["GPU-2-3"] += 1_500
+    assert counter.joules() == pytest.approx(1.5)
+    nvml.millijoules.clear()
+    assert counter.joules() is None
+    assert GpuCounter(torch.device("cuda", 0)).joules() is None
+
+
+def test_without_nvml_a_gpu_s_energy_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert GpuCounter(torch.device("cuda", 0)).joules() is None
 
 
 def laps_of_a_rank(rank: int, powercap: str) -> list[float | None]:

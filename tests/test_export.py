@@ -54,7 +54,8 @@ def run(tmp_path_factory) -> Path:
     )
     teacher = {"name": "manner-b", "sha256": "abc123", "file": "/secret/models/b.pth"}
     data = {"/secret/en/train": "11", "/secret/de/train": "22", "s3://ours/valid": "33"}
-    write_json(folder.inputs, {"teacher": teacher, "data": data})
+    init = {"tiny": {"name": "old-tiny", "sha256": "def456"}, "other": {"name": "x", "sha256": "0"}}
+    write_json(folder.inputs, {"teacher": teacher, "data": data, "init": init})
     write_json(folder.environment, {"commit": "c0ffee", "host": "secret-host", "packages": {"torch": "2"}})
     score = {"mean": 2.5, "low": 2.25, "high": 2.75, "clips": 9, "failed": {}}
     sections = {
@@ -131,7 +132,8 @@ def test_an_export_is_its_files_and_a_card(exported):
     assert sorted(file.name for file in exported.iterdir()) == names
     card = (exported / "tiny.md").read_text()
     sha256 = modelfile.fingerprint(modelfile.load(exported / "tiny.safetensors").model)
-    for fact in (sha256, "CC0-1.0", "teacher manner-b, SHA-256 abc123", "seed 5", "90 steps of 8 segments",
+    for fact in (sha256, "CC0-1.0", "teacher manner-b, SHA-256 abc123", "seed 5",
+                 "began as old-tiny, SHA-256 def456", "90 steps of 8 segments",
                  "| tiny  | 2.50 [2.25, 2.75]", "c0ffee", "`tiny.onnx`"):  # fmt: skip
         assert fact in card
     assert "secret" not in card

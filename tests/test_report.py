@@ -19,7 +19,7 @@ import scipy.stats
 from mvat_dist import configfile, evaluate, modelfile
 from mvat_dist.config import Config
 from mvat_dist.errors import UserError
-from mvat_dist.files import write_json
+from mvat_dist.files import read_json, write_json
 from mvat_dist.models import build
 from mvat_dist.report import main
 from mvat_dist.reporting import provenance, style
@@ -388,6 +388,24 @@ def test_the_same_experiment_twice_counts_once(tmp_path):
     assert page.table("PESQ-WB (MOS) ↑, higher is better: mean") == expected
 
 
+def test_runs_that_began_with_other_weights_are_another_method(tmp_path):
+    """By what the weights are, not by where they lay."""
+    for name, options, init in (
+        ("alone", (), None),
+        ("tuned", ("--train.init=/a",), "ab" * 32),
+        ("again", ("--train.init=/b", "--seed=1"), "ab" * 32),
+    ):
+        run = make_run(tmp_path / "runs" / name, config_of("none", 0, *options))
+        if init:
+            write_json(run.inputs, read_json(run.inputs) | {"init": {STUDENTS[0]: {"sha256": init}}})
+    page = make(tmp_path / "runs", tmp_path / "out")
+    heads = {head for _, head in page.table("PESQ-WB (MOS) ↑, higher is better: mean")}
+    assert sorted(one for one in heads if "train.init" in one) == [
+        "none (train.init )",
+        "none (train.init abababab)",
+    ]
+
+
 @pytest.mark.parametrize("method", ["none", "mvat+output"])
 def test_the_command_of_a_run_makes_the_same_experiment(tmp_path, method):
     # A name of the table may be given to another size.
@@ -455,7 +473,7 @@ def test_what_parts_cost_is_added_up(tmp_path):
     assert numbers(spent["divided", "hours"]) == pytest.approx([first + second], abs=6e-3)
     assert numbers(spent["divided", "GPU or CPU hours"]) == pytest.approx([3 * first + second], abs=6e-3)
     assert spent["divided", "processes"] == "3 + 1, CPU"
-    assert spent["divided", "kWh"] == "3"  # 2.7 MJ a process, of which there are four
+    assert spent["divided", "kWh"] == "3"  # 2.7 MJ by the GPUs of each process
     assert f"In all: {3 * first + second:.2f} CPU hours." in page.text
     assert "on node-3" in page.text
     assert "on node-1" in page.text

@@ -83,6 +83,14 @@ def test_discrete_laws(tmp_path: Path) -> None:
     assert set(drawn(tmp_path, {"value": 7}).tolist()) == {7}
 
 
+def test_a_law_of_very_many_values_costs_nothing(tmp_path: Path) -> None:
+    """As in W&B's own examples, where a seed is any of two thousand million."""
+    steps = {"distribution": "q_uniform", "min": 0, "max": 1e9, "q": 0.5}
+    made = sweep(tmp_path, {"seed": {"min": 0, "max": 2**31 - 1}, "lr": steps}, method="grid")
+    assert made.points() == 2**31 * (2 * 10**9 + 1)
+    assert made.point(5 * (2 * 10**9 + 1) + 7, 0) == {"seed": 5, "lr": 3.5}
+
+
 def test_kinds_of_values_survive(tmp_path: Path) -> None:
     """A batch has to be a whole number, a switch true or false."""
     batch = sweep(tmp_path, {"x": {"distribution": "q_uniform", "min": 4, "max": 64, "q": 4}})

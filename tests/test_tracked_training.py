@@ -12,7 +12,7 @@ import soundfile
 import torch
 from torch import nn
 
-from mvat_dist.data.validation import Clip
+from mvat_dist.data.validation import Clip, ValidationClips
 from mvat_dist.reporting.spectrogram import picture
 from mvat_dist.rundir import RunDir
 from mvat_dist.students import SIZES, VIEWS
@@ -99,6 +99,24 @@ def test_examples_are_the_same_clips_as_each_network_hears_them(tmp_path: Path) 
         np.testing.assert_allclose(heard, factor * clips[4].noisy[: 4 * 16_000], atol=2e-5)
         seen = first.files[f"examples/02/{key}-spectrogram"].read_bytes()
         assert seen == picture(np.float32(factor) * clips[4].noisy[: 4 * 16_000])
+
+
+def test_a_clip_that_cannot_be_read_is_no_example_and_no_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Scoring counts it as a failure; a run that died of it would die of it again at every start."""
+    pairs = tmp_path / "pairs"
+    for name in ("a", "b"):
+        for side in ("noisy", "clean"):
+            (pairs / side).mkdir(parents=True, exist_ok=True)
+            soundfile.write(pairs / side / f"{name}.wav", np.zeros(8000, np.float32), 16_000)
+    (pairs / "noisy" / "a.wav").write_bytes(b"no sound")
+    run = RunDir(tmp_path / "a run")
+    examples = Examples(run, ValidationClips(str(pairs)), 2, None)
+    found = examples.of("tiny", _Half(), torch.device("cpu"))
+    assert set(found.captions.values()) == {"noisy/b.wav"}
+    assert "a.wav" in caplog.text
+    assert json.loads((run.examples / "examples.json").read_text())["keys"] == ["noisy/b.wav"]
 
 
 def test_a_base_student_has_a_term_for_each_view_of_each_block() -> None:

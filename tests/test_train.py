@@ -156,7 +156,10 @@ def test_a_student_learns_the_same_alone(corpus: Path, runs: Path, teacher: Path
 
 def stopped_early(argv: list[str]) -> int:
     """Exit code of a run that gets SIGTERM when its STATUS first says `running`."""
-    status = Path(next(a for a in argv if a.startswith("--runs=")).removeprefix("--runs=")) / "stopped/STATUS"
+    runs, name = (
+        next(a for a in argv if a.startswith(key)).removeprefix(key) for key in ("--runs=", "--name=")
+    )
+    status = Path(runs) / name / "STATUS"
     status.unlink(missing_ok=True)
     with subprocess.Popen(argv, env=environment(), stderr=subprocess.DEVNULL) as process:
         until(lambda: process.poll() is not None or status.exists(), 120, pause=0.01)
@@ -229,19 +232,36 @@ def test_one_process_equals_two(corpus: Path, runs: Path, teacher: Path) -> None
     np.testing.assert_allclose(losses(two, "tiny"), losses(one, "tiny"), rtol=1e-5)
 
 
-def test_a_student_begins_as_the_weights_it_is_given(corpus: Path, runs: Path, teacher: Path) -> None:
-    """At no learning rate it stays what it began as; once begun, it does not need them any more."""
+def test_students_begin_as_the_weights_they_are_given(corpus: Path, runs: Path, fleet: Path) -> None:
+    """At no learning rate they stay what they began as, and their first score is the best."""
+    arguments = ("--optim.lr=1e-30", "--engine.freeze_batchnorm=true", "--distil.method=none", *LOSSES_ONLY)
+    still = train(corpus, runs, "still", "--student=tiny,mini", f"--train.init={fleet}", *arguments)
+    for student in ("tiny", "mini"):
+        assert same_best(still, fleet, student)
+        assert [row["step"] for row in history(still, student) if "valid/si_sdr" in row] == [0, 4]
+    began = json.loads((still / "inputs.json").read_text())["init"]
+    assert {name: one["name"] for name, one in began.items()} == {"tiny": "tiny", "mini": "mini"}
+
+
+def same_best(still: Path, given: Path, student: str) -> bool:
+    best = load_file(given / "students" / student / "best" / "model.safetensors")
+    last = last_weights(still, student)
+    return all(np.array_equal(best[key], last[key]) for key in best)
+
+
+def test_what_students_began_with_is_not_needed_again(corpus: Path, runs: Path, teacher: Path) -> None:
+    """Stopped in the middle, without the file that it began with, a run ends as one that was left alone."""
     given = runs / "given.safetensors"
     shutil.copy(teacher / "students" / "mini" / "last" / "model.safetensors", given)
-    still = ("--optim.lr=1e-30", "--engine.freeze_batchnorm=true", "--distil.method=none", *LOSSES_ONLY)
-    argv = command(corpus, runs, "given", ["--student=mini", f"--train.init={given}", *still])
-    succeed(argv)
-    assert same_weights(runs / "given", teacher, "mini")
-    before = (runs / "given" / "inputs.json").read_bytes()
+    arguments = ["--student=mini", "--distil.method=none", f"--train.init={given}"]
+    whole = train(corpus, runs, "given-whole", *arguments)
+    assert stopped_early(command(corpus, runs, "given-stopped", arguments)) == 128 + signal.SIGTERM
+    before = json.loads((runs / "given-stopped" / "inputs.json").read_text())
     given.unlink()
-    succeed(argv)
-    assert (runs / "given" / "inputs.json").read_bytes() == before
-    assert json.loads(before)["init"]["mini"]["name"] == "mini"
+    succeed(command(corpus, runs, "given-stopped", arguments))
+    assert same_weights(runs / "given-stopped", whole, "mini")
+    assert json.loads((runs / "given-stopped" / "inputs.json").read_text()) == before
+    assert before["init"]["mini"]["name"] == "mini"
 
 
 @pytest.mark.parametrize(

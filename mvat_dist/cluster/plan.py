@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mvat_dist import forecast, placement, students
+from mvat_dist import forecast, placement, students, weightsfile
 from mvat_dist.cluster.slurmjob import Resources
 from mvat_dist.config import SAMPLE_RATE, Config
 from mvat_dist.costmodel import Machine
@@ -26,7 +26,12 @@ def check_inputs(config: Config) -> None:
     """
     check_config(config.data)
     _check_teacher(config)
-    RunDir(run_folder(config)).check_config(config)
+    run = RunDir(run_folder(config))
+    run.check_config(config)
+    begun = any(one.checkpoints.exists() for one in (run, *map(RunDir, run.part_folders())))
+    if config.train.init and not begun:
+        for name, size in students.select(config.student, config.sizes).items():
+            weightsfile.first_weights(config.train.init, name, size)
 
 
 def check_shares(placed: Placement, config: Config, resources: Resources) -> None:

@@ -114,6 +114,8 @@ def _training(about: Mapping[str, str], kept: Sequence[str]) -> str:
     lines = [f"method {config['distil']['method']}, seed {config['seed']}, {_steps(config)}"]
     if teacher := inputs.get("teacher"):
         lines.append(f"teacher {teacher['name']}, SHA-256 {teacher['sha256']}")
+    if began := inputs.get("init"):
+        lines.append(f"began as {began['name']}, SHA-256 {began['sha256']}")
     lines.append(f"data {config['data']['train']}")
     if environment := lineage.read(about, "environment"):
         lines.append(f"mvat_dist at commit {environment['commit']}")

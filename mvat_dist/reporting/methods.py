@@ -79,6 +79,8 @@ def _recipe(run: Run) -> dict[str, Any]:
     if method != ALONE:
         kept["teacher"] = (run.teacher or {}).get("sha256") or flat["teacher.file"]
         kept["teacher.source"] = flat["teacher.source"]
+    if began := run.inputs.get("init"):
+        kept["train.init"] = "+".join(sorted({one["sha256"] for one in began.values()}))
     return kept
 
 

@@ -40,12 +40,12 @@ def spent(run: Run) -> list[Spent]:
     found = []
     for folder, environment in run.environments.items():
         histories = [rows for name, rows in run.histories.items() if run.home_of(name) == folder]
-        known = [taken for rows in histories if (taken := _seconds(rows, run.config)) is not None]
-        joules = [taken for rows in histories if (taken := _joules(rows)) is not None]
+        known = [(taken, rows) for rows in histories if (taken := _seconds(rows, run.config)) is not None]
+        seconds, longest = max(known, key=lambda one: one[0], default=(None, []))
         ranks = environment.get("ranks")
         size = number(ranks.get("world_size")) if isinstance(ranks, dict) else None
         device = _device(environment, histories, run.config)
-        found.append(Spent(int(size or 1), device, max(known, default=None), max(joules, default=None)))
+        found.append(Spent(int(size or 1), device, seconds, _joules(longest)))
     return found
 
 
@@ -100,7 +100,7 @@ def cost(study: Study) -> Section:
         f"In all: {spent_on}. Hours are the time of training with its validations and checkpoints, from the "
         "speed in each record; GPU or CPU hours are these times the number of processes, one per GPU. Of "
         "students that were trained apart, those of all parts are added up. Energy is that of the GPUs, or "
-        "of whole nodes' CPUs and memory, over the same time, where their counters could be read."
+        "of whole nodes' CPUs and memory, up to the last row before each stop, where counters could be read."
     )
     heads = ["run", "state", "steps", "processes", "hours", "GPU or CPU hours", "kWh"]
     return Section("Cost of the runs", [Text(text), Table("What was spent", heads, rows)])
@@ -139,7 +139,7 @@ def _run(run: Run) -> Block:
         facts.append(f"teacher {run.teacher.get('file')}, SHA-256 of its weights {run.teacher.get('sha256')}")
     blocks: list[Block] = [Items(facts), Code(command(run.config))]
     if run.evaluations:
-        blocks.append(Code("\n".join(_evaluation(run, one.record) for one in run.evaluations)))
+        blocks.append(Code("\n".join(_evaluation(run, one.name, one.record) for one in run.evaluations)))
     else:
         blocks.append(Missing("Not evaluated: python -m mvat_dist.evaluate on this folder adds its scores."))
     return Fold(run.name, blocks)
@@ -172,7 +172,20 @@ def _written(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _evaluation(run: Run, record: dict[str, Any]) -> str:
-    data, weights = str(record.get("data", "DATA")), str(record.get("weights", "best"))
-    words = ["python", "-m", "mvat_dist.evaluate", str(run.path), "--data", data, "--weights", weights]
+def _evaluation(run: Run, name: str, record: dict[str, Any]) -> str:
+    weights = str(record.get("weights", "best"))
+    models = record.get("models")
+    asked = [str(one) for one in models] if isinstance(models, list) and models else [str(run.path)]
+    words = ["python", "-m", "mvat_dist.evaluate", *asked, "--weights", weights]
+    for option in ("data", "noisy", "clean"):
+        if option in record:
+            words += [f"--{option}", str(record[option])]
+    metrics = record.get("metrics")
+    if isinstance(metrics, dict) and metrics:
+        words += ["--metrics", ",".join(metrics)]
+    for option in ("limit", "max_seconds"):
+        if value := number(record.get(option)):
+            words += [f"--{option.replace('_', '-')}", f"{value:g}"]
+    if len(asked) > 1:
+        words += ["--out", str(run.path / "evaluate" / name)]
     return shlex.join(words)

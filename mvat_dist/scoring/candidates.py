@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 from torch import nn
@@ -13,6 +15,7 @@ from torch import nn
 from mvat_dist import locations, modelfile, weightsfile
 from mvat_dist.errors import UserError
 from mvat_dist.modelfile import LoadedModel
+from mvat_dist.models import logmmse
 from mvat_dist.models.logmmse import LogMmse
 from mvat_dist.rundir import RunDir
 from mvat_dist.students import Size
@@ -81,7 +84,8 @@ def _split(model: str) -> tuple[str, Path]:
 
 def _candidates(path: Path, name: str, label: str, which: Which) -> list[Candidate]:
     if str(path) == CLASSICAL and not path.exists():
-        return [Candidate(name or CLASSICAL, name or CLASSICAL, CLASSICAL, LogMmse().eval(), CLASSICAL)]
+        label = name or CLASSICAL
+        return [Candidate(label, label, CLASSICAL, LogMmse().eval(), _classical_version())]
     if not RunDir(path).config.is_file():
         loaded = modelfile.load(weightsfile.resolve(path, which))
         return [_candidate(name or loaded.name, name or label, loaded)]
@@ -98,6 +102,12 @@ def _candidates(path: Path, name: str, label: str, which: Which) -> list[Candida
         _candidate(f"{name}/{own}" if name else own, f"{name or label}/{own}", modelfile.load(file))
         for own, file in files.items()
     ]
+
+
+def _classical_version() -> str:
+    """Changes with what the filter computes, as a network's fingerprint does with its weights."""
+    code = hashlib.sha256(Path(logmmse.__file__).read_bytes()).hexdigest()
+    return f"{CLASSICAL} {code}, scipy {metadata.version('scipy')}"
 
 
 def _candidate(name: str, full_name: str, loaded: LoadedModel) -> Candidate:

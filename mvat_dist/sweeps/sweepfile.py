@@ -12,10 +12,10 @@ import json
 import math
 import shlex
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 import yaml
@@ -41,7 +41,7 @@ class Law:
     """What one parameter is drawn from."""
 
     draw: Callable[[np.random.Generator], Any]
-    choices: tuple[Any, ...] | None
+    choices: Sequence[Any] | None
     """All its values, for a grid; None where they are not countable."""
 
 
@@ -213,9 +213,7 @@ def _law(given: Mapping[str, Any]) -> Law:
         least, most = (_whole(given, name) for name in ("min", "max"))
         if least > most:
             raise UserError(f"min {least} lies above max {most}")
-        return Law(
-            lambda random: int(random.integers(least, most, endpoint=True)), tuple(range(least, most + 1))
-        )
+        return Law(lambda random: int(random.integers(least, most, endpoint=True)), range(least, most + 1))
     quantized = kind.startswith("q_")
     name = kind.removeprefix("q_")
     if name not in _CONTINUOUS or kind == "q_inv_log_uniform":
@@ -252,16 +250,36 @@ def _quantized(draw: _Draw, step: float, uniform: Mapping[str, Any] | None) -> L
     """The law rounded to multiples of `step`; a grid can count them where it is a uniform one."""
     if step <= 0:
         raise UserError(f"q is {step}: it must be above 0")
-
-    def multiple(times: int) -> float:
-        # 3 * 0.1 is 0.30000000000000004; whole steps stay whole numbers, as a batch size has to be.
-        return times * step if isinstance(step, int) else float(f"{times * step:.12g}")
-
     choices = None
     if uniform:
         least, most = (round(_number(uniform, name) / step) for name in ("min", "max"))
-        choices = tuple(multiple(times) for times in range(least, most + 1))
-    return Law(lambda random: multiple(round(draw(random) / step)), choices)
+        choices = _Multiples(range(least, most + 1), step)
+    return Law(lambda random: _multiple(round(draw(random) / step), step), choices)
+
+
+def _multiple(times: int, step: float) -> float:
+    # 3 * 0.1 is 0.30000000000000004; whole steps stay whole numbers, as a batch size has to be.
+    return times * step if isinstance(step, int) else float(f"{times * step:.12g}")
+
+
+@dataclass(frozen=True)
+class _Multiples(Sequence[float]):
+    """Multiples of a step, made when they are asked for: a seed may be one of two thousand million."""
+
+    times: range
+    step: float
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    @overload
+    def __getitem__(self, index: int) -> float: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[float]: ...
+    def __getitem__(self, index: int | slice) -> float | Sequence[float]:
+        if isinstance(index, slice):
+            return _Multiples(self.times[index], self.step)
+        return _multiple(self.times[index], self.step)
 
 
 def _bounds(given: Mapping[str, Any], least: float | None = None) -> tuple[float, float]:

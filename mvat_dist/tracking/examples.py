@@ -6,6 +6,7 @@ as of its last validation; beside each its spectrogram, ``.png``. ``examples/exa
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,15 @@ import torch
 from torch import nn
 
 from mvat_dist.config import SAMPLE_RATE
+from mvat_dist.data.validation import UnusableClipError
 from mvat_dist.files import atomic_file, make_folder, write_json
 from mvat_dist.reporting.spectrogram import picture
 from mvat_dist.rundir import RunDir
 from mvat_dist.scoring.validate import Audio, Clips, enhance
 from mvat_dist.teacher import Teacher
 from mvat_dist.tracking.wandbrows import Extras
+
+logger = logging.getLogger(__name__)
 
 SECONDS = 4.0
 """Of each clip that is heard and kept, from its start."""
@@ -35,14 +39,14 @@ class Examples:
         self._run, self._clips, self._teacher = run, clips, teacher
         # As many as are asked for, at equal distances.
         self._chosen = sorted({place * len(clips) // count for place in range(count)}) if len(clips) else []
-        self._sounds: list[dict[str, Audio]] = []
+        self._sounds: list[dict[str, Audio]] | None = None
         self._keys: list[str] = []
         self._sent: set[str] = set()
 
     def of(self, name: str, network: nn.Module, device: torch.device) -> Extras:
         """Have the student's `network`, in eval mode, enhance the clips; writes and names the files."""
-        if not self._sounds:
-            self._open(device)
+        if self._sounds is None:
+            self._sounds = self._open(device)
         files: dict[str, Path] = {}
         for place, sounds in enumerate(self._sounds):
             own = self._run.student(name) / "examples" / f"{place:02d}"
@@ -56,10 +60,15 @@ class Examples:
         self._sent.add(name)
         return Extras(files, {key: self._keys[int(key.split("/")[1])] for key in files})
 
-    def _open(self, device: torch.device) -> None:
-        """Read the clips and ask the teacher."""
-        for place, index in enumerate(self._chosen):
-            key, noisy, clean = self._clips[index]
+    def _open(self, device: torch.device) -> list[dict[str, Audio]]:
+        """Read the clips and ask the teacher; one that cannot be read is left out, as in scoring."""
+        found: list[dict[str, Audio]] = []
+        for index in self._chosen:
+            try:
+                key, noisy, clean = self._clips[index]
+            except UnusableClipError as error:
+                logger.warning("no example: %s", error)
+                continue
             length = round(SECONDS * SAMPLE_RATE)
             sounds = {"noisy": noisy[:length], "clean": clean[:length]}
             if self._teacher:
@@ -67,10 +76,11 @@ class Examples:
                 if told is not None:
                     sounds["teacher"] = told[0].float().cpu().numpy()
             for which, sound in sounds.items():
-                _write(self._stem(place, which), sound)
+                _write(self._stem(len(found), which), sound)
             self._keys.append(key)
-            self._sounds.append(sounds)
+            found.append(sounds)
         write_json(self._run.examples / "examples.json", {"keys": self._keys, "seconds": SECONDS})
+        return found
 
     def _stem(self, place: int, which: str) -> Path:
         return self._run.examples / f"{place:02d}" / which

@@ -237,7 +237,7 @@ class Mirror:
         before = segments(self._folder, run.id, but_for=Path(run.dir).parent)
         # What lies on disk need not have reached the server.
         known = newest_values(before, {STEP, VALIDATED}) if run.offline else dict(run.summary)
-        self._marks[name] = mark = Mark(known.get(STEP, 0), known.get(VALIDATED, 0))
+        self._marks[name] = mark = Mark(known.get(STEP, -1), known.get(VALIDATED, -1))
         if self._restarts:
             run.tags = (*dict.fromkeys((*(run.tags or ()), "requeued")),)
             run.summary["restarts"] = self._restarts

@@ -36,7 +36,8 @@ class Record:
         for name in self._sizes:
             run.student(name).mkdir(parents=True, exist_ok=True)
         self._tracker = Tracker(run.path, {name: run.history(name) for name in self._sizes})
-        self._tracker.rewind({student.name: student.progress.steps for student in fleet})
+        # Before its first step a student may have been validated: it is again.
+        self._tracker.rewind({student.name: student.progress.steps or -1 for student in fleet})
         self._scores = {name: _last_validation(self._tracker.rows(name)) for name in self._sizes}
         restarts = run.read_status().get("restarts", 0)
         self._tracker.connect(config.track, described(run, config), restarts)

@@ -27,8 +27,8 @@ class Extras:
 class Mark:
     """How far W&B's copy of a history has come."""
 
-    step: int = 0
-    validated: int = 0
+    step: int = -1
+    validated: int = -1
 
     def passes(self, row: Row) -> bool:
         """Whether `row` is new; from then on it is not."""

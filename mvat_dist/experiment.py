@@ -19,7 +19,7 @@ from jsonargparse import ArgumentParser
 from mvat_dist import configfile, evaluate, report, submit
 from mvat_dist.commandline import CommandParser
 from mvat_dist.config import Config
-from mvat_dist.errors import UserError, exit_code
+from mvat_dist.errors import EXIT_BUSY, UserError, exit_code
 from mvat_dist.rundir import RunDir, run_folder
 from mvat_dist.scoring.candidates import CLASSICAL
 
@@ -44,6 +44,8 @@ class Grid:
     """Each method is trained with each of these seeds."""
     test: str = ""
     """Packed folder with the test sets to score; empty: `data.train` of the configuration."""
+    metrics: str = evaluate.DEFAULT_METRICS
+    """What is scored, as ``--metrics`` of `mvat_dist.evaluate`."""
     baselines: list[str] = field(default_factory=list)
     """Scored beside the students and their teacher: model files or runs, NAME=PATH to name one, or
     ``log-mmse``, a classical filter."""
@@ -103,11 +105,12 @@ def cells(grid: Grid, runs: Path, overrides: list[str]) -> list[Cell]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train what is not trained, score it, and write the report.
+    """Train what is not trained, score it, and write the report of what there is.
 
     Raises:
         UserError: anything the user can mend.
-        SystemExit: the exit code of a training that was stopped; 1 where some runs failed.
+        SystemExit: the exit code of a training that was stopped; 1 where some runs failed; `EXIT_BUSY` where
+            another process trains one of them.
     """
     arguments, options = _parser().parse_known_args(argv)
     grid = read(arguments.grid)
@@ -123,17 +126,25 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.wait:
         queued = [cell for cell in unfinished if cell not in failed]
         failed += [cell for cell in queued if not _train(cell, [*options, "--wait"])]
+    finished = [cell for cell in todo if cell.finished]
+    if len(finished) + len(failed) == len(todo):
+        _report(finished, grid, out / "report")
+    else:
+        print("in the queue; when all are finished, the same command scores them and writes the report")
     if failed:
         print(f"failed: {_names(failed)}; python -m mvat_dist.status --runs {out / 'runs'} says why")
         raise SystemExit(1)
-    if any(not cell.finished for cell in todo):
-        print("in the queue; when all are finished, the same command scores them and writes the report")
+
+
+def _report(finished: list[Cell], grid: Grid, out: Path) -> None:
+    """Scores and the page of the runs that are `finished`."""
+    if not finished:
         return
-    for cell in todo:
+    for cell in finished:
         data, run = grid.test or cell.config.data.train, cell.run.path
-        place = run / "evaluate" / evaluate.label_of(data, "best")
-        evaluate.main([str(run), *map(_apart, grid.baselines), "--data", data, "--out", str(place)])
-    report.main([*(str(cell.run.path) for cell in todo), "--out", str(out / "report")])
+        argv = [str(run), *map(_apart, grid.baselines), "--data", data, "--metrics", grid.metrics]
+        evaluate.main([*argv, "--out", str(run / "evaluate" / evaluate.label_of(data, "best"))])
+    report.main([*(str(cell.run.path) for cell in finished), "--out", str(out)])
 
 
 def _apart(baseline: str) -> str:
@@ -147,12 +158,16 @@ def _train(cell: Cell, options: list[str]) -> bool:
     """Submit one run, or train it where there is no cluster; False where it failed, for the others go on.
 
     Raises:
-        SystemExit: somebody has stopped it, and so the experiment.
+        SystemExit: somebody has stopped it, and so the experiment, or another process trains it: a second one
+            beside it would take its cores for the next run.
     """
     print(f"\n== {cell.run.path.name}", flush=True)
     try:
         submit.main([*cell.argv, *options])
     except SystemExit as stopped:
+        if stopped.code == EXIT_BUSY:
+            print(f"{cell.run.path.name} is being trained: the same command goes on when that has ended")
+            raise
         if isinstance(stopped.code, int) and stopped.code > _SIGNALLED:
             raise
         return False
@@ -179,7 +194,9 @@ def _parser() -> argparse.ArgumentParser:
         "runs. The same command again goes on where this one was stopped.",
         "python -m mvat_dist.experiment configs/experiment.yaml --out experiments/paper --nodes 4",
     )
-    made.add_argument("grid", type=Path, help="YAML file: teacher, methods, seeds, students, test, baselines")
+    made.add_argument(
+        "grid", type=Path, help=f"YAML file: {', '.join(Grid.__dataclass_fields__)}"
+    )
     made.add_argument("--out", type=Path, required=True, help="folder for runs/ and report/")
     made.add_argument("--wait", action="store_true", help="on Slurm: wait for the jobs, then score them")
     return made

@@ -10,7 +10,8 @@ import torch
 import yaml
 
 from mvat_dist import experiment, modelfile
-from mvat_dist.errors import UserError
+from mvat_dist.errors import EXIT_BUSY, UserError
+from mvat_dist.lock import RunLock
 from mvat_dist.models import build
 from mvat_dist.rundir import RunDir
 from mvat_dist.students import Size
@@ -101,7 +102,23 @@ def test_a_run_that_fails_does_not_hold_up_the_others(place: Path, capfd: pytest
     assert stopped.value.code == 1
     assert "failed: broken-seed0" in capfd.readouterr().out
     assert RunDir(place / "an experiment" / "runs" / "none-seed0").read_status()["state"] == "finished"
-    assert not Path("an experiment/report").exists()
+    page = Path("an experiment/report/report.md").read_text()
+    assert "none-seed0" in page
+    assert "broken-seed0" not in page
+
+
+def test_a_run_in_other_hands_is_left_to_them(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Or the next run would be trained beside it, on the same cores."""
+    write_grid(place, seeds=[0])
+    runs = place / "an experiment" / "runs"
+    others = RunLock(runs / "mvat, no global-seed0", "train")  # the grid's first
+    assert others.acquire() is None
+    with pytest.raises(SystemExit) as ended:
+        run()
+    assert ended.value.code == EXIT_BUSY
+    assert "mvat, no global-seed0 is being trained" in capfd.readouterr().out
+    assert not list(runs.rglob("checkpoints"))
+    others.release()
 
 
 def test_a_dry_run_writes_nothing(place: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -12,9 +12,10 @@ import pytest
 from mvat_dist import configfile, rundir
 from mvat_dist.errors import UserError
 
-OF_OTHERS = {Path(__file__).parent.parent / "configs" / f"{name}.yaml" for name in ("sweep", "experiment")}
+SHIPPED = Path(__file__).parent.parent / "configs"
+OF_OTHERS = {SHIPPED / f"{name}.yaml" for name in ("sweep", "experiment", "study/grid")}
 """Files of other kinds: tests/test_sweepfile.py, tests/test_experiment.py."""
-CONFIGS = sorted(set((Path(__file__).parent.parent / "configs").glob("*.yaml")) - OF_OTHERS)
+CONFIGS = sorted(set(SHIPPED.rglob("*.yaml")) - OF_OTHERS)
 ALONE = ["--distil.method", "none"]
 
 

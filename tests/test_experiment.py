@@ -153,6 +153,14 @@ def test_a_mistake_is_refused_before_anything_starts(
     assert not list(Path("an experiment").glob("runs/*/checkpoints"))
 
 
+def test_the_grid_of_the_study_is_a_grid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    grid = experiment.read(REPOSITORY / "configs" / "study" / "grid.yaml")
+    made = experiment.cells(grid, tmp_path, [])
+    assert len({cell.run.path for cell in made}) == len(grid.methods) * len(grid.seeds)
+    assert {cell.config.train.steps for cell in made} == {1000}
+
+
 def test_the_papers_grid_has_every_comparison_of_the_paper() -> None:
     grid = experiment.read(REPOSITORY / "configs" / "experiment.yaml")
     by_method = [options["distil.method"] for options in grid.methods.values()]

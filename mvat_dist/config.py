@@ -94,6 +94,16 @@ class TeacherConfig:
 
 
 @dataclass
+class LossConfig:
+    """What a student's own loss is, beside the authors' (arXiv 2203.02181)."""
+
+    waveform: float = 0.0
+    """Factor of an added distance of waveforms, mean|estimate - clean| / mean|noisy|, the same at any level.
+    The authors' loss has an absolute one, at usual levels of speech a hundredth of its spectral terms: in
+    short trainings the phase is not learnt. 0: their loss alone."""
+
+
+@dataclass
 class DistilConfig:
     """What the student learns from the teacher (arXiv 2208.10367)."""
 
@@ -235,6 +245,7 @@ class Config:
     """Groups of students that are trained apart, each by its share of the processes: `a,b:3/c:1` is a and
     b on three, c on one; without numbers the shares are equal; empty: all together."""
     data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     distil: DistilConfig = field(default_factory=DistilConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)

@@ -227,6 +227,7 @@ def _check_not_negative(config: Config) -> None:
         "valid.max_seconds": config.valid.max_seconds,
         "optim.clip_norm": optim.clip_norm,
         "optim.weight_decay": optim.weight_decay,
+        "loss.waveform": config.loss.waveform,
         "distil.weight": config.distil.weight,
         "distil.output_weight": config.distil.output_weight,
     }

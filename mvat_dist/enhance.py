@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from multiprocessing.process import BaseProcess
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import BinaryIO, NoReturn
@@ -22,8 +25,9 @@ from tqdm import tqdm
 
 from mvat_dist.commandline import CommandParser
 from mvat_dist.deploy import enhancer
+from mvat_dist.deploy.ending import SIGNALS, TIDY_SECONDS, Ended, clean_end, handler
 from mvat_dist.deploy.enhancer import BLOCK, Enhancer
-from mvat_dist.deploy.soundfiles import Job, Progress, enhance_file, plan, seconds
+from mvat_dist.deploy.soundfiles import Enhanced, Job, Progress, enhance_file, plan, seconds
 from mvat_dist.deploy.windows import Audio
 from mvat_dist.errors import UserError, exit_code
 from mvat_dist.files import make_folder
@@ -32,16 +36,18 @@ STANDARD = Path("-")
 """Standard input and output."""
 
 _POLL_SECONDS = 0.5
-_TIDY_SECONDS = 5.0
-"""In which a process whose parent was killed removes what it has half written."""
+_REQUESTS = 3
 _UNIT = " s of audio"
 _BAR = "{percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f}{unit} [{remaining} left, {rate_noinv_fmt}]"
 _BAR_WITHOUT_END = "{n:.0f}{unit} [{elapsed}, {rate_noinv_fmt}]"
 _CONTAINERS = (b"RIFF", b"RF64", b"fLaC", b"OggS", b"FORM", b"ID3\x03", b"ID3\x04")
 
 
-Result = int | str
-"""Of one file: samples beyond full scale, or why it could not be enhanced."""
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the next file would meet, too."""
+
+Result = Enhanced | str
+"""Of one file: what was written, or why it could not be enhanced."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,10 +61,10 @@ def _parser() -> argparse.ArgumentParser:
         "      python -m mvat_dist.enhance --model best.safetensors --rate 48000 - > enhanced.raw",
     )
     add = parser.add_argument
-    add("--model", type=Path, required=True, help="a run, a student's folder in one, or a model file")
+    add("--model", type=_path, required=True, help="a run, a student's folder in one, or a model file")
     inputs = "audio files and folders of them; - reads raw PCM (s16le) from standard input"
-    add("inputs", type=Path, nargs="+", metavar="IN", help=inputs)
-    add("--out", type=Path, help="folder for the enhanced files: named as the inputs, folders as trees")
+    add("inputs", type=_path, nargs="+", metavar="IN", help=inputs)
+    add("--out", type=_path, help="folder for the enhanced files: named as the inputs, folders as trees")
     add("--overwrite", action="store_true", help="make files anew that are there (default: leave them)")
     add("--dry", type=float, default=0.0, help="how much of the input to keep, 0 to 1 (default: %(default)g)")
     add("--processes", type=int, default=1, help="files at a time, on as many cores (default: %(default)s)")
@@ -70,6 +76,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--rate", type=int, default=16000, help="Hz, of standard input (default: %(default)s)")
     add("--channels", type=int, default=1, help="interleaved, of standard input (default: %(default)s)")
     return parser
+
+
+def _path(text: str) -> Path:
+    if not text:
+        # `Path("")` is the working directory: an unset variable would stand for all that is in it.
+        raise argparse.ArgumentTypeError("an empty name")
+    return Path(text)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -96,22 +109,33 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Enhance files into a folder, or standard input to standard output."""
     arguments = parse(argv)
-    if arguments.inputs == [STANDARD]:
-        _pipe(_enhancer(arguments), arguments, sys.stdin.buffer, sys.stdout.buffer)
-        return
+    with clean_end():
+        if arguments.inputs != [STANDARD]:
+            _files(arguments)
+        elif sys.stdin is None or sys.stdout is None:
+            raise UserError("standard input or output is closed: pipe raw PCM (s16le) through both")
+        else:
+            _pipe(_enhancer(arguments), arguments, sys.stdin.buffer, sys.stdout.buffer)
+
+
+def _files(arguments: argparse.Namespace) -> None:
     jobs = plan(arguments.inputs, arguments.out)
-    todo = [job for job in jobs if arguments.overwrite or not job.target.exists()]
+    # A folder in a target's place is no file that is there already: it is refused.
+    todo = [job for job in jobs if arguments.overwrite or not job.target.exists() or job.target.is_dir()]
     network = _enhancer(arguments)
     make_folder(arguments.out)
     clipped = failed = 0
-    with tqdm(total=sum(seconds(job.source) for job in todo), unit=_UNIT, bar_format=_BAR) as bar:
-        run = _one_by_one if arguments.processes == 1 else _in_parallel
-        for result in run(network, todo, arguments, bar):
+    run = _one_by_one if arguments.processes == 1 else _in_parallel
+    with _bar(todo) as bar, closing(run(network, todo, arguments, bar)) as results:
+        for job, result in results:
             if isinstance(result, str):
                 bar.write(f"error: {result}", file=sys.stderr)
                 failed += 1
-            else:
-                clipped += result
+                continue
+            clipped += result.clipped
+            if result.missing:
+                told = f"warning: {job.source} was cut off ({result.missing}): the enhanced file is as short"
+                bar.write(told, file=sys.stderr)
     print(f"{len(todo) - failed} files written to {arguments.out}", file=sys.stderr)
     if len(todo) < len(jobs):
         print(f"{len(jobs) - len(todo)} were there already: --overwrite makes them anew", file=sys.stderr)
@@ -119,6 +143,14 @@ def main(argv: list[str] | None = None) -> None:
         print(f"note: {clipped} samples lie beyond full scale, where integer formats clip", file=sys.stderr)
     if failed:
         raise UserError(f"{failed} of {len(todo)} files could not be enhanced")
+
+
+def _bar(jobs: Sequence[Job]) -> tqdm[NoReturn]:
+    """With an end where all files say how long they are."""
+    known = [length for job in jobs if (length := seconds(job.source)) is not None]
+    if len(known) < len(jobs):
+        return tqdm(unit=_UNIT, bar_format=_BAR_WITHOUT_END)
+    return tqdm(total=sum(known), unit=_UNIT, bar_format=_BAR)
 
 
 def _enhancer(arguments: argparse.Namespace) -> Enhancer:
@@ -130,23 +162,27 @@ def _attempt(network: Enhancer, job: Job, dry: float, progress: Progress) -> Res
         return enhance_file(network, job, dry, progress)
     except UserError as error:
         return str(error)
+    except (OSError, UnicodeError) as error:
+        if isinstance(error, OSError) and error.errno in _FULL_DISK:
+            raise
+        return f"{job.source}: {error}"
 
 
 def _show(bar: tqdm[NoReturn], written: float) -> None:
     # A header may promise less than there is, and sums of seconds are not exact.
-    bar.update(min(written, bar.total or 0.0) - bar.n)
+    bar.update((written if bar.total is None else min(written, bar.total)) - bar.n)
 
 
 def _one_by_one(
     network: Enhancer, jobs: Sequence[Job], arguments: argparse.Namespace, bar: tqdm[NoReturn]
-) -> Iterator[Result]:
+) -> Generator[tuple[Job, Result]]:
     for job in jobs:
-        yield _attempt(network, job, arguments.dry, lambda more: _show(bar, bar.n + more))
+        yield job, _attempt(network, job, arguments.dry, lambda more: _show(bar, bar.n + more))
 
 
 def _in_parallel(
     _: Enhancer, jobs: Sequence[Job], arguments: argparse.Namespace, bar: tqdm[NoReturn]
-) -> Iterator[Result]:
+) -> Generator[tuple[Job, Result]]:
     """In the order in which the files are done; every process loads a network of its own.
 
     Raises:
@@ -163,8 +199,27 @@ def _in_parallel(
             yield from (one.result() for one in done)
     except BrokenProcessPool as error:
         raise UserError("a process was ended, perhaps for lack of memory: use fewer --processes") from error
+    except BaseException:
+        # Their files would be finished first, and those that they have been handed for later.
+        _end(multiprocessing.active_children())
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _end(processes: Sequence[BaseProcess]) -> None:
+    """Have them remove what is half written, and end."""
+    for _ in range(_REQUESTS):
+        for process in processes:
+            process.terminate()
+        # The exception that it raises there may have been lost in a finaliser: the next one is not.
+        deadline = time.monotonic() + TIDY_SECONDS + 1
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        if not any(process.is_alive() for process in processes):
+            return
+    for process in processes:
+        process.kill()
 
 
 class _Child:
@@ -189,16 +244,23 @@ def _follow_parent() -> None:
     assert parent is not None
     parent.join()
     os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(_TIDY_SECONDS)
+    time.sleep(TIDY_SECONDS)
     os._exit(1)
 
 
-def _attempt_here(job: Job) -> Result:
-    # Ctrl-C reaches every process: one at work removes what it has half written, an idle one is ended later.
+def _attempt_here(job: Job) -> tuple[Job, Result]:
+    # A process at work removes what it has half written. Of the idle ones, Ctrl-C, which reaches every
+    # process, is kept away: they are ended later.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in SIGNALS:
+        signal.signal(number, handler)
     try:
-        return _attempt(_Child.network, job, _Child.dry, _count)
+        return job, _attempt(_Child.network, job, _Child.dry, _count)
+    except Ended:
+        os._exit(1)  # an exception would be handed to the parent, and the next file begun
     finally:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from mvat_dist import devices, locations, ranks
 from mvat_dist import metrics as metric_table
 from mvat_dist.commandline import CommandParser
+from mvat_dist.config import SAMPLE_RATE
 from mvat_dist.data.store.shardcache import Cache
 from mvat_dist.data.testsets import TestSets, folder_pair, held_out
 from mvat_dist.errors import UserError, exit_code
@@ -22,6 +24,7 @@ from mvat_dist.ranks import Ranks
 from mvat_dist.scoring.candidates import networks_of
 from mvat_dist.scoring.evaluation import Evaluation, finish, measure_costs, score
 from mvat_dist.scoring.rowlog import RowLog
+from mvat_dist.summary import NOISY
 
 DEFAULT_METRICS = "pesq_wb,stoi,si_sdr"
 
@@ -57,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"of {', '.join(METRICS)}, or groups ({groups}) (default: %(default)s)",
     )
     add("--dnsmos", type=Path, help="file sig_bak_ovr.onnx (default: the one in the package speechmos)")
-    add("--against", help="the network that the others are compared with (default: the first)")
+    add("--against", help=f"the network that the others are compared with, or {NOISY} (default: the first)")
     add("--limit", type=int, default=0, help="most clips of each test set (default: all)")
     seconds = "score only the start of each clip (default: all of it)"
     add("--max-seconds", type=float, default=0.0, help=seconds)
@@ -73,7 +76,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line, checked as far as that needs no file.
 
     Raises:
-        UserError: a negative number, or not exactly one choice of clips.
+        UserError: a number out of its range, or not exactly one choice of clips.
     """
     arguments = _parser().parse_args(argv)
     for name in ("limit", "max_seconds", "processes"):
@@ -81,6 +84,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             raise UserError(
                 f"--{name.replace('_', '-')} is {getattr(arguments, name)}: it cannot be negative"
             )
+    seconds = arguments.max_seconds
+    if not math.isfinite(seconds) or 0 < seconds < 1 / SAMPLE_RATE:
+        raise UserError(f"--max-seconds is {seconds}: give seconds of at least one sample, or 0 for all")
     if (arguments.noisy is None) != (arguments.clean is None):
         raise UserError("--noisy and --clean are given together: two folders with the halves of the pairs")
     if (arguments.data is None) == (arguments.noisy is None):
@@ -125,8 +131,9 @@ def _prepare(arguments: argparse.Namespace, here: Ranks) -> Evaluation:
     networks = networks_of(arguments.models, arguments.weights)
     about, sets = _clips(arguments)
     reference = arguments.against or next(iter(networks), None)
-    if reference is not None and reference not in networks:
-        raise UserError(f"--against {reference}: no such network; there are {', '.join(networks) or 'none'}")
+    if reference is not None and reference not in (NOISY, *networks):
+        there = f"{', '.join(networks) or 'none'}; or {NOISY}"
+        raise UserError(f"--against {reference}: no such network; there are {there}")
     out = arguments.out or _default_out(arguments)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: give a folder")

@@ -194,9 +194,7 @@ def _parser() -> argparse.ArgumentParser:
         "runs. The same command again goes on where this one was stopped.",
         "python -m mvat_dist.experiment configs/experiment.yaml --out experiments/paper --nodes 4",
     )
-    made.add_argument(
-        "grid", type=Path, help=f"YAML file: {', '.join(Grid.__dataclass_fields__)}"
-    )
+    made.add_argument("grid", type=Path, help=f"YAML file: {', '.join(Grid.__dataclass_fields__)}")
     made.add_argument("--out", type=Path, required=True, help="folder for runs/ and report/")
     made.add_argument("--wait", action="store_true", help="on Slurm: wait for the jobs, then score them")
     return made

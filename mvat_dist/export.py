@@ -13,26 +13,35 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
 from mvat_dist import modelfile, weightsfile
 from mvat_dist.commandline import CommandParser
 from mvat_dist.config import SAMPLE_RATE
+from mvat_dist.data.pack.inspection import SILENCE
 from mvat_dist.data.testsets import held_out
-from mvat_dist.data.validation import Clip
-from mvat_dist.deploy import exporting, lineage
+from mvat_dist.data.validation import Clip, UnusableClipError
+from mvat_dist.deploy import exporting, leftovers, lineage
+from mvat_dist.deploy.ending import clean_end
 from mvat_dist.deploy.exporting import Run, largest_error, probes, run_torch
 from mvat_dist.deploy.modelcard import Exported, card
 from mvat_dist.errors import UserError, exit_code, nearest
-from mvat_dist.files import TEMPORARY_SUFFIX, atomic_file, make_folder, write_text
+from mvat_dist.files import TEMPORARY_SUFFIX, atomic_file, fsync, make_folder, write_text
 from mvat_dist.modelfile import LoadedModel
 from mvat_dist.scoring.children import Pair, score_pairs
+from mvat_dist.summary import mean_interval
 
 FP32_BOUND = 1e-4
 """Largest difference from the network, relative to the peak of its output: -80 dB."""
 FP16_BOUND = 1e-2
 """For weights with 11 bits."""
+
+WORTH_IT = 0.95
+"""Share of the time, or of the size, of fp32 that 8 bits may have at most: less of a gain is none."""
+TIMED_PASSES = 11
+"""Pairs of them, for a median."""
 
 CLIP_SECONDS = 10.0
 """Longest clip to check on."""
@@ -94,7 +103,7 @@ def _weights(subject: Subject, file: Path, dtype: torch.dtype, bound: float) -> 
 
 
 def _torchscript(subject: Subject, file: Path) -> str:
-    exporting.save(subject.loaded.model, file)
+    exporting.save(subject.loaded.model, file, subject.about["sha256"])
     return subject.difference(exporting.runner(file), FP32_BOUND)
 
 
@@ -113,13 +122,20 @@ def _int8(subject: Subject, file: Path) -> str:
     onnxfile.save(subject.loaded.model, full, {})
     onnxfile.save_int8(full, file, [clip.noisy for clip in subject.clips[::2]], _onnx_about(subject))
     runs, scored = (onnxfile.runner(full), onnxfile.runner(file)), subject.clips[1::2]
-    (before, after), (fp32_time, int8_time) = _pesq(runs, scored), (_seconds(run, scored[0]) for run in runs)
+    fp32, int8 = _pesq(runs, scored)
+    cost, low, high = mean_interval((fp32 - int8).tolist())  # of the same clips for both: paired
+    time_share = _time_share(runs[1], runs[0], scored[0])
+    size_share = file.stat().st_size / full.stat().st_size
+    interval = "" if low is None else f" [{low:.3f}, {high:.3f}]"
     said = (
-        f"PESQ-WB {before:.3f} -> {after:.3f} on {len(scored)} clips, {int8_time / fp32_time:.2f} times the "
-        f"time of fp32, {file.stat().st_size / full.stat().st_size:.2f} times the size"
+        f"PESQ-WB {fp32.mean():.3f} -> {int8.mean():.3f}, a cost of {cost:.3f}{interval} on "
+        f"{fp32.size} clips (95 %, paired), {time_share:.2f} times the time of fp32, {size_share:.2f} times "
+        "the size"
     )
-    if not before - after <= subject.max_loss:
+    if not cost <= subject.max_loss:
         raise UserError(f"{said}: costs more than --max-pesq-loss {subject.max_loss:g}")
+    if min(time_share, size_share) > WORTH_IT:
+        raise UserError(f"{said}: neither faster nor smaller by {1 - WORTH_IT:.0%}")
     return said
 
 
@@ -147,8 +163,8 @@ def _onnx_about(subject: Subject) -> dict[str, str]:
     return {**subject.about, **own}
 
 
-def _pesq(runs: Sequence[Run], clips: Sequence[Clip]) -> list[float]:
-    """Mean PESQ-WB of each of `runs`, over the clips that have it for all of them.
+def _pesq(runs: Sequence[Run], clips: Sequence[Clip]) -> npt.NDArray[np.float64]:
+    """PESQ-WB of each of `runs` (rows), for the clips that have it for all of them (columns).
 
     Raises:
         UserError: none has.
@@ -160,36 +176,72 @@ def _pesq(runs: Sequence[Run], clips: Sequence[Clip]) -> list[float]:
     valid = table[:, np.isfinite(table).all(axis=0)]
     if not valid.size:
         raise UserError("PESQ has no score for any clip: give others with --data")
-    return [float(mean) for mean in valid.mean(axis=1)]
+    return valid
 
 
-def _seconds(run: Run, clip: Clip) -> float:
-    """Fastest of five passes over one clip."""
-    times = []
-    for _ in range(5):
+def _time_share(run: Run, reference: Run, clip: Clip) -> float:
+    """Time of `run` over that of `reference`: median over pairs of passes, as a busy moment slows both."""
+
+    def seconds(which: Run) -> float:
         started = time.perf_counter()
-        run(clip.noisy[None])
-        times.append(time.perf_counter() - started)
-    return min(times)
+        which(clip.noisy[None])
+        return time.perf_counter() - started
+
+    return float(np.median([seconds(run) / seconds(reference) for _ in range(TIMED_PASSES)]))
 
 
 def export(subject: Subject, names: Sequence[str], out: Path) -> list[Exported]:
-    """Write the formats called `names` into `out`; those that fail their check are not kept."""
-    made = []
-    for name in tqdm(names, unit="file", desc="exporting"):
-        one = FORMATS[name]
-        target = out / (subject.loaded.name + one.suffix)
-        try:
-            with atomic_file(target) as temporary, _folder(out) as folder:
-                # Under its own name, by whose ending it is read, in a folder that goes with a failure.
-                file = folder / target.name
-                check = one.make(subject, file)
-                size = file.stat().st_size
-                file.replace(temporary)
-            made.append(Exported(target.name, one.kind, size, check))
-        except UserError as refusal:
-            made.append(Exported(target.name, one.kind, 0, str(refusal), kept=False))
+    """Write the formats called `names`, and the card, into `out`; those that fail their check are not kept.
+
+    Of a format that is not kept, the file of an earlier export goes too. Nothing in `out` changes before
+    all is made, the card included.
+
+    Raises:
+        UserError: a folder is in the place of a file.
+    """
+    places = [out / (subject.loaded.name + FORMATS[name].suffix) for name in names]
+    card_place = out / f"{subject.loaded.name}.md"
+    if taken := [str(place) for place in (*places, card_place) if place.is_dir()]:
+        raise UserError(f"a folder is in the place of {', '.join(taken)}: move it, or choose another --out")
+    make_folder(out)
+    with _folder(out) as staged:
+        made = [_made(subject, FORMATS[name], staged) for name in tqdm(names, unit="file", desc="exporting")]
+        text = card(subject.loaded, subject.about, made)
+        for one in made:
+            if one.kept:
+                (staged / one.file).replace(out / one.file)
+            else:
+                (out / one.file).unlink(missing_ok=True)
+        fsync(out)
+    write_text(card_place, text)
     return made
+
+
+def _made(subject: Subject, one: Format, folder: Path) -> Exported:
+    """Write one file into `folder`, where it passes its check."""
+    target = folder / (subject.loaded.name + one.suffix)
+    try:
+        with atomic_file(target) as temporary, _folder(folder) as making:
+            # Under its own name, by whose ending it is read, in a folder that goes with a failure.
+            file = making / target.name
+            check = one.make(subject, file)
+            size = file.stat().st_size
+            file.replace(temporary)
+        return Exported(target.name, one.kind, size, check)
+    except UserError as refusal:
+        return Exported(target.name, one.kind, 0, str(refusal), kept=False)
+
+
+def _name_leftovers(subject: Subject, names: Sequence[str], out: Path) -> None:
+    """Say which files of earlier exports, of formats not in `names`, hold other weights."""
+    for file in (
+        out / (subject.loaded.name + one.suffix) for key, one in FORMATS.items() if key not in names
+    ):
+        if file.is_file() and (sha256 := leftovers.sha256_of(file)) != subject.about["sha256"]:
+            of = (
+                f"is of other weights (SHA-256 {sha256})" if sha256 else "does not say of which weights it is"
+            )
+            print(f"note: {file}, of an earlier export, {of}: remove it or export it again", file=sys.stderr)
 
 
 @contextmanager
@@ -233,6 +285,33 @@ def _formats(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def _clips(data: str, count: int) -> list[Clip]:
+    """The first clips of `data` that something can be checked on; the others are named.
+
+    Raises:
+        UserError: there is none.
+    """
+    found: list[Clip] = []
+    for clips, index in (
+        (its, at) for its in held_out(data, count, CLIP_SECONDS).values() for at in range(len(its))
+    ):
+        if len(found) == count:
+            break
+        try:
+            clip = clips[index]
+        except UnusableClipError as error:
+            print(f"note: clip {error.key} is left out: {error}", file=sys.stderr)
+            continue
+        # What maps silence to silence may map speech to anything.
+        if not clip.noisy.size or np.abs(clip.noisy - clip.noisy.mean()).max() < SILENCE:
+            print(f"note: clip {clip.key} is left out: it is silent", file=sys.stderr)
+            continue
+        found.append(clip)
+    if not found:
+        raise UserError(f"--data {data} has no clip to check on that can be read and is not silent")
+    return found
+
+
 def main(argv: list[str] | None = None) -> None:
     """Export one network and say what was kept."""
     arguments = _parser().parse_args(argv)
@@ -241,16 +320,16 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--clips is {arguments.clips}: at least one is needed to check on")
     file = weightsfile.resolve(arguments.model, arguments.weights)
     loaded = modelfile.load(file)
-    sets = held_out(arguments.data, arguments.clips, CLIP_SECONDS)
-    clips = [clip for found in sets.values() for clip in found][: arguments.clips]
+    clips = _clips(arguments.data, arguments.clips)
     about = lineage.describe(file, loaded, arguments.licence)
-    make_folder(arguments.out)
-    made = export(Subject(loaded, about, clips, arguments.max_pesq_loss), names, arguments.out)
-    write_text(arguments.out / f"{loaded.name}.md", card(loaded, about, made))
+    subject = Subject(loaded, about, clips, arguments.max_pesq_loss)
+    with clean_end():
+        made = export(subject, names, arguments.out)
     for one in made:
         kept = f"{one.bytes / 1e6:.2f} MB" if one.kept else "NOT KEPT"
         print(f"{one.file}: {kept}, {one.check}")
     print(f"model card: {arguments.out / loaded.name}.md")
+    _name_leftovers(subject, names, arguments.out)
     if refused := [one.file for one in made if not one.kept]:
         raise UserError(f"not kept: {', '.join(refused)}")
 

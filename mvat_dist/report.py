@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -25,8 +26,8 @@ def main(argv: list[str] | None = None) -> None:
     """
     arguments = _parser().parse_args(argv)
     out: Path = arguments.out
-    if arguments.audio_mb < 0:
-        raise UserError(f"--audio-mb is {arguments.audio_mb:g}: it cannot be negative")
+    if not (math.isfinite(arguments.audio_mb) and arguments.audio_mb >= 0):
+        raise UserError(f"--audio-mb is {arguments.audio_mb:g}: give megabytes, 0 or more")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: give a folder")
     reader = Reader()

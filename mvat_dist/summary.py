@@ -38,21 +38,25 @@ class Summary:
     """None where no clip could be scored."""
     low: float | None
     high: float | None
-    """95 % bootstrap interval of the mean."""
+    """95 % bootstrap interval of the mean; None where fewer than two clips could be scored."""
     clips: int
     """Clips behind the mean."""
     failed: dict[str, int]
     """Clips without a value, by reason."""
 
 
-def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
+def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float | None, float | None]:
     """Mean of `values` and its 95 % percentile bootstrap interval: (mean, low, high).
+
+    A single value has no interval (None): nothing says how much others would differ from it.
 
     Efron and Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 13. The clips are the
     units: it says how far the mean would move with other clips of the same kind, not with other seeds
     of the training. Deterministic for equal values and `seed`.
     """
     array = np.asarray(values, np.float64)
+    if array.size == 1:
+        return float(array[0]), None, None
     generator = np.random.default_rng(seed)
     # Many at once, for speed; all at once would take gigabytes for large test sets.
     share = max(1, _DRAWS // len(array))
@@ -72,7 +76,7 @@ class Difference:
     """None where there is no such clip."""
     low: float | None
     high: float | None
-    """95 % bootstrap interval of the mean difference."""
+    """95 % bootstrap interval of the mean difference; None where there are fewer than two clips."""
     p: float | None
     """Two-sided p-value of the sign-flip test: how often chance alone makes a difference as large."""
     clips: int

@@ -171,11 +171,15 @@ def test_integers_have_the_full_scale_of_their_type(model):
         (np.zeros((2, 3, 4)), 16000, "frames by channels"),
         (np.zeros(3, np.uint8), 16000, "uint8"),
         (np.zeros(3), 0, "0 Hz"),
+        (np.zeros(3), float("nan"), "nan Hz"),
+        (np.zeros(3), float("inf"), "inf Hz"),
+        (np.zeros(3), "16000", "'16000' Hz: it must be a number"),
     ],
 )
 def test_unusable_arrays_are_refused(model, audio, rate, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as refused:
         model.enhance(audio, rate)
+    assert isinstance(refused.value, ValueError)  # to who calls it from Python
 
 
 def test_the_package_is_importable_without_torch():
@@ -291,7 +295,7 @@ def test_beyond_full_scale_integers_are_clipped_and_counted(tmp_path):
     soundfile.write(tmp_path / "a.wav", pcm, 16000)
     louder = Enhancer(LoadedModel("louder", Amplifier(), None))
     job = Job(tmp_path / "a.wav", tmp_path / "out" / "a.wav")
-    clipped = enhance_file(louder, job, 0.0, lambda _: None)
+    clipped = enhance_file(louder, job, 0.0, lambda _: None).clipped
     assert clipped == (np.abs(3 * pcm.astype(int)) > 32768).sum() > 0
     found = soundfile.read(job.target, dtype="int16", always_2d=True)[0]
     np.testing.assert_array_equal(found, np.clip(3 * pcm.astype(int), -32768, 32767))
@@ -309,6 +313,8 @@ def test_beyond_full_scale_integers_are_clipped_and_counted(tmp_path):
         (["FOLDER", "--out", "OUT", "--dry", "1.5"], "--dry is 1.5"),
         (["FOLDER", "--out", "OUT", "--processes", "0"], "--processes is 0"),
         (["FOLDER", "-", "--out", "OUT"], "standard input"),
+        (["", "--out", "OUT"], "an empty name"),
+        (["FOLDER", "--out", ""], "an empty name"),
     ],
 )
 def test_mistakes_are_one_line_before_anything_is_written(
@@ -357,3 +363,10 @@ def test_a_pipe_refuses_a_sound_file_and_half_a_frame(
     captured = capsysbinary.readouterr()
     assert len(captured.out) == written
     assert message in captured.err.decode()
+
+
+@pytest.mark.parametrize("closed", ["stdin", "stdout"])
+def test_a_pipe_with_a_closed_end_is_one_line(weights, monkeypatch, capsys, closed):
+    monkeypatch.setattr(sys, closed, None)  # as Python has it for `<&-`
+    assert run(weights, "-") == 2
+    assert "is closed" in capsys.readouterr().err

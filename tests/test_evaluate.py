@@ -251,6 +251,7 @@ def test_interval_covers_the_true_mean_about_as_often_as_it_says():
         assert low < mean < high
         covered += low <= 1.0 <= high
     assert 88 <= covered <= 99  # 95 of 100 expected; four standard deviations of the binomial below
+    assert mean_interval([2.5]) == (2.5, None, None)  # one clip says nothing of others
     assert mean_interval([2.5, 2.5]) == (2.5, 2.5, 2.5)
     assert mean_interval([1.0, 2.0, 4.0], seed=7) == mean_interval([1.0, 2.0, 4.0], seed=7)
 

@@ -18,7 +18,7 @@ from scipy import stats
 from mvat_dist import modelfile
 from mvat_dist.errors import UserError
 from mvat_dist.evaluate import main
-from mvat_dist.files import write_json
+from mvat_dist.files import only_writer, write_json
 from mvat_dist.metrics import METRICS
 from mvat_dist.models import build
 from mvat_dist.rundir import RunDir
@@ -141,6 +141,51 @@ def test_rows_of_other_weights_metrics_or_clips_are_not_taken(model, corpus, tmp
     )
 
 
+@pytest.mark.parametrize("lost", ["rows.jsonl", "scores.csv", "scores.md"])
+def test_a_finished_evaluation_that_has_lost_a_file_is_not_believed(model, corpus, tmp_path, lost):
+    argv = [str(model), "--data", str(corpus), "--metrics", "si_sdr", "--out", str(tmp_path / "out")]
+    main(argv)
+    before = content(tmp_path / "out")
+    (tmp_path / "out" / lost).unlink()
+    main(argv)
+    assert (tmp_path / "out" / lost).is_file()
+    assert content(tmp_path / "out") == before
+
+
+def test_rows_of_aborted_evaluations_go_when_tables_are_written_but_not_those_under_way(corpus, tmp_path):
+    out = tmp_path / "out"
+    aborted, under_way, own = (
+        out / name for name in ("rows-" + "a" * 16, "rows-" + "b" * 16, "rows-of-mine")
+    )
+    for folder in (aborted, under_way, own):
+        folder.mkdir(parents=True)
+        (folder / "00000.jsonl").write_text("")
+    with only_writer(under_way / "00000.jsonl", "scoring"):
+        main(["--data", str(corpus), "--metrics", "si_sdr", "--out", str(out)])
+    assert not aborted.exists()
+    assert under_way.is_dir()
+    assert own.is_dir()
+
+
+def test_networks_are_compared_with_the_noisy_input(corpus, tmp_path, capsys):
+    models = [str(save(tmp_path / f"{name}.safetensors", seed)) for seed, name in enumerate("ab")]
+    named = [f"{name}={path}" for name, path in zip("ab", models, strict=True)]
+    out = tmp_path / "out"
+    main([*named, "--data", str(corpus), "--metrics", "si_sdr", "--against", "noisy", "--out", str(out)])
+    section = json.loads((out / "scores.json").read_text())["sections"]["test_a"]
+    scores = {
+        name: np.array([row["si_sdr"] for row in rows_of(out) if row["model"] == name])
+        for name in ("noisy", "a", "b")
+    }
+    assert section["reference"] == "noisy"
+    assert list(section["differences"]) == ["a", "b"]
+    for name in "ab":
+        found = section["differences"][name]["si_sdr"]
+        assert found["mean"] == pytest.approx((scores[name] - scores["noisy"]).mean())
+        assert found["low"] < found["mean"] < found["high"]
+    assert "Differences from noisy:" in capsys.readouterr().out
+
+
 def be_rank(monkeypatch, rank: int, world_size: int) -> None:
     """What torchrun tells a process."""
     told = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world_size}
@@ -236,8 +281,10 @@ def test_any_pair_of_folders_with_what_cannot_be_scored_recorded(model, tmp_path
     assert [row["duration_s"] for row in rows] == [1.0, 1.0, 1.0, None, None]
     assert rows[0]["snr_db"] == pytest.approx(0, abs=0.05)
     assert all(row["failure"] is None for row in rows[:3])
-    assert "must be equally long" in rows[3]["failure"]["si_sdr"]
-    assert "does not open as audio" in rows[4]["failure"]["segsnr"]
+    assert rows[3]["failure"]["si_sdr"] == "halves of different length"
+    assert rows[4]["failure"]["segsnr"] == "does not open as audio"
+    assert "must be equally long" in rows[3]["problem"]
+    assert rows[4]["problem"].startswith(f"{tmp_path}/noisy/deeper/noisy_of_book_fileid_4.wav does not open")
     assert rows[3]["si_sdr"] is None
     record = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert record["unmatched"] == [str(tmp_path / "noisy" / "lonely.wav")]
@@ -280,7 +327,14 @@ def test_corpora_as_they_come(tmp_path, monkeypatch, layout, sets):
         (["--noisy", "none", "--clean", "a"], "--noisy none: no such folder"),
         (["--noisy", "a", "--clean", "b"], "no file in a (1 audio files) has its twin in b (0)"),
         (["--data", "a"], "nothing in a"),
-        (["--data", "shards", "--against", "one"], "--against one: no such network; there are none"),
+        (
+            ["--data", "shards", "--against", "one"],
+            "--against one: no such network; there are none; or noisy",
+        ),
+        *(
+            (["--data", "shards", "--max-seconds", no], "at least one sample")
+            for no in ("nan", "inf", "1e-5")
+        ),
         (
             ["x=one.safetensors", "x=two.safetensors", "--data", "shards"],
             "two things to score are called 'x'",

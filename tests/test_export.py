@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -24,17 +25,15 @@ from mvat_dist import export, modelfile, weightsfile
 from mvat_dist.deploy import exporting, onnxfile
 from mvat_dist.errors import UserError, exit_code
 from mvat_dist.export import main
-from mvat_dist.files import write_json
 from mvat_dist.models import Manner
-from mvat_dist.rundir import RunDir
 from mvat_dist.students import SIZES, Size
 from mvat_dist.teacher import LiveTeacher
 from tests.conftest import REPOSITORY
+from tests.export_runs import TINY, a_run, a_test_set
 from tests.mistakes import assert_refused
 from tests.networks import loud
 from tests.signals import noise_at, syllables
 
-TINY = Size("small", 6, depth=2, chunk=16)
 ODD = Size("base", 7, depth=2, chunk=10, kernel_size=5, stride=3, heads=2)
 
 
@@ -43,39 +42,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A run's folder with one student, a record of its teacher and data, and scores."""
-    folder = RunDir(tmp_path_factory.mktemp("runs") / "a run")
-    made = loud(TINY)
-    modelfile.save(folder.weights("tiny", "best"), made.state_dict(), name="tiny", size=TINY, step=70)
-    folder.config.write_text(
-        "seed: 5\ndata: {train: '{/secret/en,/secret/de}', valid: 's3://ours/valid', segment_seconds: 4.0}\n"
-        "distil: {method: mvat}\ntrain: {steps: 90, batch: 8}\nteacher: {file: /secret/models/b.pth}\n"
-        "runs: /secret/runs\n"
-    )
-    teacher = {"name": "manner-b", "sha256": "abc123", "file": "/secret/models/b.pth"}
-    data = {"/secret/en/train": "11", "/secret/de/train": "22", "s3://ours/valid": "33"}
-    init = {"tiny": {"name": "old-tiny", "sha256": "def456"}, "other": {"name": "x", "sha256": "0"}}
-    write_json(folder.inputs, {"teacher": teacher, "data": data, "init": init})
-    write_json(folder.environment, {"commit": "c0ffee", "host": "secret-host", "packages": {"torch": "2"}})
-    score = {"mean": 2.5, "low": 2.25, "high": 2.75, "clips": 9, "failed": {}}
-    sections = {
-        "test_a": {"scores": {"noisy": {"pesq_wb": {**score, "mean": 1.5}}, "tiny": {"pesq_wb": score}}}
-    }
-    scores = {"weights": "best", "data": "/secret/shards", "sections": sections}
-    write_json(folder.path / "evaluate" / "shards-best" / "scores.json", scores)
-    return folder.path
+    return a_run(tmp_path_factory.mktemp("runs") / "a run")
 
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory) -> Path:
-    """Folder with four pairs of clips, of different lengths."""
-    folder = tmp_path_factory.mktemp("some clips")
-    for at in range(4):
-        clean = syllables(2.0 + 0.3 * at, seed=at)
-        for side, audio in (("clean", clean), ("noisy", clean + noise_at(clean, 5.0))):
-            (folder / side).mkdir(exist_ok=True)
-            soundfile.write(folder / side / f"{at}.wav", audio, 16000)
-    return folder
+    return a_test_set(tmp_path_factory.mktemp("some clips"))
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +104,8 @@ def test_an_export_is_its_files_and_a_card(exported):
     assert sorted(file.name for file in exported.iterdir()) == names
     card = (exported / "tiny.md").read_text()
     sha256 = modelfile.fingerprint(modelfile.load(exported / "tiny.safetensors").model)
+    with zipfile.ZipFile(exported / "tiny.pt") as archive:
+        assert archive.read("tiny/extra/sha256").decode() == sha256
     for fact in (sha256, "CC0-1.0", "teacher manner-b, SHA-256 abc123", "seed 5",
                  "began as old-tiny, SHA-256 def456", "90 steps of 8 segments",
                  "| tiny  | 2.50 [2.25, 2.75]", "c0ffee", "`tiny.onnx`"):  # fmt: skip
@@ -198,7 +172,10 @@ def test_onnxruntime_alone_enhances_a_file_as_the_command_does(run, exported, tm
             ['load("tiny.fp16.safetensors")', "--model tiny.fp16.safetensors", "metadata of `tiny.fp16"],
         ),
         ("torchscript", ["`tiny.pt` map float32"]),
-        ("onnx,torchscript", ["`tiny.onnx` and `tiny.pt` map", "enhance_onnx.py", "metadata of `tiny.onnx`"]),
+        (
+            "onnx,torchscript",
+            ["`tiny.onnx` and `tiny.pt` map", "repository of mvat_dist", "metadata of `tiny.onnx`"],
+        ),
     ],
 )
 def test_a_card_tells_how_to_use_the_files_that_are_there(run, clips, tmp_path, formats, there):
@@ -230,17 +207,6 @@ def test_a_file_that_differs_is_not_kept(run, clips, tmp_path, monkeypatch, caps
     assert captured.err.splitlines()[-1] == "error: not kept: tiny.pt"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["tiny.md", "tiny.safetensors"]
     assert "tiny.pt (not kept)" in (tmp_path / "tiny.md").read_text()
-
-
-def test_8_bits_are_kept_or_refused_by_what_they_cost(run, clips, tmp_path, capsys):
-    options = ["--model", str(run), "--formats", "int8", "--data", str(clips), "--out", str(tmp_path)]
-    assert exit_code(main, [*options, "--max-pesq-loss", "-9"]) == 2
-    assert "NOT KEPT, PESQ-WB" in capsys.readouterr().out
-    assert not (tmp_path / "tiny.int8.onnx").exists()
-    assert exit_code(main, [*options, "--max-pesq-loss", "9"]) == 0
-    assert "on 2 clips" in capsys.readouterr().out
-    types = {one.data_type for one in onnx.load(tmp_path / "tiny.int8.onnx").graph.initializer}
-    assert onnx.TensorProto.INT8 in types
 
 
 def test_without_the_extra_the_other_formats_are_written(run, clips, tmp_path, monkeypatch, capsys):

@@ -15,8 +15,17 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mvat_dist.config import DistilConfig
 from mvat_dist.errors import UserError
-from mvat_dist.losses import EnhancementLoss, OutputLoss, energy_map, mvat_loss, shared_blocks
+from mvat_dist.losses import (
+    EnhancementLoss,
+    Objective,
+    OutputLoss,
+    WaveformLoss,
+    energy_map,
+    mvat_loss,
+    shared_blocks,
+)
 from mvat_dist.losses import distance as distances
 from mvat_dist.models import load_manner_checkpoint
 from mvat_dist.students import SIZES, VIEWS, Size, View, ViewKey
@@ -111,6 +120,34 @@ def test_gradient_reaches_the_estimate_alone() -> None:
     value.backward()
     assert estimate.grad is not None
     assert noisy.grad is clean.grad is teacher.grad is None
+
+
+def test_the_waveform_loss_is_its_formula_at_any_level() -> None:
+    clean, estimate = noise(3, SAMPLES, seed=1), noise(3, SAMPLES, seed=3)
+    clean[2] = 0
+    noisy = clean + noise(3, SAMPLES, seed=2)
+    loss, targets = WaveformLoss(), EnhancementLoss().prepare(noisy, clean)
+    arrays = [one.numpy() for one in (estimate, clean, noisy)]
+    expected = np.mean(np.abs(arrays[0] - arrays[1]).mean(1) / np.abs(arrays[2]).mean(1))
+    assert loss(estimate, targets).item() == pytest.approx(expected, rel=1e-12)
+    quiet = EnhancementLoss().prepare(0.01 * noisy, 0.01 * clean)
+    assert loss(0.01 * estimate, quiet).item() == pytest.approx(expected, rel=1e-12)
+    silent = EnhancementLoss().prepare(torch.zeros_like(noisy), torch.zeros_like(clean))
+    assert loss(torch.zeros_like(noisy), silent).item() == 0
+
+
+def test_an_objective_adds_it_by_its_factor() -> None:
+    size = Size("small", 6, depth=2)
+    estimate, clean, noisy = (noise(2, SAMPLES, seed=seed) for seed in (3, 1, 2))
+    plain = Objective(DistilConfig(method="none"), size, None)
+    added = Objective(DistilConfig(method="none"), size, None, waveform=2.5)
+    prepared = plain.prepare(noisy, clean, None)
+    before, after = plain(estimate, {}, prepared), added(estimate, {}, prepared)
+    assert plain.terms == ("loss", "enhance")
+    assert added.terms == ("loss", "enhance", "waveform")
+    assert after["enhance"] == before["enhance"] == before["loss"]
+    expected = before["loss"] + 2.5 * WaveformLoss()(estimate, prepared.targets)
+    assert after["loss"].item() == pytest.approx(expected.item(), rel=1e-12)
 
 
 def test_gradient_is_that_of_the_formula() -> None:

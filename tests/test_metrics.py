@@ -125,12 +125,22 @@ def test_pesq_refuses_what_it_cannot_do(name):
     assert METRICS[name].compute(CLEAN[:3900], CLEAN[:3900]).failure == "shorter than 0.25 s"
     assert METRICS[name].compute(noise, click).failure == TOO_LITTLE_SPEECH
     # 60 utterances in 60 s end the process that hands them to PESQ.
-    assert METRICS[name].compute(bursts(60, 60.0), bursts(60, 60.0)).failure == "longer than 20 s"
+    assert METRICS[name].compute(bursts(60, 60.0), bursts(60, 60.0)).failure == "longer than 19 s"
 
 
 def test_pesq_scores_the_longest_clip_with_the_most_utterances():
-    staccato = bursts(50, PESQ_LONGEST)
+    frames = np.arange(round(PESQ_LONGEST * SAMPLE_RATE)) // 64
+    # 45 frames of 4 ms and 53 of silence: nearly the densest that PESQ's code tells apart, 48 or 49 here.
+    staccato = np.where(frames % 98 < 45, bursts(1, 2 * PESQ_LONGEST)[: frames.size], 0).astype(np.float32)
     assert METRICS["pesq_wb"].compute(staccato, staccato).value == pytest.approx(4.644, abs=1e-3)
+
+
+def test_pesq_never_gets_a_clip_with_room_for_a_51st_utterance():
+    """By the constants of its code: MINUTTLENGTH, JOINSPEECHLGTH, SEARCHBUFFER, all in frames of 4 ms."""
+    shortest, joined_up_to, searched_around, smeared = 50, 50, 75, 4
+    period = shortest - smeared + joined_up_to + 1
+    begins = searched_around + 50 * period
+    assert begins >= searched_around + PESQ_LONGEST / 0.004 + searched_around
 
 
 @pytest.mark.parametrize("name", ["stoi", "estoi"])
@@ -202,7 +212,7 @@ def test_measures_on_frames_refuse_less_than_two_frames(name):
 
 
 def test_a_composite_without_a_pesq_fails_for_its_reason():
-    assert METRICS["covl"].compute(bursts(60, 60.0), bursts(60, 60.0)) == Score(None, "longer than 20 s")
+    assert METRICS["covl"].compute(bursts(60, 60.0), bursts(60, 60.0)) == Score(None, "longer than 19 s")
 
 
 def test_a_changed_signal_is_scored_anew():

@@ -563,7 +563,8 @@ def test_mistakes_are_refused(tmp_path, capsys):
     make_run(tmp_path / "runs" / "one", config_of("none", 0))
     with pytest.raises(UserError, match="is a file: give a folder"):
         main([str(tmp_path / "runs" / "one"), "--out", str(tmp_path / "file")])
-    with pytest.raises(UserError, match="cannot be negative"):
-        main([str(tmp_path / "runs" / "one"), "--audio-mb", "-1"])
+    for wrong in ("-1", "nan", "inf"):
+        with pytest.raises(UserError, match=f"--audio-mb is {wrong}: give megabytes, 0 or more"):
+            main([str(tmp_path / "runs" / "one"), "--audio-mb", wrong])
     assert not (tmp_path / "out").exists()
     assert html.unescape(capsys.readouterr().out) == ""

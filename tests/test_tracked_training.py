@@ -66,7 +66,8 @@ def check_rows(run: RunDir, name: str) -> None:
     scored = [row for row in rows if "valid/si_sdr" in row]
     assert [row["step"] for row in scored] == [4, 8, 9]
     for row in scored:
-        assert row["valid/si_sdr_low"] <= row["valid/si_sdr"] <= row["valid/si_sdr_high"]
+        assert -100 <= row["valid/si_sdr"] <= 100
+        assert row["valid/si_sdr_low"] is row["valid/si_sdr_high"] is None  # there is one clip
 
 
 class _Half(nn.Module):

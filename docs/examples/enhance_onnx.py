@@ -17,6 +17,22 @@ import soundfile
 
 RATE = 16_000
 WINDOW, OVERLAP = 16 * RATE, 2 * RATE
+BLOCK = 1 << 16
+
+
+class OnePassFile(soundfile.SoundFile):
+    """soundfile seeks after each read, and fails at the end of a FLAC that does not say how long it is."""
+
+    def seekable(self) -> bool:
+        return False
+
+
+def whole(sound: soundfile.SoundFile) -> np.ndarray:
+    """(T, C) of all that is there, whatever the header says of its length."""
+    blocks = [np.zeros((0, sound.channels), np.float32)]
+    while len(block := sound.read(BLOCK, dtype="float32", always_2d=True)):
+        blocks.append(block)
+    return np.concatenate(blocks)
 
 
 def resampled(audio: np.ndarray, rate_in: int, rate_out: int) -> np.ndarray:
@@ -56,9 +72,9 @@ def enhanced(session: onnxruntime.InferenceSession, audio: np.ndarray) -> np.nda
 def main(model: str, source: str, target: str) -> None:
     """Read, enhance, write."""
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-    with soundfile.SoundFile(source) as sound:
+    with OnePassFile(source) as sound:
         kind = {"format": sound.format, "subtype": sound.subtype, "endian": sound.endian}
-        rate, noisy = sound.samplerate, sound.read(dtype="float32", always_2d=True)
+        rate, noisy = sound.samplerate, whole(sound)
     clean = resampled(enhanced(session, resampled(noisy, rate, RATE)), RATE, rate)
     # Resampling there and back may change the length by a few samples.
     exact = np.zeros_like(noisy)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol, overload
+from typing import NamedTuple, Protocol, cast, overload
 
+import numpy as np
 import soundfile
+import soxr
 
 from mvat_dist.config import SAMPLE_RATE
 from mvat_dist.data.mix.mixing import Audio
 from mvat_dist.data.pack.corpora import list_dns
-from mvat_dist.data.pack.inspection import UnusableError, open_sound, read_piece
+from mvat_dist.data.pack.inspection import REASONS, UnusableError, open_sound, read_piece
 from mvat_dist.data.store.folders import MANIFEST, Folder
 from mvat_dist.data.store.packed import fingerprints, open_subset
 from mvat_dist.data.store.shards import Field
@@ -22,12 +24,19 @@ LENGTH_TOLERANCE = SAMPLE_RATE // 100
 """Samples by which the halves of a plain pair may differ (10 ms, as for `mvat_dist.pack`)."""
 
 
+_DENSEST = 8192
+"""Most samples that a byte of a file can stand for: 65535 equal ones are a FLAC frame of 10 bytes."""
+_BLOCK = 1 << 20
+
+
 class UnusableClipError(UserError):
     """The clip called `key` cannot be scored; others can."""
 
-    def __init__(self, key: str, message: str) -> None:
+    def __init__(self, key: str, reason: str, message: str) -> None:
         super().__init__(message)
         self.key = key
+        self.reason = reason
+        """The same for all clips with this fault, so that they can be counted; the message names the file."""
 
 
 class Clip(NamedTuple):
@@ -76,7 +85,8 @@ class ValidationClips(Sequence[Clip]):
             UserError: no such folder, or no pairs in it.
         """
         self._clips: _Clips = data if isinstance(data, FilePairs) else _find(data)
-        self._frames = round(max_seconds * SAMPLE_RATE) or None
+        # What rounds to no sample at all must not mean all of them.
+        self._frames = max(1, round(max_seconds * SAMPLE_RATE)) if max_seconds else None
         # In the order of a hash: the first ones in the order of the keys would all be of one speaker.
         spread = sorted(range(len(self._clips.keys)), key=lambda index: _hash(self._clips.keys[index]))
         chosen = spread[: limit or None]
@@ -174,6 +184,7 @@ class FilePairs:
         if abs(noisy.size - clean.size) > LENGTH_TOLERANCE:
             raise UnusableClipError(
                 key,
+                "halves of different length",
                 f"{paths[0]} has {noisy.size} samples at 16 kHz, {paths[1].name} {clean.size}: "
                 "the halves of a pair must be equally long",
             )
@@ -185,10 +196,26 @@ def _read(key: str, path: Path) -> Audio:
     try:
         with open_sound(path) as sound:
             frames = sound.frames
+        # A FLAC that was streamed does not say how long it is: then this is 2^63 - 1.
+        if frames > _DENSEST * path.stat().st_size:
+            return _read_to_the_end(path)
         return read_piece(path, 0, frames, first_channel=False)
     except (soundfile.LibsndfileError, OSError) as error:
-        raise UnusableClipError(key, f"{path} does not open as audio: replace or remove it") from error
+        reason = "does not open as audio"
+        raise UnusableClipError(key, reason, f"{path} {reason}: replace or remove it") from error
     except UnusableError as error:
-        raise UnusableClipError(
-            key, f"{path} is not usable ({error.detail}): replace or remove it"
-        ) from error
+        message = f"{path} is not usable ({error.detail}): replace or remove it"
+        raise UnusableClipError(key, REASONS[error.reason], message) from error
+
+
+def _read_to_the_end(path: Path) -> Audio:
+    """All samples of a file that does not say how many it has, as `read_piece` returns them."""
+    blocks = [np.zeros(0, np.float32)]
+    with open_sound(path) as sound:
+        # Where it can, soundfile seeks after each read to where it is; at such an end that fails.
+        sound.seekable = lambda: False
+        while len(block := sound.read(_BLOCK, dtype="float32", always_2d=True)):
+            blocks.append(block.mean(axis=1, dtype=np.float32))
+        rate = sound.samplerate
+    mono = np.concatenate(blocks)
+    return mono if rate == SAMPLE_RATE else cast(Audio, soxr.resample(mono, rate, SAMPLE_RATE, quality="VHQ"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import numbers
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -32,8 +33,15 @@ BLOCK = 1 << 16
 LOUDEST = 1e6
 """Largest sample, 120 dB above full scale: beyond it squares leave the range of float32."""
 
+HIGHEST_RATE = 10**7
+"""Hz."""
+
 MOST_CHANNELS = 1024
 """What libsndfile can store; an array with more is probably transposed."""
+
+
+class UnusableAudioError(UserError, ValueError):
+    """Audio, or a rate, that no network can enhance: one line of a command, a `ValueError` to a caller."""
 
 
 class Enhancer:
@@ -77,7 +85,7 @@ class Enhancer:
             float32, not clipped.
 
         Raises:
-            UserError: another shape, no rate, or samples that are not finite.
+            UnusableAudioError: another shape, no rate, or samples that are not finite.
         """
         samples = _floats(np.asarray(audio))
         frames = samples if samples.ndim == 2 else samples[:, None]
@@ -97,10 +105,10 @@ class Enhancer:
             dry: as for `enhance`.
 
         Raises:
-            UserError: no rate, or samples that are not finite.
+            UnusableAudioError: no rate, or samples that are not finite.
         """
-        if sample_rate < 1 or not 0 <= dry <= 1:
-            raise UserError(f"cannot enhance at a rate of {sample_rate} Hz with dry at {dry} (0 to 1)")
+        _check_number("sample_rate", sample_rate, 1, HIGHEST_RATE, " Hz")
+        _check_number("dry", dry, 0, 1)
         kept = _Kept(channels)
         narrow = _resampled(kept.keep(blocks), sample_rate, SAMPLE_RATE, channels)
         overlap = round(OVERLAP_SECONDS * SAMPLE_RATE)
@@ -146,6 +154,12 @@ def load(path: str | Path, device: str = "auto", batch: int = 1, precision: Prec
     return Enhancer(modelfile.load(Path(path)), pick(device), batch, precision)
 
 
+def _check_number(name: str, value: Any, low: int, high: int, unit: str = "") -> None:
+    # Not a number is not between any two.
+    if not (isinstance(value, numbers.Real) and low <= float(value) <= high):
+        raise UnusableAudioError(f"{name} is {value!r}{unit}: it must be a number from {low} to {high}{unit}")
+
+
 class _Kept:
     """Remembers a stream until the enhanced one has caught up with it."""
 
@@ -158,13 +172,13 @@ class _Kept:
         """Hand `blocks` on, checked.
 
         Raises:
-            UserError: a sample that would spoil its whole window.
+            UnusableAudioError: a sample that would spoil its whole window.
         """
         for block in blocks:
             usable = (np.abs(block) < LOUDEST).all(axis=1)  # not a number is not less than anything
             if not usable.all():
                 where = self._frames + int(np.argmin(usable))
-                raise UserError(f"frame {where} is not finite, or more than 120 dB above full scale")
+                raise UnusableAudioError(f"frame {where} is not finite, or more than 120 dB above full scale")
             self._frames += len(block)
             self._blocks.append(block)
             yield block
@@ -202,9 +216,11 @@ def _resampled(blocks: Iterable[Audio], rate_in: int, rate_out: int, channels: i
 def _floats(audio: npt.NDArray[Any]) -> Audio:
     """float32 (T,) or (T, C), full scale 1."""
     if audio.ndim not in (1, 2) or (audio.ndim == 2 and not 1 <= audio.shape[1] <= MOST_CHANNELS):
-        raise UserError(f"audio must be (T,) or (T, C), frames by channels, and has shape {audio.shape}")
+        raise UnusableAudioError(
+            f"audio must be (T,) or (T, C), frames by channels, and has shape {audio.shape}"
+        )
     if np.issubdtype(audio.dtype, np.signedinteger):
         return (audio / -float(np.iinfo(audio.dtype).min)).astype(np.float32)
     if not np.issubdtype(audio.dtype, np.floating):
-        raise UserError(f"audio must be floats or signed integers, and is {audio.dtype}")
+        raise UnusableAudioError(f"audio must be floats or signed integers, and is {audio.dtype}")
     return audio.astype(np.float32, copy=False)

@@ -72,10 +72,10 @@ def traced(model: Manner) -> torch.jit.ScriptModule:
         return frozen
 
 
-def save(model: Manner, file: Path) -> None:
-    """Write `model` as a TorchScript file."""
+def save(model: Manner, file: Path, sha256: str = "") -> None:
+    """Write `model` as a TorchScript file, a zip, in which ``extra/sha256`` says of which weights it is."""
     with quiet():
-        torch.jit.save(traced(model), file)
+        torch.jit.save(traced(model), file, _extra_files={"sha256": sha256})
 
 
 def run_torch(model: nn.Module) -> Run:

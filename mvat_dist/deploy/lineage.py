@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
 
 from mvat_dist import locations, modelfile
+from mvat_dist.errors import UserError
 from mvat_dist.files import read_json
 from mvat_dist.modelfile import LoadedModel
 from mvat_dist.rundir import RunDir
 from mvat_dist.summary import NOISY
 
 UNSTATED = "not stated; the code is MIT, and the data behind the weights have licences of their own"
+
+DAMAGE = (
+    OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError, yaml.YAMLError,
+    UserError,
+)  # fmt: skip
+"""What a record raises that is torn, or is not what it should be."""
+
+_Said = TypeVar("_Said")
 
 
 def describe(file: Path, loaded: LoadedModel, licence: str) -> dict[str, str]:
@@ -26,7 +37,8 @@ def describe(file: Path, loaded: LoadedModel, licence: str) -> dict[str, str]:
     ``licence``; ``sha256`` of the weights (`modelfile.fingerprint`); ``exported_with``; and, as far as a
     run's folder is around `file`, ``config`` (YAML), ``inputs`` (teacher and data with their fingerprints),
     ``environment`` (commit and versions) and ``scores`` (by test set). Folders and files of this machine are
-    called by their names alone. A file that was exported before keeps what it says.
+    called by their names alone. A file that was exported before keeps what it says. What cannot be read is
+    left out, and standard error says so.
 
     Args:
         file: where `loaded` was read.
@@ -46,22 +58,15 @@ def _of_run(file: Path, name: str) -> dict[str, str]:
     if len(parents) < 4 or not RunDir(parents[3]).config.is_file():
         return {}
     run = RunDir(parents[3])
-    config = yaml.safe_load(run.config.read_text(encoding="utf-8"))
-    found = {"config": yaml.safe_dump(_placeless(config), sort_keys=False)}
-    if run.inputs.is_file():
-        inputs = read_json(run.inputs)
-        data = [
-            {"name": _name(folder), "manifest_sha256": sha256} for folder, sha256 in inputs["data"].items()
-        ]
-        learnt_from = {"teacher": _placeless(inputs["teacher"]), "data": data}
-        if name in inputs.get("init", {}):
-            learnt_from["init"] = inputs["init"][name]
-        found["inputs"] = json.dumps(learnt_from)
-    if run.environment.is_file():
-        environment = read_json(run.environment)
-        # Not the command, the host and the variables: they say more of the owner than of the network.
-        kept = {key: environment.get(key) for key in ("commit", "packages", "python", "platform")}
-        found["environment"] = json.dumps(kept)
+    records: list[tuple[Path, str, Callable[[Path], str]]] = [
+        (run.config, "config", _config),
+        (run.inputs, "inputs", partial(_inputs, name=name)),
+        (run.environment, "environment", _environment),
+    ]
+    found = {}
+    for place, key, read_record in records:
+        if place.is_file() and (said := _legible(place, read_record)) is not None:
+            found[key] = said
     # A part of a run is evaluated with the others.
     whole = run.path.parents[1] if run.path.parent.name == run.parts.name else run.path
     if scores := _scores(whole, name, file.parent.name):
@@ -69,19 +74,76 @@ def _of_run(file: Path, name: str) -> dict[str, str]:
     return found
 
 
+def _legible(file: Path, read_record: Callable[[Path], _Said]) -> _Said | None:
+    """What `file` says; None, with a note, where it is damaged."""
+    try:
+        return read_record(file)
+    except DAMAGE as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"note: {file} cannot be read, and is left out of the export ({why})", file=sys.stderr)
+        return None
+
+
+def _config(file: Path) -> str:
+    config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    training(config)  # raises where the card would
+    return yaml.safe_dump(_placeless(config), sort_keys=False)
+
+
+def training(config: Mapping[str, Any]) -> list[str]:
+    """How a run was trained and on what, in words; raises one of `DAMAGE` for what is no configuration."""
+    train, data = config["train"], config["data"]
+    steps = f"{train['steps']} steps of {train['batch']} segments of {data['segment_seconds']:g} s"
+    return [f"method {config['distil']['method']}, seed {config['seed']}, {steps}", f"data {data['train']}"]
+
+
+def origin(what: str, found: Mapping[str, Any]) -> str:
+    """Which network it was, in words."""
+    return f"{what} {found['name']}, SHA-256 {found['sha256']}"
+
+
+def _inputs(file: Path, name: str) -> str:
+    inputs = read_json(file)
+    data = [{"name": _name(folder), "manifest_sha256": sha256} for folder, sha256 in inputs["data"].items()]
+    learnt_from = {"teacher": _placeless(inputs["teacher"]), "data": data}
+    if name in inputs.get("init", {}):
+        learnt_from["init"] = inputs["init"][name]
+    for one in ("teacher", "init"):
+        if learnt_from.get(one):
+            origin(one, learnt_from[one])  # raises where the card would
+    return json.dumps(learnt_from)
+
+
+def _environment(file: Path) -> str:
+    environment = read_json(file)
+    # Not the command, the host and the variables: they say more of the owner than of the network.
+    kept = {key: environment.get(key) for key in ("commit", "packages", "python", "platform")}
+    return json.dumps(kept)
+
+
 def _scores(run: Path, name: str, which: str) -> dict[str, Any]:
     """Of the network and of the noisy input, as `mvat_dist.evaluate` left them, by data and section."""
     found = {}
     for file in sorted((run / "evaluate").glob("*/scores.json")):
-        record = read_json(file)
-        if record.get("weights") != which:
-            continue
-        sections = {
-            section: {model: scored for model, scored in one["scores"].items() if model in (name, NOISY)}
-            for section, one in record["sections"].items()
-        }
-        found[file.parent.name.removesuffix(f"-{which}")] = sections
+        if sections := _legible(file, partial(_sections, name=name, which=which)):
+            found[file.parent.name.removesuffix(f"-{which}")] = sections
     return found
+
+
+def _sections(file: Path, name: str, which: str) -> dict[str, Any]:
+    record = read_json(file)
+    if record.get("weights") != which:
+        return {}
+    sections = {
+        section: {model: scored for model, scored in one["scores"].items() if model in (name, NOISY)}
+        for section, one in record["sections"].items()
+    }
+    for by_model in sections.values():
+        for scored in by_model.values():
+            for score in scored.values():
+                for value in (score["mean"], score["low"], score["high"]):
+                    value is None or float(value)
+    return {section: by_model for section, by_model in sections.items() if by_model}
 
 
 def _placeless(value: Any) -> Any:

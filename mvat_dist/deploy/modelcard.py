@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -42,7 +42,7 @@ _USE_GRAPH = """\
 {graphs} map float32 (batch, time) at 16 kHz, full scale 1, to the same shape, for any batch and time;
 normalisation and padding are inside."""
 
-_USE_ONNX = "`docs/examples/enhance_onnx.py` runs `{onnx}` without torch."
+_USE_ONNX = "`docs/examples/enhance_onnx.py` in the repository of mvat_dist runs `{onnx}` without torch."
 
 _LIMITS = """\
 - 16 kHz mono inside: nothing above 8 kHz is left, and channels are enhanced one by one.
@@ -84,9 +84,9 @@ def card(loaded: LoadedModel, about: Mapping[str, str], exported: Sequence[Expor
             "## Use",
             *_use(kept),
             "## Training",
-            _training(about, kept),
+            _legible(lambda: _training(about, kept)),
             "## Scores",
-            _scores(about),
+            _legible(lambda: _scores(about)),
             "## Limits",
             _LIMITS,
         ]
@@ -106,31 +106,34 @@ def _use(kept: Sequence[str]) -> list[str]:
     return said or ["No file was kept."]
 
 
+def _legible(section: Callable[[], str]) -> str:
+    """A section; another sentence where a file that was exported elsewhere says what it should not."""
+    try:
+        return section()
+    except lineage.DAMAGE:
+        return "What the file that was exported says of it cannot be read."
+
+
 def _training(about: Mapping[str, str], kept: Sequence[str]) -> str:
     if "config" not in about:
         return "The file that was exported does not say."
-    config = yaml.safe_load(about["config"])
     inputs = lineage.read(about, "inputs") or {}
-    lines = [f"method {config['distil']['method']}, seed {config['seed']}, {_steps(config)}"]
+    method, *data = lineage.training(yaml.safe_load(about["config"]))
+    lines = [method]
     if teacher := inputs.get("teacher"):
-        lines.append(f"teacher {teacher['name']}, SHA-256 {teacher['sha256']}")
+        lines.append(lineage.origin("teacher", teacher))
     if began := inputs.get("init"):
-        lines.append(f"began as {began['name']}, SHA-256 {began['sha256']}")
-    lines.append(f"data {config['data']['train']}")
+        lines.append(lineage.origin("began as", began))
+    lines.extend(data)
     if environment := lineage.read(about, "environment"):
         lines.append(f"mvat_dist at commit {environment['commit']}")
     listed = "\n".join(f"- {line}" for line in lines)
-    # TorchScript files say nothing of themselves.
+    # TorchScript files say nothing of their training.
     speaking = [f"`{file}`" for file in kept if not file.endswith(".pt")]
     inside = (
         f"\n\nThe whole configuration is in the metadata of {' and '.join(speaking)}." if speaking else ""
     )
     return listed + inside
-
-
-def _steps(config: Mapping[str, Any]) -> str:
-    train = config["train"]
-    return f"{train['steps']} steps of {train['batch']} segments of {config['data']['segment_seconds']:g} s"
 
 
 def _scores(about: Mapping[str, str]) -> str:

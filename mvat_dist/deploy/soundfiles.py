@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import socket
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,10 +14,11 @@ import numpy as np
 import soundfile
 
 from mvat_dist.data.store.codecs import OnePassFile
+from mvat_dist.deploy import lengths
 from mvat_dist.deploy.enhancer import BLOCK, Enhancer
 from mvat_dist.deploy.windows import Audio
 from mvat_dist.errors import UserError
-from mvat_dist.files import atomic_file
+from mvat_dist.files import TEMPORARY_SUFFIX, atomic_file, fsync
 
 SUFFIXES = {
     ".aif", ".aifc", ".aiff", ".au", ".avr", ".caf", ".flac", ".htk", ".iff", ".mp3", ".nist", ".oga", ".ogg",
@@ -24,12 +29,24 @@ SUFFIXES = {
 Progress = Callable[[float], object]
 """Called with seconds of audio that have been written."""
 
+_LONG_NAME = 128
+"""Bytes of a name that leave room, in the 255 that file systems have, for what a temporary one adds."""
+
 
 class Job(NamedTuple):
     """One file to enhance."""
 
     source: Path
     target: Path
+
+
+class Enhanced(NamedTuple):
+    """What is to be said of a file that was written."""
+
+    clipped: int
+    """Samples beyond full scale."""
+    missing: str
+    """Why the source was taken to be cut off, in words; empty where all of it was there."""
 
 
 def plan(inputs: Iterable[Path], out: Path) -> list[Job]:
@@ -78,40 +95,78 @@ def _audio_below(folder: Path, out: Path) -> list[Path]:
     )
 
 
-def seconds(file: Path) -> float:
-    """Duration by the header of `file`; 0 for what is no audio, which is found out later."""
+def seconds(file: Path) -> float | None:
+    """Duration by the header of `file`; None where it leaves that open.
+
+    0 for what is no audio, which is found out later.
+    """
     try:
-        return float(soundfile.info(file).duration)
-    except (soundfile.LibsndfileError, OSError):
+        with soundfile.SoundFile(os.fsencode(file)) as sound:
+            frames = lengths.known_frames(sound.frames)
+            return None if frames is None else frames / sound.samplerate
+    except (soundfile.LibsndfileError, OSError, TypeError):
         return 0.0
 
 
-def enhance_file(enhancer: Enhancer, job: Job, dry: float, progress: Progress) -> int:
+def enhance_file(enhancer: Enhancer, job: Job, dry: float, progress: Progress) -> Enhanced:
     """Enhance one file; the target appears whole or not at all.
 
-    Integer formats end at full scale: what goes beyond it is clipped.
-
-    Returns:
-        How many samples were beyond full scale.
+    Integer formats end at full scale: what goes beyond it is clipped. Of a source that was cut off, what is
+    there is enhanced.
 
     Raises:
-        UserError: not audio, damaged, a format that libsndfile reads but does not write, or samples that
-            are not finite.
+        UserError: not audio, damaged, a format that libsndfile reads but does not write, samples that
+            are not finite, or a folder in the target's place.
+        OSError: the target cannot be written.
     """
-    clipped = 0
+    if job.target.is_dir():
+        raise UserError(f"{job.source}: a folder is in the place of {job.target}")
+    clipped = frames = 0
     try:
-        with OnePassFile(job.source) as sound, atomic_file(job.target) as temporary:
+        with _opened(job.source) as sound, _atomic(job.target) as temporary:
             pieces = enhancer.stream(_blocks(sound), sound.samplerate, sound.channels, dry)
             with _like(sound, temporary) as enhanced:
                 for piece in pieces:
                     clipped += int((np.abs(piece) > 1).sum())
+                    frames += len(piece)
                     _write(enhanced, piece)
                     progress(len(piece) / sound.samplerate)
+            if temporary.stat().st_size == 0:
+                raise UserError(f"holds no samples, and libsndfile writes no {sound.format} without any")
+            return Enhanced(clipped, lengths.missing(job.source, sound, frames))
+    except soundfile.LibsndfileError as error:
+        raise UserError(f"{job.source} cannot be read as audio: {error.error_string}") from error
     except soundfile.SoundFileError as error:
         raise UserError(f"{job.source} cannot be read as audio: {error}") from error
     except UserError as error:
         raise UserError(f"{job.source}: {error}") from error
-    return clipped
+
+
+def _opened(source: Path) -> OnePassFile:
+    try:
+        # As bytes: soundfile cannot encode a name that is not valid in the file system's encoding.
+        return OnePassFile(os.fsencode(source))
+    except TypeError as error:  # of a name that ends in .raw
+        raise UserError("raw samples, which do not say their rate: pipe them in, as --help shows") from error
+
+
+@contextmanager
+def _atomic(target: Path) -> Iterator[Path]:
+    """`atomic_file`, also for names so long that its temporary one would be too long."""
+    if len(os.fsencode(target.name)) <= _LONG_NAME:
+        with atomic_file(target) as temporary:
+            yield temporary
+        return
+    # Host and process keep writers apart, as they do there.
+    own = f"{target.name} {socket.gethostname()} {os.getpid()}".encode("utf-8", "surrogateescape")
+    short = target.with_name(f".{hashlib.blake2b(own, digest_size=8).hexdigest()}{TEMPORARY_SUFFIX}")
+    try:
+        with atomic_file(short) as temporary:
+            yield temporary
+        short.replace(target)
+        fsync(target.parent)
+    finally:
+        short.unlink(missing_ok=True)
 
 
 def _blocks(sound: soundfile.SoundFile) -> Iterator[Audio]:
@@ -126,7 +181,7 @@ def _like(sound: soundfile.SoundFile, path: Path) -> soundfile.SoundFile:
         raise UserError(
             f"libsndfile reads {sound.format} with {sound.subtype} but does not write it: convert it first"
         )
-    return soundfile.SoundFile(path, "w", sound.samplerate, sound.channels, **kind)
+    return soundfile.SoundFile(os.fsencode(path), "w", sound.samplerate, sound.channels, **kind)
 
 
 def _write(enhanced: soundfile.SoundFile, piece: Audio) -> None:

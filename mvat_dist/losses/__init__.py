@@ -1,6 +1,6 @@
 """What a student minimises: the enhancement loss, output distillation and attention transfer."""
 
-from mvat_dist.losses.enhancement import EnhancementLoss, OutputLoss
+from mvat_dist.losses.enhancement import EnhancementLoss, OutputLoss, WaveformLoss
 from mvat_dist.losses.mvat import energy_map, mvat_loss, shared_blocks
 from mvat_dist.losses.objective import Lesson, Objective, Prepared
 
@@ -10,6 +10,7 @@ __all__ = [
     "Objective",
     "OutputLoss",
     "Prepared",
+    "WaveformLoss",
     "energy_map",
     "mvat_loss",
     "shared_blocks",

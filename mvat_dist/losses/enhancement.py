@@ -21,6 +21,9 @@ from mvat_dist.losses.distance import (
 WEIGHT_EPS = 2e-7
 """Added to the energy of speech plus noise (the authors' value)."""
 
+LEAST_LEVEL = 1e-5
+"""Mean absolute value, -100 dB: what is quieter counts as being so loud."""
+
 
 @dataclass(frozen=True)
 class Targets:
@@ -76,6 +79,24 @@ class EnhancementLoss:
         speech = distance(estimate, targets.clean, of_speech)
         noise = distance(targets.noisy - estimate, targets.noise, of_noise)
         return (targets.weight * speech + (1 - targets.weight) * noise).mean()
+
+
+class WaveformLoss:
+    """mean|e - c| / mean|x| of estimate e, clean c and noisy x, mean over items; 0 or more, lower is better.
+
+    The same at any level: the authors' loss counts this distance absolutely. Design choice; over the noisy
+    signal, and not over the clean one, because that is never silent.
+    """
+
+    def __call__(self, estimate: Tensor, targets: Targets) -> Tensor:
+        """The loss () of an estimate (B, T).
+
+        Raises:
+            ValueError: the estimate's shape is not that of the targets.
+        """
+        check_shapes(estimate, targets.noisy)
+        error = (full_precision(estimate) - targets.clean.signal).abs().mean(-1)
+        return (error / targets.noisy.abs().mean(-1).clamp(min=LEAST_LEVEL)).mean()
 
 
 OutputTargets = Reference

@@ -1,4 +1,7 @@
-"""A student's whole loss: L = L_enhance + mu * L_output + lambda * L_MVAT, by the chosen method."""
+"""A student's whole loss: L = L_enhance + mu * L_output + lambda * L_MVAT, by the chosen method.
+
+Where asked for, a distance of waveforms that no level makes small is added to the first.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mvat_dist.config import DistilConfig
-from mvat_dist.losses.enhancement import EnhancementLoss, OutputLoss, OutputTargets, Targets
+from mvat_dist.losses.enhancement import (
+    EnhancementLoss,
+    OutputLoss,
+    OutputTargets,
+    Targets,
+    WaveformLoss,
+)
 from mvat_dist.losses.mvat import Maps, energy_map, mvat_loss, shared_blocks
 from mvat_dist.students import Size, ViewKey
 
@@ -40,14 +49,20 @@ class Prepared:
 class Objective:
     """The loss of one student beside one teacher."""
 
-    def __init__(self, config: DistilConfig, student: Size, teacher: Size | None) -> None:
+    def __init__(
+        self, config: DistilConfig, student: Size, teacher: Size | None, *, waveform: float = 0.0
+    ) -> None:
         """Choose the terms.
+
+        Args:
+            waveform: `LossConfig.waveform`.
 
         Raises:
             UserError: attention transfer, but the two networks have no multi-view block in common.
         """
         self._config = config
-        self._enhancement, self._output = EnhancementLoss(), OutputLoss()
+        self._enhancement, self._output, self._waveform = EnhancementLoss(), OutputLoss(), WaveformLoss()
+        self._waveform_weight = waveform
         self._betas = config.view_betas
         self.keys: list[ViewKey] = []
         """(side, level, view) of every attention-transfer term, in the network's order."""
@@ -58,6 +73,7 @@ class Objective:
         self.terms: tuple[str, ...] = (
             "loss",
             "enhance",
+            *(["waveform"] if waveform else []),
             *(["output"] if "output" in config.method else []),
             *(["mvat"] if self.keys else []),
             *(_term_name(key) for key in self.keys),
@@ -86,6 +102,9 @@ class Objective:
         """
         found = {"enhance": self._enhancement(estimate, prepared.targets)}
         total = found["enhance"]
+        if self._waveform_weight:
+            found["waveform"] = self._waveform(estimate, prepared.targets)
+            total = total + self._waveform_weight * found["waveform"]
         if prepared.output is not None:
             found["output"] = self._output(estimate, prepared.output)
             total = total + share * self._config.output_weight * found["output"]

@@ -16,6 +16,7 @@ Audio = npt.NDArray[np.floating]
 SILENCE = 2.0**-16
 """Peak below which a signal is silent: it would be all zeros as 16-bit audio. Design choice."""
 
+NO_SAMPLES = "no samples"
 SILENT_REFERENCE = "silent reference"
 SILENT_ESTIMATE = "silent estimate"
 TOO_LITTLE_SPEECH = "too little speech in the reference"
@@ -38,7 +39,7 @@ def unusable(estimate: Audio, clean: Audio) -> str | None:
     if estimate.ndim != 1 or estimate.shape != clean.shape:
         return f"shapes differ: estimate {estimate.shape}, reference {clean.shape}"
     if clean.size == 0:
-        return "no samples"
+        return NO_SAMPLES
     for name, audio in (("reference", clean), ("estimate", estimate)):
         if not np.isfinite(audio).all():
             return f"{name} is not finite"

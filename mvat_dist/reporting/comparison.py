@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mvat_dist.metrics import METRICS
 from mvat_dist.reporting import methods as grouping
@@ -84,19 +84,40 @@ def _against(
         return "-", f"cannot be said: no student was scored under both this and {reference.label}"
     metric = test.primary
     ours = "\n".join(f"{name} {signed(one, metric)}{_symbol(one)}" for name, one in found.items())
-    return ours, _reading([one.sign for one in found.values()])
+    return ours, _reading(found)
 
 
-def _reading(signs: Sequence[int]) -> str:
+def _reading(found: Mapping[str, Estimate]) -> str:
+    """What differences, by student, say of a claim: from their clips, and whether their seeds agree."""
+    signs = [one.sign for one in found.values()]
     better, worse, count = signs.count(1), signs.count(-1), len(signs)
     if count == 1:
         word = {1: "better", 0: "no clear difference", -1: "worse"}[signs[0]]
-        return f"{word} for the one student here"
-    if better == count:
-        return f"holds: better for all {count} students"
-    if worse:
-        return f"does not hold: worse for {worse} of {count} students, better for {better}"
-    return f"not shown: better for {better} of {count} students, no clear difference for the others"
+        told = f"{word} for the one student here"
+    elif better == count:
+        told = f"{'not shown' if _divided(found) else 'holds'}: better for all {count} students"
+    elif worse:
+        told = f"does not hold: worse for {worse} of {count} students, better for {better}"
+    else:
+        told = f"not shown: better for {better} of {count} students, no clear difference for the others"
+    return told + _by_seed(found)
+
+
+def _divided(found: Mapping[str, Estimate], bar: float = 0.0) -> list[str]:
+    """The students some of whose seeds lie above `bar`, and some below."""
+    return [name for name, one in found.items() if one.seeds and min(one.seeds) < bar < max(one.seeds)]
+
+
+def _by_seed(found: Mapping[str, Estimate], bar: float = 0.0) -> str:
+    """What must be added to a verdict on clips: it says nothing of other seeds where there is one."""
+    text = ""
+    for count, words in ((0, "no seed in common"), (1, "one seed")):
+        few = [name for name, one in found.items() if len(one.seeds) == count]
+        if few:
+            text += f" ({words})" if len(few) == len(found) else f" ({words}: {', '.join(few)})"
+    if divided := _divided(found, bar):
+        text += f"; the seeds disagree: {', '.join(divided)}"
+    return text
 
 
 def _symbol(estimate: Estimate) -> str:
@@ -122,8 +143,10 @@ def _beside_teacher(study: Study, test: TestSet, method: Method) -> tuple[str, s
                 f"{base.gmac / cost.gmac:.2f}x fewer FLOPs"
             )
             lines.append(f"{name}: {smaller}, {signed(difference, metric)}{_symbol(difference)}")
-            if not similar and metric == "pesq_wb" and difference.low > -SIMILAR:
+            low = difference.low
+            if not similar and metric == "pesq_wb" and low is not None and low > -SIMILAR:
                 similar = f"{name} is as good as its teacher to within {SIMILAR:g} MOS: {smaller}"
+                similar += _by_seed({name: difference}, -SIMILAR)
     if not lines:
         return "-", "cannot be said: no teacher was scored beside these students"
     return "\n".join(lines), similar or f"no student is as good as its teacher to within {SIMILAR:g} MOS"

@@ -162,7 +162,8 @@ def _method() -> Section:
                 "differences clip by clip; ▲ and ▼ mark those whose interval excludes 0 and whose "
                 "p-value in a sign-flip test is below 0.05. So an interval says how far a figure would "
                 "move with other clips of the same kind; how far it moves with other seeds stands under "
-                "“Seed by seed”."
+                "“Seed by seed”, and verdicts say where there is one seed, or where seeds disagree. A single "
+                "clip has no interval."
             ),
             Text(
                 "Many differences are shown, each at 95 %: of twenty that are truly zero, one is marked. "

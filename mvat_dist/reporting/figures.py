@@ -44,9 +44,18 @@ def pareto(study: Study, test: TestSet) -> list[Block]:
     text = (
         "Bars are 95 % intervals; methods stand side by side over the same cost. A ring: nothing is both "
         f"cheaper and better. The noisy input has {noisy}. "
-        f"Real-time factors were measured on: {'; '.join(study.machines) or 'unknown'}."
+        f"{_measured_on(study.machines)}"
     )
     return [Text(text), Figures(figures), Fold("The numbers of these plots", [_cost_table(test, networks)])]
+
+
+def _measured_on(machines: Sequence[str]) -> str:
+    """Whose real-time factors are shown, and whose are not."""
+    if not machines:
+        return "No real-time factor was measured."
+    first, *others = machines
+    apart = f"; those of {'; '.join(others)} do not compare with them and are left out" if others else ""
+    return f"Real-time factors were measured on: {first}{apart}."
 
 
 _COSTS: dict[str, Callable[[Cost], float | None]] = {

@@ -18,6 +18,9 @@ from mvat_dist.reporting.runs import Run, number
 from mvat_dist.reporting.study import Study
 from mvat_dist.summary import Row
 
+_LONGEST_STEP = 86_400.0
+"""Seconds. A row by which a step took longer is damaged: a run that hangs is ended long before."""
+
 
 @dataclass(frozen=True)
 class Spent:
@@ -57,7 +60,8 @@ def _joules(rows: Sequence[Row]) -> float | None:
 
 
 def _seconds(rows: Sequence[Row], config: Config) -> float | None:
-    """From the speeds in the record, each over the steps since the row before; None without one."""
+    """From the speeds in the record, each over the steps since the row before; None without one, or where one
+    cannot be true."""
     heard_per_step = config.train.batch * config.data.segment_seconds
     known: dict[int, float] = {}
     for row in rows:
@@ -66,6 +70,8 @@ def _seconds(rows: Sequence[Row], config: Config) -> float | None:
         speed = (number(row.get("audio_seconds_per_second")) or 0.0) * (1 - sum(apart))
         if speed > 0:
             known[row["step"]] = speed
+    if any(heard_per_step / speed > _LONGEST_STEP for speed in known.values()):
+        return None
     before = [0, *sorted(known)]
     total = sum((step - last) * heard_per_step / known[step] for last, step in pairwise(before))
     return total if known else None
@@ -84,8 +90,8 @@ def cost(study: Study) -> Section:
         rows.append(
             [
                 Cell(run.name),
-                Cell(str(run.status.get("state", "unknown"))),
-                Cell(f"{run.status.get('step', 0)} of {run.config.train.steps}"),
+                Cell(_state(run)),
+                Cell(f"{_step(run)} of {run.config.train.steps}"),
                 Cell(f"{processes}, {' and '.join(sorted({part.device for part in parts}))}"),
                 Cell(f"{sum(hours for _, hours in known):.2f}" if known else "-"),
                 Cell(f"{sum(hours * part.processes for part, hours in known):.2f}" if known else "-"),
@@ -104,6 +110,16 @@ def cost(study: Study) -> Section:
     )
     heads = ["run", "state", "steps", "processes", "hours", "GPU or CPU hours", "kWh"]
     return Section("Cost of the runs", [Text(text), Table("What was spent", heads, rows)])
+
+
+def _state(run: Run) -> str:
+    state = run.status.get("state")
+    return state if isinstance(state, str) and state else "unknown"
+
+
+def _step(run: Run) -> str:
+    step = number(run.status.get("step"))
+    return "unknown" if step is None or step < 0 else f"{step:.0f}"
 
 
 def _kilowatt_hours(joules: Sequence[float | None]) -> str:
@@ -186,6 +202,10 @@ def _evaluation(run: Run, name: str, record: dict[str, Any]) -> str:
     for option in ("limit", "max_seconds"):
         if value := number(record.get(option)):
             words += [f"--{option.replace('_', '-')}", f"{value:g}"]
+    # Without it the first network is the one that the others are compared with.
+    networks, against = record.get("networks"), record.get("reference")
+    if isinstance(networks, dict) and isinstance(against, str) and against != next(iter(networks), against):
+        words += ["--against", against]
     if len(asked) > 1:
         words += ["--out", str(run.path / "evaluate" / name)]
     return shlex.join(words)

@@ -48,14 +48,15 @@ class Who(NamedTuple):
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean, or a mean difference, with its 95 % interval."""
+    """A mean, or a mean difference, with its 95 % interval, which a single clip has none of."""
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     clips: int
     seeds: tuple[float, ...]
-    """The same for each seed alone; for a difference, of the seeds that both sides have."""
+    """The same for each seed alone; for a difference, of the seeds that both sides have, or of all seeds from
+    what has none, such as the teacher."""
 
     sign: int = 0
     """1 or -1 for a difference that is clearly above or below 0 (`mvat_dist.summary.Difference.verdict`)."""
@@ -142,14 +143,14 @@ class TestSet:
         if not chosen:
             return None
         a, b = self._scores[who, metric], self._scores[reference, metric]
+        seedless = reference.method in ("", REFERENCE)
+        beside = dict.fromkeys(a, b[0]) if seedless else b
         alone = tuple(
-            float(np.mean([a[seed][clip] - b[seed][clip] for clip in chosen]))
-            for seed in sorted(a.keys() & b)
+            float(np.mean([a[seed][clip] - beside[seed][clip] for clip in chosen]))
+            for seed in sorted(a.keys() & beside)
         )
         found = paired([ours[clip] - theirs[clip] for clip in chosen])
         assert found.mean is not None
-        assert found.low is not None
-        assert found.high is not None
         sign = {"better": 1, "worse": -1}.get(found.verdict, 0)
         return Estimate(found.mean, found.low, found.high, found.clips, alone, sign)
 

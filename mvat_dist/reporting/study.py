@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from mvat_dist import students
 from mvat_dist.config import SAMPLE_RATE
@@ -28,7 +29,7 @@ class Cost:
     gmac: float
     """10^9 multiply-accumulates for a clip of `COST_SECONDS`."""
     real_time_factor: float | None
-    """Median over the evaluations; None where none measured it."""
+    """Median over the evaluations on the first of `Study.machines`; None where none measured it there."""
 
 
 @dataclass(frozen=True)
@@ -90,33 +91,50 @@ class Study:
     def teacher_cost(self, teacher: Who) -> Cost | None:
         """What a teacher costs; None where no evaluation says so."""
         runs = [run for run in self.runs if results.teacher_name(run.teacher) == teacher.name]
-        for network in _networks(runs, results.TEACHER):
+        for _, network in _networks(runs, results.TEACHER):
             parameters, gmac = number(network.get("parameters")), number(network.get("gmac_at_4_s"))
             if parameters and gmac:
                 return Cost(parameters, gmac, self._real_time_factor(results.TEACHER, runs))
         return None
 
-    @property
+    @cached_property
     def machines(self) -> list[str]:
-        """On which the real-time factors were measured."""
-        records = (evaluation.record for run in self.runs for evaluation in run.evaluations)
-        return sorted({str(record["machine"]) for record in records if record.get("machine")})
+        """On which real-time factors were measured, that of the most networks first.
+
+        Factors of different machines do not compare, so those of the first one alone count.
+        """
+        timed: dict[str, set[str]] = {}
+        for run in self.runs:
+            names = {*run.sizes, results.TEACHER}
+            for name in names:
+                own = results.teacher_name(run.teacher) if name == results.TEACHER else name
+                for machine in _real_time_factors([run], name):
+                    timed.setdefault(machine, set()).add(own)
+        return sorted(timed, key=lambda machine: (-len(timed[machine]), machine))
 
     def _real_time_factor(self, network: str, runs: Iterable[Run]) -> float | None:
-        measured = [number(one.get("real_time_factor")) for one in _networks(runs, network)]
-        known = [value for value in measured if value]
+        known = _real_time_factors(runs, network).get(self.machines[0]) if self.machines else None
         return statistics.median(known) if known else None
 
 
-def _networks(runs: Iterable[Run], name: str) -> list[dict[str, object]]:
-    """What the evaluations of `runs` say of a network."""
+def _real_time_factors(runs: Iterable[Run], name: str) -> dict[str, list[float]]:
+    """Those of a network, by the machine that they were measured on."""
+    found: dict[str, list[float]] = {}
+    for machine, network in _networks(runs, name):
+        if factor := number(network.get("real_time_factor")):
+            found.setdefault(machine, []).append(factor)
+    return found
+
+
+def _networks(runs: Iterable[Run], name: str) -> list[tuple[str, dict[str, object]]]:
+    """What the evaluations of `runs` say of a network, and on which machine."""
     found = []
     for run in runs:
         for evaluation in run.evaluations:
             networks = evaluation.record.get("networks")
             network = networks.get(name) if isinstance(networks, dict) else None
             if isinstance(network, dict):
-                found.append(network)
+                found.append((str(evaluation.record.get("machine") or "an unknown machine"), network))
     return found
 
 
@@ -135,15 +153,18 @@ def shown(estimate: Estimate | None, metric: str) -> str:
     if estimate is None:
         return "-"
     digits = METRICS[metric].decimals
-    text = f"{estimate.mean:.{digits}f} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
+    text = f"{estimate.mean:.{digits}f}"
+    if estimate.low is not None and estimate.high is not None:
+        text += f" [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
     return text.replace("-", "\N{MINUS SIGN}")
 
 
 def signed(estimate: Estimate, metric: str) -> str:
     """A difference, with one more digit than a score: ``+0.083 [+0.031, +0.135]``."""
-    return (
-        f"{change(estimate.mean, metric)} [{change(estimate.low, metric)}, {change(estimate.high, metric)}]"
-    )
+    text = change(estimate.mean, metric)
+    if estimate.low is not None and estimate.high is not None:
+        text += f" [{change(estimate.low, metric)}, {change(estimate.high, metric)}]"
+    return text
 
 
 def change(value: float, metric: str) -> str:

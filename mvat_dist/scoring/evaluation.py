@@ -29,6 +29,8 @@ from mvat_dist.scoring.speed import Cost, cost
 from mvat_dist.scoring.validate import rows_as_scored
 from mvat_dist.summary import NOISY, Row
 
+_VOUCHED = ("rows.jsonl", "scores.csv", "scores.md")
+"""What ``scores.json`` vouches for."""
 _PACKAGES = ("mvat_dist", "torch", "numpy", "pesq", "pystoi")
 
 
@@ -40,7 +42,7 @@ class Evaluation:
     sets: TestSets
     metrics: tuple[str, ...]
     reference: str | None
-    """The network that the others are compared with."""
+    """What the networks are compared with: one of them, or the noisy input."""
     device: torch.device
     out: Path
     about: dict[str, Any]
@@ -74,9 +76,10 @@ class Evaluation:
         ]
 
     def is_finished(self) -> bool:
-        """Whether the tables in `out` are those of this evaluation."""
+        """Whether the tables in `out` are those of this evaluation, and all there."""
         there = _scores(self.out) or {}
-        return self._has_rows() and there.get("reference") == self.reference
+        whole = all((self.out / name).is_file() for name in _VOUCHED)
+        return whole and self._has_rows() and there.get("reference") == self.reference
 
     def _has_rows(self) -> bool:
         return (_scores(self.out) or {}).get("fingerprint") == self.fingerprint

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mvat_dist.errors import UserError
 from mvat_dist.files import make_folder, only_writer, write_text
 
 Row = dict[str, Any]
@@ -64,8 +65,22 @@ class RowLog:
         write_text(self._out / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
     def clear(self) -> None:
-        """Remove what the ranks have written."""
+        """Remove what the ranks have written, and what evaluations of other fingerprints have left.
+
+        What another process is writing just now stays.
+        """
         shutil.rmtree(self.folder, ignore_errors=True)
+        for left in self._out.glob("rows-" + _NAME_DIGITS * "[0-9a-f]"):
+            if not any(map(_is_written, left.glob("*.jsonl"))):
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_written(path: Path) -> bool:
+    try:
+        with only_writer(path, "scoring"):
+            return False
+    except (UserError, OSError):
+        return True
 
 
 def _whole(path: Path) -> list[Row]:

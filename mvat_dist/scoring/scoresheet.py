@@ -21,9 +21,9 @@ ALL = "all"
 
 LEGEND = """\
 ↑ higher is better, ↓ lower is better. Means over the clips that have a score, with 95 % bootstrap
-intervals over clips in brackets; n where some clips have none. Differences are means over the clips that
-both have a score for, with 95 % paired-bootstrap intervals and the p-value of a sign-flip test: better or
-worse where the interval excludes 0 and p is below 0.05.
+intervals over clips in brackets (a single clip has none); n where some clips have none. Differences are
+means over the clips that both have a score for, with 95 % paired-bootstrap intervals and the p-value of a
+sign-flip test: better or worse where the interval excludes 0 and p is below 0.05.
 RTF: processing time over audio duration on one CPU thread.
 """
 
@@ -39,7 +39,7 @@ class Section:
     buckets: dict[str, dict[str, dict[str, Summary]]]
     """The same by SNR of the input."""
     reference: str | None
-    """The network that the others are compared with; None where there is only one."""
+    """What the networks are compared with, one of them or `NOISY`; None where there is nothing to compare."""
     differences: dict[str, dict[str, Difference]]
     """``{model: {metric: model less reference}}``."""
 
@@ -185,7 +185,9 @@ def _label(model: str, names: Mapping[str, str]) -> str:
 def _cell(summary: Summary, decimals: int) -> str:
     if summary.mean is None:
         return "-"
-    shown = f"{summary.mean:.{decimals}f} [{summary.low:.{decimals}f}, {summary.high:.{decimals}f}]"
+    shown = f"{summary.mean:.{decimals}f}"
+    if summary.low is not None and summary.high is not None:
+        shown += f" [{summary.low:.{decimals}f}, {summary.high:.{decimals}f}]"
     return f"{shown} n={summary.clips}" if summary.failed else shown
 
 
@@ -193,7 +195,9 @@ def _change(found: Difference, decimals: int) -> str:
     if found.mean is None:
         return "-"
     digits = decimals + 1
-    shown = f"{found.mean:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
+    shown = f"{found.mean:+.{digits}f}"
+    if found.low is not None and found.high is not None:
+        shown += f" [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
     return f"{shown} {found.verdict}, p={found.p:.3g}"
 
 

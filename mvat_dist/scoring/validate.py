@@ -19,6 +19,7 @@ from torch import nn
 from mvat_dist.config import SAMPLE_RATE
 from mvat_dist.data.validation import UnusableClipError
 from mvat_dist.metrics import Score
+from mvat_dist.metrics.score import NO_SAMPLES, SILENCE
 from mvat_dist.scoring.children import Pair, score_as_done
 from mvat_dist.summary import NOISY, Row
 
@@ -119,7 +120,7 @@ def _estimates(
             about: Row = {"index": index, "key": error.key, "duration_s": None, "snr_db": None}
             nothing = np.zeros(0, np.float32)
             for name in names:
-                yield {**about, "model": name}, Pair(nothing, nothing, str(error))
+                yield {**about, "model": name, "problem": str(error)}, Pair(nothing, nothing, error.reason)
             continue
         about = {
             "index": index,
@@ -128,8 +129,11 @@ def _estimates(
             "snr_db": _snr(mixture, clean),
         }
         for name in names:
-            estimate = mixture if name == NOISY else enhance(models[name], mixture, device)
-            yield {**about, "model": name}, Pair(estimate, clean)
+            # No network takes a clip of no samples, and no metric: that is told without asking either.
+            nothing_there = None if len(mixture) else NO_SAMPLES
+            plain = name == NOISY or nothing_there is not None
+            estimate = mixture if plain else enhance(models[name], mixture, device)
+            yield {**about, "model": name}, Pair(estimate, clean, nothing_there)
 
 
 @torch.no_grad()
@@ -154,7 +158,12 @@ def _evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def _snr(noisy: Audio, clean: Audio) -> float | None:
-    """10 log10(sum clean^2 / sum (noisy - clean)^2) in dB; None where either sum is zero."""
+    """10 log10(sum clean^2 / sum (noisy - clean)^2) in dB; None where either sum is zero.
+
+    None, too, for a silent noisy half: of one that has lost its speech and its noise it would say 0 dB.
+    """
+    if np.abs(noisy).max(initial=0) < SILENCE:
+        return None
     speech, noise = (float(np.square(signal, dtype=np.float64).sum()) for signal in (clean, noisy - clean))
     return round(10 * math.log10(speech / noise), 2) if speech and noise else None
 

@@ -1,0 +1,221 @@
+"""Files that promise what they do not hold, names that no program likes, and ends in the midst of work."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from mvat_dist import modelfile
+from mvat_dist.deploy.soundfiles import seconds
+from mvat_dist.enhance import main
+from mvat_dist.errors import exit_code
+from mvat_dist.students import Size
+from tests.conftest import REPOSITORY
+from tests.networks import loud
+from tests.signals import noise_at, syllables
+from tests.waiting import until
+
+TINY = Size("small", 6, depth=2, chunk=16)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("a model") / "tiny.safetensors"
+    modelfile.save(file, loud(TINY).state_dict(), name="tiny", size=TINY, step=1)
+    return file
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory) -> Path:
+    """A sound file of 3 s."""
+    file = tmp_path_factory.mktemp("speech") / "a.wav"
+    clean = syllables(3.0)
+    soundfile.write(file, clean + noise_at(clean, 5.0), 16000)
+    return file
+
+
+def run(weights: Path, *options: object) -> int:
+    return exit_code(main, ["--model", str(weights), *map(str, options)])
+
+
+def streamed(flac: bytes) -> bytes:
+    """A FLAC whose writer did not know its length: 36 bits of STREAMINFO are 0 (RFC 9639, section 8.2)."""
+    return flac[:21] + bytes([flac[21] & 0xF0]) + bytes(4) + flac[26:]
+
+
+# --- lengths --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def streamed_flac(speech, tmp_path) -> Path:
+    soundfile.write(tmp_path / "whole.flac", soundfile.read(speech)[0], 16000)
+    file = tmp_path / "streamed.flac"
+    file.write_bytes(streamed((tmp_path / "whole.flac").read_bytes()))
+    assert soundfile.info(file).frames > 2**60  # libsndfile's answer
+    return file
+
+
+def test_a_flac_that_leaves_its_length_open_is_read_to_its_end(
+    weights, speech, streamed_flac, tmp_path, capsys
+):
+    assert seconds(streamed_flac) is None
+    assert seconds(speech) == 3.0
+    assert run(weights, streamed_flac, tmp_path / "whole.flac", "--out", tmp_path / "out") == 0
+    found, expected = (soundfile.read(tmp_path / "out" / f"{name}.flac")[0] for name in ("streamed", "whole"))
+    np.testing.assert_array_equal(found, expected)
+    said = capsys.readouterr().err
+    assert "6 s of audio" in said  # of the bar, which has no end
+    assert not re.search(r"\d{7}", said)
+    assert "warning" not in said
+
+
+def test_the_example_reads_it_too(weights, streamed_flac, tmp_path):
+    onnxfile = pytest.importorskip("mvat_dist.deploy.onnxfile")
+    onnxfile.save(modelfile.load(weights).model, tmp_path / "tiny.onnx", {})
+    example = REPOSITORY / "docs" / "examples" / "enhance_onnx.py"
+    command = [sys.executable, example, "tiny.onnx", streamed_flac, "enhanced.flac"]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    assert run(weights, tmp_path / "whole.flac", "--out", tmp_path / "out") == 0
+    found, expected = (soundfile.read(tmp_path / one)[0] for one in ("enhanced.flac", "out/whole.flac"))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2 / 32768)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("a.wav", {"subtype": "PCM_16"}),
+        ("a.aiff", {"subtype": "PCM_24"}),
+        ("a.au", {"subtype": "PCM_16"}),
+        ("a.w64", {"subtype": "FLOAT"}),
+        ("a.rf64", {"subtype": "PCM_16", "format": "RF64"}),
+        ("a.mp3", {}),
+        ("a.ogg", {"subtype": "VORBIS"}),
+        ("b.ogg", {"subtype": "OPUS"}),
+    ],
+)
+def test_what_was_cut_off_is_said_to_be(weights, speech, tmp_path, capsys, name, kind):
+    whole, cut = tmp_path / name, tmp_path / f"cut-{name}"
+    soundfile.write(whole, soundfile.read(speech)[0], 16000, **kind)
+    content = whole.read_bytes()
+    cut.write_bytes(content[: len(content) // 2])
+    assert run(weights, whole, cut, "--out", tmp_path / "out") == 0
+    said = capsys.readouterr().err
+    assert said.count("warning: ") == 1
+    assert f"warning: {cut} was cut off" in said
+    assert 0.5 < soundfile.info(tmp_path / "out" / cut.name).duration < 2.5
+
+
+def test_a_wav_from_a_pipe_is_not_taken_for_cut_off(weights, speech, tmp_path, capsys):
+    content = bytearray(speech.read_bytes())
+    size = content.index(b"data") + 4
+    content[4:8] = content[size : size + 4] = b"\xff\xff\xff\xff"  # what ffmpeg writes
+    (tmp_path / "piped.wav").write_bytes(content)
+    assert run(weights, tmp_path / "piped.wav", "--out", tmp_path / "out") == 0
+    assert "warning" not in capsys.readouterr().err
+    assert soundfile.info(tmp_path / "out" / "piped.wav").duration == 3.0
+
+
+def test_a_format_that_cannot_be_empty_is_refused_without_samples(weights, tmp_path, capsys):
+    soundfile.write(tmp_path / "some.flac", np.zeros(100), 16000)
+    content = (tmp_path / "some.flac").read_bytes()
+    audio = content.index(b"\xff\xf8")  # where the first frame begins
+    (tmp_path / "none.flac").write_bytes(streamed(content[:audio]))
+    assert run(weights, tmp_path / "none.flac", "--out", tmp_path / "out") == 2
+    assert f"error: {tmp_path / 'none.flac'}" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+
+
+# --- names and places -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_awkward_names_are_enhanced_and_what_cannot_be_is_one_line(
+    weights, speech, tmp_path, capsys, processes
+):
+    names = [b"x" * 251 + b".wav", b"caf\xe9.wav", b"fine.wav", b"taken.wav"]
+    source, out = tmp_path / "in", tmp_path / "out"
+    (out / "taken.wav").mkdir(parents=True)
+    source.mkdir()
+    for name in names:
+        (source / os.fsdecode(name)).write_bytes(speech.read_bytes())
+    (source / "bare.raw").write_bytes(bytes(100))
+    options = [source, source / "bare.raw", "--out", out, "--processes", processes]
+    for overwrite in ([], ["--overwrite"]):
+        assert run(weights, *options, *overwrite) == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+        assert len(lines) == 3
+        assert any("a folder is in the place of" in line and "taken.wav" in line for line in lines)
+        assert any("bare.raw" in line and "raw samples" in line for line in lines)
+        assert "2 of 5" in lines[-1] or "2 of 2" in lines[-1]
+    assert {os.fsencode(file.name) for file in out.iterdir()} == {*names}
+    for name in names[:3]:
+        # As bytes: soundfile takes no name that is not UTF-8.
+        assert soundfile.info(os.fsencode(out) + b"/" + name).frames == 48000
+
+
+# --- the end --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def endless(tmp_path) -> Path:
+    """Folder with two recordings of nine hours each, of digital silence that takes no room."""
+    folder = tmp_path / "endless"
+    folder.mkdir()
+    for name in ("a.wav", "b.wav"):
+        soundfile.write(folder / name, np.zeros(0), 16000, subtype="PCM_16")
+        with (folder / name).open("r+b") as file:
+            file.seek(40)
+            file.write((10**9).to_bytes(4, "little"))
+            file.truncate(44 + 10**9)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("processes", "number"),
+    [(1, signal.SIGTERM), (1, signal.SIGHUP), (2, signal.SIGTERM), (2, signal.SIGINT)],
+)
+def test_a_signal_leaves_nothing_half_written(weights, endless, tmp_path, processes, number):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "mvat_dist.enhance", "--model", weights, endless, "--out", out]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    begun = subprocess.Popen(
+        [*command, "--processes", str(processes)],
+        cwd=REPOSITORY,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        until(lambda: len(list(out.glob(".*.tmp"))) == processes, 120, "nothing was begun")
+        begun.send_signal(number)  # to it alone, not to the processes that it started
+        said = begun.communicate(timeout=60)[1]
+    finally:
+        begun.kill()
+    assert begun.returncode == 128 + number
+    assert not list(out.iterdir())
+    assert "Traceback" not in said
+
+
+def test_what_nohup_ignores_stays_ignored(weights, endless, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "mvat_dist.enhance", "--model", weights, endless, "--out", out]
+    begun = subprocess.Popen(["nohup", *command], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    try:
+        until(lambda: list(out.glob(".*.tmp")) != [], 120, "nothing was begun")
+        begun.send_signal(signal.SIGHUP)
+        begun.send_signal(signal.SIGTERM)
+        said = begun.communicate(timeout=60)[1]
+    finally:
+        begun.kill()
+    assert begun.returncode == 128 + signal.SIGTERM
+    assert "ended by SIGTERM" in said

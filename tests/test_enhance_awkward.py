@@ -186,7 +186,9 @@ def endless(tmp_path) -> Path:
 )
 def test_a_signal_leaves_nothing_half_written(weights, endless, tmp_path, processes, number):
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "mvat_dist.enhance", "--model", weights, endless, "--out", out]
+    # Whoever started pytest may have had it ignore some of them, as `nohup` and a shell's `&` do.
+    heeding = ["env", "--default-signal=HUP,INT,TERM", sys.executable]
+    command = [*heeding, "-m", "mvat_dist.enhance", "--model", weights, endless, "--out", out]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     begun = subprocess.Popen(
         [*command, "--processes", str(processes)],

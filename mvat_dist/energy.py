@@ -8,6 +8,7 @@ supplies, disks and networks are in neither. A node's CPU counter holds whatever
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from mvat_dist.ranks import Ranks
 logger = logging.getLogger(__name__)
 
 POWERCAP = Path("/sys/class/powercap")
+_LOOK_SECONDS = 10.0
+"""A counter of a CPU goes round in minutes at the soonest."""
 
 
 class Meter:
@@ -29,10 +32,13 @@ class Meter:
     def __init__(self, device: torch.device, counter: Counter) -> None:
         self._device, self._counter = device, counter
         self._before = 0.0
+        self._looked = time.monotonic()
 
     def look(self) -> None:
-        """Read this rank's counter: one of a CPU starts again at 0 now and then."""
-        self._counter.joules()
+        """Read this rank's counter now and then: one of a CPU starts again at 0."""
+        if time.monotonic() - self._looked > _LOOK_SECONDS:
+            self._looked = time.monotonic()
+            self._counter.joules()
 
     def lap(self) -> float | None:
         """Joules; None where one of the ranks cannot tell. Every rank calls it."""

@@ -18,6 +18,8 @@ from typing import Any
 from mvat_dist.errors import UserError, machine_refusal
 
 TEMPORARY_SUFFIX = ".tmp"
+_LONGEST_NAME = 240
+"""Bytes: file systems take 255, and a directory that is replaced has a few more."""
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PROBE_BYTES = 1 << 20
@@ -35,7 +37,10 @@ def fsync(path: Path) -> None:
 def _temporary(path: Path) -> Path:
     # Host and process keep writers apart, on a shared file system too; a crash leaves a name that no
     # reader takes for real.
-    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    name = f".{path.name}.{socket.gethostname()}.{os.getpid()}{TEMPORARY_SUFFIX}"
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        name = f".{hashlib.blake2b(os.fsencode(name), digest_size=8).hexdigest()}{TEMPORARY_SUFFIX}"
+    return path.with_name(name)
 
 
 @contextmanager

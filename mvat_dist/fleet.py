@@ -36,8 +36,9 @@ class Meter:
         """All ranks' sums since the last row."""
 
     def add(self, terms: Mapping[str, Tensor], items: int) -> None:
-        """Count one micro-batch of `items` segments with the given mean terms."""
-        means = torch.stack([terms[key].detach().double() for key in self.keys])
+        """Count one micro-batch of `items` segments with the given mean terms; one that is missing is nan."""
+        unknown = self.row.new_tensor(math.nan)
+        means = torch.stack([terms.get(key, unknown).detach().double() for key in self.keys])
         self.step[:-1] += items * means
         self.step[-1] += items
 
@@ -162,7 +163,7 @@ class Fleet:
         clock = self.stopwatch
         statistics = [student.engine.copy_buffers() for student in learning]
         for number, batch in enumerate(micro_batches, start=1):
-            prepared = self._prepare(batch, learning[0])
+            prepared = self._prepare(batch, learning[0], share)
             for student in in_turn:
                 student.learn(prepared.targets.noisy, prepared, share, clock)
                 if number == len(micro_batches):
@@ -183,12 +184,17 @@ class Fleet:
             student.meter.close_step()
         return now
 
-    def _prepare(self, batch: Batch, student: Student) -> Prepared:
-        """What students share of a micro-batch: the lesson, the target's spectra, the loss's weights."""
+    def _prepare(self, batch: Batch, student: Student, share: float) -> Prepared:
+        """What students share of a micro-batch: the lesson, the target's spectra, the loss's weights.
+
+        A teacher that counts for nothing any more is not asked.
+        """
         clock = self.stopwatch
         with clock.section("data"):
             batch = batch.to(student.engine.device)
-        with clock.section("teacher"):
-            lesson = self.teacher(batch) if self.teacher else None
+        lesson = None
+        if self.teacher and share:
+            with clock.section("teacher"):
+                lesson = self.teacher(batch)
         with clock.section("targets"):
             return student.objective.prepare(batch.noisy, batch.clean, lesson)

@@ -9,11 +9,8 @@ import soundfile
 from mvat_dist import modelfile
 from mvat_dist.files import write_json
 from mvat_dist.rundir import RunDir
-from mvat_dist.students import Size
-from tests.networks import loud
+from tests.networks import TINY, loud
 from tests.signals import noise_at, syllables
-
-TINY = Size("small", 6, depth=2, chunk=16)
 
 
 def a_run(path: Path) -> Path:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
+from mvat_dist import modelfile
 from mvat_dist.models import Manner, build
 from mvat_dist.students import Size
+
+TINY = Size("small", 6, depth=2, chunk=16)
 
 
 def loud(size: Size) -> Manner:
@@ -17,3 +22,10 @@ def loud(size: Size) -> Manner:
         out = made.eval()(0.1 * torch.randn(4, 8000))
         made.manner_block.out_conv[0].weight *= 0.1 / out.std()
     return made
+
+
+def tiny_file(folder: Path) -> Path:
+    """A model file of a `loud` network of size `TINY`."""
+    file = folder / "tiny.safetensors"
+    modelfile.save(file, loud(TINY).state_dict(), name="tiny", size=TINY, step=1)
+    return file

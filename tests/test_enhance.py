@@ -26,22 +26,16 @@ from mvat_dist.deploy.windows import cut, join
 from mvat_dist.enhance import main
 from mvat_dist.errors import UserError, exit_code
 from mvat_dist.modelfile import LoadedModel
-from mvat_dist.students import Size
 from tests.conftest import REPOSITORY
-from tests.networks import loud
+from tests.networks import tiny_file
 from tests.signals import Audio, noise_at, syllables
-
-TINY = Size("small", 6, depth=2, chunk=16)
-
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
-    file = tmp_path_factory.mktemp("a model") / "tiny.safetensors"
-    modelfile.save(file, loud(TINY).state_dict(), name="tiny", size=TINY, step=1)
-    return file
+    return tiny_file(tmp_path_factory.mktemp("a model"))
 
 
 @pytest.fixture(scope="module")

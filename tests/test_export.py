@@ -29,9 +29,9 @@ from mvat_dist.models import Manner
 from mvat_dist.students import SIZES, Size
 from mvat_dist.teacher import LiveTeacher
 from tests.conftest import REPOSITORY
-from tests.export_runs import TINY, a_run, a_test_set
+from tests.export_runs import a_run, a_test_set
 from tests.mistakes import assert_refused
-from tests.networks import loud
+from tests.networks import TINY, loud
 from tests.signals import noise_at, syllables
 
 ODD = Size("base", 7, depth=2, chunk=10, kernel_size=5, stride=3, heads=2)

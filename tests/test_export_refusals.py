@@ -20,9 +20,9 @@ from mvat_dist.errors import exit_code
 from mvat_dist.export import main
 from mvat_dist.students import Size
 from tests.conftest import REPOSITORY
-from tests.export_runs import TINY, a_run, a_test_set
+from tests.export_runs import a_run, a_test_set
 from tests.mistakes import assert_refused
-from tests.networks import loud
+from tests.networks import TINY, loud
 from tests.waiting import until
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,7 +11,15 @@ import pytest
 import torch
 
 from mvat_dist.fleet import Meter
-from tests.test_train import command, corpus, environment  # noqa: F401 (corpus is a fixture)
+from tests.test_train import (
+    LOSSES_ONLY,
+    command,
+    corpus,  # noqa: F401 (a fixture)
+    environment,
+    runs,  # noqa: F401
+    teacher,  # noqa: F401
+    train,
+)
 
 
 def test_meter_weighs_every_item_alike() -> None:
@@ -43,3 +51,15 @@ def test_a_student_that_never_recovers_is_given_up(corpus: Path, tmp_path: Path)
     assert status["state"] == "failed"
     tiny = status["students"]["tiny"]
     assert (tiny["updates"], tiny["skipped"], tiny["given_up"]) == (1, 2, True)
+
+
+def test_a_teacher_that_has_faded_is_not_asked(corpus: Path, runs: Path, teacher: Path) -> None:  # noqa: F811
+    distil = ("--distil.method=mvat+output", "--distil.fade_by=0.5")
+    run = train(corpus, runs, "faded", "--student=tiny", f"--teacher={teacher}", *distil, *LOSSES_ONLY)
+    lines = (run / "students" / "tiny" / "history.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if "loss" in row]
+    for row, asked in zip(rows, (True, True, False, False), strict=True):
+        assert ("teacher" in row["time"]) == asked
+        assert (row["mvat"] is not None) == (row["output"] is not None) == asked
+        assert (row["loss"] > row["enhance"]) == asked
+        assert asked or row["loss"] == row["enhance"]

@@ -16,10 +16,10 @@ from tests.test_train import (
     corpus,  # noqa: F401 (a fixture)
     environment,
     history,
-    last_weights,
     same_weights,
     stopped_early,
     train,
+    weights,
 )
 
 ALONE = ("--distil.method=none", "--train.save_every=2", "--train.keep=3", "--train.max_skipped=1")
@@ -104,7 +104,7 @@ def test_an_ill_student_goes_back_to_where_it_was_well(
     mini = json.loads((run / "STATUS").read_text())["students"]["mini"]
     assert (mini["rollbacks"], mini["lr_factor"], mini["given_up"]) == (1, 0.5, False)
     assert (mini["skipped"], mini["skipped_in_a_row"]) == (2, 0)
-    assert all(np.isfinite(value).all() for value in last_weights(run, "mini").values())
+    assert all(np.isfinite(value).all() for value in weights(run, "mini").values())
     rates = [[row["lr"] for row in history(one, "mini") if "lr" in row][-1] for one in (run, undisturbed)]
     assert rates[0] == rates[1] / 2
 

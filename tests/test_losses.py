@@ -19,6 +19,7 @@ from mvat_dist.config import DistilConfig
 from mvat_dist.errors import UserError
 from mvat_dist.losses import (
     EnhancementLoss,
+    Lesson,
     Objective,
     OutputLoss,
     WaveformLoss,
@@ -27,7 +28,7 @@ from mvat_dist.losses import (
     shared_blocks,
 )
 from mvat_dist.losses import distance as distances
-from mvat_dist.models import load_manner_checkpoint
+from mvat_dist.models import build, load_manner_checkpoint
 from mvat_dist.students import SIZES, VIEWS, Size, View, ViewKey
 from tests.conftest import Reference
 
@@ -338,3 +339,24 @@ def test_shared_blocks() -> None:
     assert len(shared_blocks(SIZES["manner-s-8.1gf"], teacher)) == 6
     with pytest.raises(UserError, match="no multi-view block at the same level"):
         shared_blocks(Size("small", 30, depth=3), Size("small", 60, depth=4))
+
+
+def test_a_teacher_with_no_share_leaves_no_trace() -> None:
+    """Gradients at share 0 are those without a lesson, bit for bit: the teacher need not be asked."""
+    size = Size("base", 6, depth=2)
+    objective = Objective(DistilConfig(method="mvat+output"), size, size, waveform=1.0)
+    torch.manual_seed(0)
+    student, teacher = build(size).double().eval(), build(size).double().eval()
+    noisy, clean = noise(2, 3000, seed=1), noise(2, 3000, seed=2)
+    with torch.no_grad():
+        output, views = teacher(noisy, return_views=True)
+    lesson = Lesson({key: energy_map(feature) for key, feature in views.items()}, output)
+    gradients = []
+    for told in (lesson, None):
+        estimate, views = student(noisy, return_views=True)
+        terms = objective(estimate, views, objective.prepare(noisy, clean, told), share=0.0)
+        gradients.append(torch.autograd.grad(terms["loss"], list(student.parameters()), allow_unused=True))
+    assert set(terms) == {"loss", "enhance", "waveform"}
+    for with_lesson, without in zip(*gradients, strict=True):
+        assert (with_lesson is None) == (without is None)
+        assert with_lesson is None or torch.equal(with_lesson, without)

@@ -99,12 +99,13 @@ def losses(run: Path, student: str) -> np.ndarray:
     return np.array([row["loss"] for row in history(run, student) if "loss" in row])
 
 
-def last_weights(run: Path, student: str) -> dict[str, np.ndarray]:
-    return dict(load_file(run / "students" / student / "last" / "model.safetensors"))
+def weights(run: Path, student: str, which: str = "last") -> dict[str, np.ndarray]:
+    return dict(load_file(run / "students" / student / which / "model.safetensors"))
 
 
-def same_weights(one: Path, other: Path, student: str) -> bool:
-    first, second = last_weights(one, student), last_weights(other, student)
+def same_weights(one: Path, other: Path, student: str, which: str = "last") -> bool:
+    """Whether the last weights of one run are those of the other."""
+    first, second = weights(one, student), weights(other, student, which)
     return first.keys() == second.keys() and all(np.array_equal(first[key], second[key]) for key in first)
 
 
@@ -237,16 +238,10 @@ def test_students_begin_as_the_weights_they_are_given(corpus: Path, runs: Path, 
     arguments = ("--optim.lr=1e-30", "--engine.freeze_batchnorm=true", "--distil.method=none", *LOSSES_ONLY)
     still = train(corpus, runs, "still", "--student=tiny,mini", f"--train.init={fleet}", *arguments)
     for student in ("tiny", "mini"):
-        assert same_best(still, fleet, student)
+        assert same_weights(still, fleet, student, "best")
         assert [row["step"] for row in history(still, student) if "valid/si_sdr" in row] == [0, 4]
     began = json.loads((still / "inputs.json").read_text())["init"]
     assert {name: one["name"] for name, one in began.items()} == {"tiny": "tiny", "mini": "mini"}
-
-
-def same_best(still: Path, given: Path, student: str) -> bool:
-    best = load_file(given / "students" / student / "best" / "model.safetensors")
-    last = last_weights(still, student)
-    return all(np.array_equal(best[key], last[key]) for key in best)
 
 
 def test_what_students_began_with_is_not_needed_again(corpus: Path, runs: Path, teacher: Path) -> None:

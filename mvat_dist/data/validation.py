@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol, cast, overload
@@ -15,6 +16,7 @@ from mvat_dist.config import SAMPLE_RATE
 from mvat_dist.data.mix.mixing import Audio
 from mvat_dist.data.pack.corpora import list_dns
 from mvat_dist.data.pack.inspection import REASONS, UnusableError, open_sound, read_piece
+from mvat_dist.data.store.codecs import OnePassFile
 from mvat_dist.data.store.folders import MANIFEST, Folder
 from mvat_dist.data.store.packed import fingerprints, open_subset
 from mvat_dist.data.store.shards import Field
@@ -211,9 +213,8 @@ def _read(key: str, path: Path) -> Audio:
 def _read_to_the_end(path: Path) -> Audio:
     """All samples of a file that does not say how many it has, as `read_piece` returns them."""
     blocks = [np.zeros(0, np.float32)]
-    with open_sound(path) as sound:
-        # Where it can, soundfile seeks after each read to where it is; at such an end that fails.
-        sound.seekable = lambda: False
+    # Its seeking after each read would fail at such an end.
+    with OnePassFile(os.fsencode(path)) as sound:
         while len(block := sound.read(_BLOCK, dtype="float32", always_2d=True)):
             blocks.append(block.mean(axis=1, dtype=np.float32))
         rate = sound.samplerate

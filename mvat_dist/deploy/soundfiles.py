@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import socket
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +15,7 @@ from mvat_dist.deploy import lengths
 from mvat_dist.deploy.enhancer import BLOCK, Enhancer
 from mvat_dist.deploy.windows import Audio
 from mvat_dist.errors import UserError
-from mvat_dist.files import TEMPORARY_SUFFIX, atomic_file, fsync
+from mvat_dist.files import atomic_file
 
 SUFFIXES = {
     ".aif", ".aifc", ".aiff", ".au", ".avr", ".caf", ".flac", ".htk", ".iff", ".mp3", ".nist", ".oga", ".ogg",
@@ -28,9 +25,6 @@ SUFFIXES = {
 
 Progress = Callable[[float], object]
 """Called with seconds of audio that have been written."""
-
-_LONG_NAME = 128
-"""Bytes of a name that leave room, in the 255 that file systems have, for what a temporary one adds."""
 
 
 class Job(NamedTuple):
@@ -123,7 +117,7 @@ def enhance_file(enhancer: Enhancer, job: Job, dry: float, progress: Progress) -
         raise UserError(f"{job.source}: a folder is in the place of {job.target}")
     clipped = frames = 0
     try:
-        with _opened(job.source) as sound, _atomic(job.target) as temporary:
+        with _opened(job.source) as sound, atomic_file(job.target) as temporary:
             pieces = enhancer.stream(_blocks(sound), sound.samplerate, sound.channels, dry)
             with _like(sound, temporary) as enhanced:
                 for piece in pieces:
@@ -148,25 +142,6 @@ def _opened(source: Path) -> OnePassFile:
         return OnePassFile(os.fsencode(source))
     except TypeError as error:  # of a name that ends in .raw
         raise UserError("raw samples, which do not say their rate: pipe them in, as --help shows") from error
-
-
-@contextmanager
-def _atomic(target: Path) -> Iterator[Path]:
-    """`atomic_file`, also for names so long that its temporary one would be too long."""
-    if len(os.fsencode(target.name)) <= _LONG_NAME:
-        with atomic_file(target) as temporary:
-            yield temporary
-        return
-    # Host and process keep writers apart, as they do there.
-    own = f"{target.name} {socket.gethostname()} {os.getpid()}".encode("utf-8", "surrogateescape")
-    short = target.with_name(f".{hashlib.blake2b(own, digest_size=8).hexdigest()}{TEMPORARY_SUFFIX}")
-    try:
-        with atomic_file(short) as temporary:
-            yield temporary
-        short.replace(target)
-        fsync(target.parent)
-    finally:
-        short.unlink(missing_ok=True)
 
 
 def _blocks(sound: soundfile.SoundFile) -> Iterator[Audio]:

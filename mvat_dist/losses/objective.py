@@ -43,7 +43,8 @@ class Prepared:
 
     targets: Targets
     output: OutputTargets | None
-    maps: Maps
+    maps: Maps | None
+    """None where the teacher was not asked."""
 
 
 class Objective:
@@ -81,18 +82,18 @@ class Objective:
         """Names of what a call returns."""
 
     def prepare(self, noisy: Tensor, clean: Tensor, lesson: Lesson | None) -> Prepared:
-        """Targets of one batch (B, T), made once for all students of a fleet."""
+        """Targets of one batch (B, T), made once for all students; those of the clean side without `lesson`."""
         output = lesson.output if lesson else None
         return Prepared(
             targets=self._enhancement.prepare(noisy, clean),
             output=None if output is None else self._output.prepare(output),
-            maps=lesson.maps if lesson else {},
+            maps=lesson.maps if lesson else None,
         )
 
     def __call__(
         self, estimate: Tensor, views: Mapping[ViewKey, Tensor], prepared: Prepared, share: float = 1.0
     ) -> dict[str, Tensor]:
-        """Every term of `terms`, each (); ``loss`` is the sum to minimise, lower is better.
+        """Every term of `terms` that `prepared` has targets for, each (); ``loss`` is the sum to minimise.
 
         Args:
             estimate: the student's output (B, T).
@@ -108,7 +109,7 @@ class Objective:
         if prepared.output is not None:
             found["output"] = self._output(estimate, prepared.output)
             total = total + share * self._config.output_weight * found["output"]
-        if self.keys:
+        if self.keys and prepared.maps is not None:
             maps = {key: energy_map(views[key]) for key in self.keys}
             found["mvat"], terms = mvat_loss(maps, prepared.maps, self._betas)
             found |= {_term_name(key): term for key, term in terms.items()}

@@ -67,8 +67,13 @@ class _Task:
 class _Child:
     """One scoring process and the task it works on."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float) -> None:
         self.connection, theirs = Pipe()
+        self._seconds = seconds
+        # A clip is more than a pipe holds: sending one would wait for a suspended child for ever.
+        with socket.socket(fileno=os.dup(self.connection.fileno())) as same:
+            timeout = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+            same.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
         # A blocked mask outlives exec, so there is no moment at which a job's signal ends the child.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
         try:
@@ -88,16 +93,12 @@ class _Child:
         """Whether the child has said that it has its task; the start of a child counts for its first task."""
         self.deadline = 0.0
 
-    def assign(self, task: _Task, seconds: float) -> None:
+    def assign(self, task: _Task) -> None:
         """Send `task`; a child that has died in the meantime is found by `receive`, one that takes nothing by
         its deadline."""
         self.task = task
         self.begun = not self.ready
-        self.deadline = time.monotonic() + seconds
-        # A clip is more than a pipe holds: it would wait for a suspended child for ever.
-        whole, part = int(seconds), int(seconds % 1 * 1e6)
-        with socket.socket(fileno=os.dup(self.connection.fileno())) as same:
-            same.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", whole, part))
+        self.deadline = time.monotonic() + self._seconds
         try:
             self.connection.send_bytes(json.dumps(task.left).encode())
             for audio in (task.pair.estimate, task.pair.clean):
@@ -105,7 +106,7 @@ class _Child:
         except OSError:
             pass
 
-    def receive(self, seconds: float) -> bool:
+    def receive(self) -> bool:
         """Take one report of the child; False when it has died."""
         try:
             message = self.connection.recv_bytes()
@@ -115,7 +116,7 @@ class _Child:
             self.ready = self.begun = True
         elif self.task is not None:
             self.task.done(Score(*json.loads(message)))
-        self.deadline = time.monotonic() + seconds
+        self.deadline = time.monotonic() + self._seconds
         return True
 
     def end(self) -> int:
@@ -251,9 +252,9 @@ class _Pool:
             if idle is None:
                 if len(self.children) >= self.size:
                     return
-                idle = _Child()
+                idle = _Child(self.seconds_limit)
                 self.children.append(idle)
-            idle.assign(self.waiting.popleft(), self.seconds_limit)
+            idle.assign(self.waiting.popleft())
 
     def _collect(self, source: _Source) -> Iterator[_Task]:
         """Wait for a report, a new task or a deadline, and take what has come."""
@@ -268,7 +269,7 @@ class _Pool:
                 new.scores = dict.fromkeys(new.left, Score(None, new.pair.failure))
                 yield new
         for connection, child in busy.items():
-            alive = child.receive(self.seconds_limit) if connection in reported else True
+            alive = child.receive() if connection in reported else True
             if not alive or time.monotonic() > child.deadline:
                 self._bury(child, timed_out=alive)
             task = child.task

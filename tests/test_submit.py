@@ -5,22 +5,17 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from mvat_dist import configfile, rundir, students, submit
 from mvat_dist.cluster import dispatch, slurmjob
 from mvat_dist.errors import UserError
 from mvat_dist.rundir import RunDir
-from tests.tiny_corpus import write_pairs, write_sources
+from tests.submit_place import Program, programs_in, write_place
 
 # What `scontrol ping` says on a machine with Slurm's packages and no configuration (22.05).
 NO_CONFIGURATION = """\
@@ -33,37 +28,17 @@ REFUSAL = """\
 sbatch: error: invalid partition specified: nope
 sbatch: error: Batch job submission failed: Invalid partition name specified"""
 
-Program = Callable[[str, str], None]
-
 
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with a small corpus, in a folder whose name has spaces and a quote."""
-    folder = tmp_path / "it's my place"
-    folder.mkdir()
-    noise = np.random.default_rng(0).standard_normal(8000) * 0.1
-    write_sources(folder / "corpus", "train_clean", {f"c{i}": noise for i in range(16)}, shards=16)
-    write_sources(folder / "corpus", "train_noise", {"n0": noise})
-    write_pairs(folder / "corpus", "valid", {"v0": (noise, noise)})
+    folder = write_place(tmp_path)
     monkeypatch.chdir(folder)
     return folder
 
 
 @pytest.fixture
 def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Program:
-    """Installs programs written as shell text; only these, sh and cat are on the path."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    for name in ("sh", "cat"):
-        (folder / name).symlink_to(shutil.which(name) or name)
-    monkeypatch.setenv("PATH", str(folder))
-    monkeypatch.delenv("SLURM_CONF", raising=False)
-
-    def install(name: str, script: str) -> None:
-        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
-        (folder / name).chmod(0o755)
-
-    return install
+    return programs_in(tmp_path / "bin", monkeypatch)
 
 
 @pytest.fixture
@@ -88,27 +63,6 @@ def tree(folder: Path) -> set[str]:
 def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     submit.main([*COMMON, "--dry-run", *arguments])
     return capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("90", 90), ("90:01", 91), ("1:30:00", 90), ("2-12", 3600), ("2-12:30", 3630), ("1-00:00:01", 1441)],
-)
-def test_time_limits(text: str, expected: int) -> None:
-    assert submit.minutes(text) == expected
-
-
-@given(st.integers(0, 30), st.integers(0, 23), st.integers(0, 59), st.integers(1, 59))
-def test_a_time_limit_is_never_cut_short(days: int, hours: int, minutes: int, seconds: int) -> None:
-    asked = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-    given_seconds = 60 * submit.minutes(f"{days}-{hours:02}:{minutes:02}:{seconds:02}")
-    assert asked <= given_seconds < asked + 60
-
-
-@pytest.mark.parametrize("text", ["", "soon", "0", "0:00", "1:2:3:4", "-5", "1.5", "1-", "2h"])
-def test_time_limits_that_are_none(text: str) -> None:
-    with pytest.raises(UserError, match="--time"):
-        submit.minutes(text)
 
 
 @pytest.mark.parametrize(
@@ -380,109 +334,6 @@ def test_a_run_in_progress_is_left_alone(place: Path, capsys: pytest.CaptureFixt
     with dispatch._alone_in(RunDir(folder), "start") as (lock, is_new):
         assert lock is not None
         assert not is_new
-
-
-def test_what_a_job_pickles_is_its_command_line() -> None:
-    job = slurmjob.TrainJob(["--seed", "1"])
-    text = pickle.dumps(job.checkpoint())
-    assert len(text) < 400
-    again = pickle.loads(text).function  # noqa: S301, our own
-    assert vars(again) == {"argv": ["--seed", "1"]}
-    assert type(again) is slurmjob.TrainJob
-
-
-@pytest.mark.parametrize(
-    ("files", "left"),
-    [
-        ({"7_submitted.pkl": "old"}, {"7_submitted.pkl": "old"}),
-        ({"7_submitted.pkl": "old", "7_submitted.pkl.save_tmp": "torn"}, {"7_submitted.pkl": "old"}),
-        ({"7_submitted.pkl.save_tmp": "new"}, {"7_submitted.pkl": "new"}),
-        ({"7_1_result.pkl.save_tmp": "x", "8_1_result.pkl.save_tmp": "y"}, {"8_1_result.pkl.save_tmp": "y"}),
-        ({}, {}),
-    ],
-)
-def test_a_restart_clears_what_a_killed_submitit_left(
-    tmp_path: Path, files: dict[str, str], left: dict[str, str]
-) -> None:
-    folder = tmp_path / "a 'folder'"
-    folder.mkdir()
-    for name, text in files.items():
-        (folder / name).write_text(text)
-    lines = slurmjob._setup(folder, slurmjob.Resources(1, 1, 6, 10, 2, max_restarts=3))
-    script = "\n".join([*lines, 'echo "$SRUN_CPUS_PER_TASK $OMP_NUM_THREADS $MVAT_MAX_RESTARTS"'])
-    environment = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "6"}
-    done = subprocess.run(
-        ["bash", "-euc", script], env=environment, capture_output=True, text=True, check=True
-    )
-    assert {file.name: file.read_text() for file in folder.iterdir()} == left
-    assert done.stdout == "6 4 3\n"  # two of six CPUs are the readers'
-
-
-@pytest.mark.parametrize(
-    ("tasks", "gpus", "said"),
-    [
-        ("1(x4)", "8", "error: 8 GPUs on a node for 1 task(s) of one GPU each: add --ntasks-per-node 8"),
-        ("8(x4)", "8", "1000"),
-        ("1(x4)", None, "1000"),
-    ],
-)
-def test_sbatch_with_idle_gpus_is_refused_before_the_ranks_start(
-    program: Program, tasks: str, gpus: str | None, said: str
-) -> None:
-    for name in ("bash", "sed", "dirname", "date", "mkdir", "tail"):
-        program(name, f'exec {shutil.which(name, path=os.defpath)} "$@"')
-    program("srun", 'echo "$MVAT_MAX_RESTARTS"')
-    script = Path(__file__).parent.parent / "slurm" / "distill.sh"
-    variables = {"PATH": os.environ["PATH"], "SLURM_TASKS_PER_NODE": tasks}
-    variables |= {"SLURM_GPUS_ON_NODE": gpus} if gpus else {}
-    done = subprocess.run(["bash", str(script)], env=variables, capture_output=True, text=True)
-    assert done.returncode == (2 if said.startswith("error") else 0)
-    assert (done.stdout + done.stderr).splitlines()[-1].startswith(said)
-    assert Path("runs").exists() is (done.returncode == 0)
-
-
-@pytest.mark.parametrize(
-    ("options", "asked", "seconds"),
-    [
-        (["--config", "my run.yaml"], None, "0"),
-        (["--parts=manner-s-0.6gf/manner-s-0.9gf"], None, "0"),
-        (["--config", "my run.yaml"], "7", "7"),
-        ([], None, "180"),
-        (["--no-such-option"], None, "180"),
-    ],
-)
-def test_sbatch_waits_for_every_group_of_students(
-    program: Program, options: list[str], asked: str | None, seconds: str
-) -> None:
-    """Groups that are trained apart do not end together, wherever they were named."""
-    for name in ("bash", "sed", "dirname", "date", "mkdir", "tail"):
-        program(name, f'exec {shutil.which(name, path=os.defpath)} "$@"')
-    program("python", f'exec {sys.executable} "$@"')
-    program("srun", 'echo "$SLURM_WAIT"')
-    Path("my run.yaml").write_text("parts: manner-s-0.6gf/manner-s-0.9gf\n")
-    script = Path(__file__).parent.parent / "slurm" / "distill.sh"
-    given = ["--student=manner-s-0.6gf,manner-s-0.9gf", "--distil.method=none", *options]
-    variables = {"PATH": os.environ["PATH"], "SLURM_TASKS_PER_NODE": "2"}
-    variables |= {"SLURM_WAIT": asked} if asked else {}
-    done = subprocess.run(["bash", str(script), *given], env=variables, capture_output=True, text=True)
-    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, seconds), done.stderr
-
-
-def test_a_job_submitted_from_within_a_job_inherits_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (
-        "SLURM_JOB_ID",
-        "SLURM_NTASKS",
-        "SLURM_CONF",
-        "RANK",
-        "TORCHELASTIC_RUN_ID",
-        "SBATCH_ACCOUNT",
-    ):
-        monkeypatch.setenv(name, "1")
-    before = dict(os.environ)
-    with slurmjob.outside_of_jobs():
-        assert not {"SLURM_JOB_ID", "SLURM_NTASKS", "RANK", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
-        assert {"SLURM_CONF", "SBATCH_ACCOUNT"} <= os.environ.keys()
-    assert dict(os.environ) == before
 
 
 def test_a_mistake_that_only_the_trainer_can_see_is_one_line_and_leaves_nothing(place: Path) -> None:

@@ -82,7 +82,7 @@ class Objective:
         """Names of what a call returns."""
 
     def prepare(self, noisy: Tensor, clean: Tensor, lesson: Lesson | None) -> Prepared:
-        """Targets of one batch (B, T), made once for all students; those of the clean side without `lesson`."""
+        """Targets of one batch (B, T), made once for all students; without `lesson` the clean ones."""
         output = lesson.output if lesson else None
         return Prepared(
             targets=self._enhancement.prepare(noisy, clean),

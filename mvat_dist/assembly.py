@@ -63,7 +63,7 @@ def open_inputs(config: Config, world_size: int, device: torch.device, precision
     elif config.distil.method != "none":
         teacher = LiveTeacher(weightsfile.resolve(Path(config.teacher.file)), device, precision)
     objectives = {
-        name: Objective(config.distil, size, teacher.size if teacher else None, waveform=config.loss.waveform)
+        name: Objective(config.distil, size, teacher.size if teacher else None, config.loss)
         for name, size in students.select(config.student, config.sizes).items()
     }
     if teacher:

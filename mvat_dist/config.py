@@ -101,6 +101,9 @@ class LossConfig:
     """Factor of an added distance of waveforms, mean|estimate - clean| / mean|noisy|, the same at any level.
     The authors' loss has an absolute one, at usual levels of speech a hundredth of its spectral terms: in
     short trainings the phase is not learnt. 0: their loss alone."""
+    compressed: float = 0.0
+    """Factor of an added distance of spectra whose magnitudes are compressed (arXiv 2008.06412), the same at
+    any level: quiet parts, which PESQ hears, weigh more. 0: none."""
 
 
 @dataclass
@@ -116,7 +119,7 @@ class DistilConfig:
     """Factor of the output-distillation loss."""
     fade_by: float = 0.0
     """Share of the training by which both factors have fallen linearly to 0, so that the end is the
-    student's own; 0 keeps them as they are. The teacher is asked until the end, for the record."""
+    student's own; 0 keeps them as they are. A teacher that counts for nothing is no longer asked."""
     beta_channel: float = 1.0
     """Factor of the channel view's maps; 0 switches the view off."""
     beta_global: float = 1.0

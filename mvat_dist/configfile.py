@@ -228,6 +228,7 @@ def _check_not_negative(config: Config) -> None:
         "optim.clip_norm": optim.clip_norm,
         "optim.weight_decay": optim.weight_decay,
         "loss.waveform": config.loss.waveform,
+        "loss.compressed": config.loss.compressed,
         "distil.weight": config.distil.weight,
         "distil.output_weight": config.distil.output_weight,
     }

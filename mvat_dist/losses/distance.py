@@ -63,7 +63,7 @@ def spectra(signal: Tensor) -> list[Tensor]:
                 n_fft=resolution.fft,
                 hop_length=resolution.hop,
                 win_length=resolution.window,
-                window=_window(resolution.window, signal.dtype, signal.device),
+                window=hann(resolution.window, signal.dtype, signal.device),
                 center=True,
                 pad_mode="reflect",
                 return_complex=True,
@@ -143,8 +143,8 @@ def _power(spectrum: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def _window(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The Hann window, made once."""
+def hann(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The periodic Hann window, made once."""
     # Also where the first to ask is in inference mode: a later training may have to save it for its backward.
     with torch.inference_mode(mode=False):
         return torch.hann_window(length, dtype=dtype, device=device)

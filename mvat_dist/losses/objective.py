@@ -1,6 +1,7 @@
 """A student's whole loss: L = L_enhance + mu * L_output + lambda * L_MVAT, by the chosen method.
 
-Where asked for, a distance of waveforms that no level makes small is added to the first.
+Where asked for, distances that no level makes small are added to the first: of waveforms, of compressed
+spectra.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mvat_dist.config import DistilConfig
+from mvat_dist.config import DistilConfig, LossConfig
+from mvat_dist.losses.compressed import CompressedLoss, CompressedTargets
 from mvat_dist.losses.enhancement import (
     EnhancementLoss,
     OutputLoss,
@@ -42,6 +44,7 @@ class Prepared:
     """Everything of one batch that is the same for every student."""
 
     targets: Targets
+    compressed: CompressedTargets | None
     output: OutputTargets | None
     maps: Maps | None
     """None where the teacher was not asked."""
@@ -51,19 +54,17 @@ class Objective:
     """The loss of one student beside one teacher."""
 
     def __init__(
-        self, config: DistilConfig, student: Size, teacher: Size | None, *, waveform: float = 0.0
+        self, config: DistilConfig, student: Size, teacher: Size | None, own: LossConfig | None = None
     ) -> None:
-        """Choose the terms.
-
-        Args:
-            waveform: `LossConfig.waveform`.
+        """Choose the terms; `own` says what the student's own loss is, by default the authors' alone.
 
         Raises:
             UserError: attention transfer, but the two networks have no multi-view block in common.
         """
         self._config = config
-        self._enhancement, self._output, self._waveform = EnhancementLoss(), OutputLoss(), WaveformLoss()
-        self._waveform_weight = waveform
+        self._own = own = own or LossConfig()
+        self._enhancement, self._output = EnhancementLoss(), OutputLoss()
+        self._waveform, self._compressed = WaveformLoss(), CompressedLoss()
         self._betas = config.view_betas
         self.keys: list[ViewKey] = []
         """(side, level, view) of every attention-transfer term, in the network's order."""
@@ -74,7 +75,8 @@ class Objective:
         self.terms: tuple[str, ...] = (
             "loss",
             "enhance",
-            *(["waveform"] if waveform else []),
+            *(["waveform"] if own.waveform else []),
+            *(["compressed"] if own.compressed else []),
             *(["output"] if "output" in config.method else []),
             *(["mvat"] if self.keys else []),
             *(_term_name(key) for key in self.keys),
@@ -86,6 +88,7 @@ class Objective:
         output = lesson.output if lesson else None
         return Prepared(
             targets=self._enhancement.prepare(noisy, clean),
+            compressed=self._compressed.prepare(noisy, clean) if self._own.compressed else None,
             output=None if output is None else self._output.prepare(output),
             maps=lesson.maps if lesson else None,
         )
@@ -103,9 +106,12 @@ class Objective:
         """
         found = {"enhance": self._enhancement(estimate, prepared.targets)}
         total = found["enhance"]
-        if self._waveform_weight:
+        if self._own.waveform:
             found["waveform"] = self._waveform(estimate, prepared.targets)
-            total = total + self._waveform_weight * found["waveform"]
+            total = total + self._own.waveform * found["waveform"]
+        if prepared.compressed is not None:
+            found["compressed"] = self._compressed(estimate, prepared.compressed)
+            total = total + self._own.compressed * found["compressed"]
         if prepared.output is not None:
             found["output"] = self._output(estimate, prepared.output)
             total = total + share * self._config.output_weight * found["output"]

@@ -1,0 +1,70 @@
+"""The distance of compressed spectra: what the ear notices weighs more than what is loud."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mvat_dist.losses.distance import check_shapes, full_precision, hann
+from mvat_dist.losses.enhancement import LEAST_LEVEL
+
+EXPONENT = 0.3
+"""Of magnitudes (the paper's value)."""
+COMPLEX_SHARE = 0.3
+"""Of the part that heeds the phase (the paper's value)."""
+FFT, HOP = 512, 128
+"""Length and hop of the periodic Hann windows: 32 and 8 ms."""
+POWER_FLOOR = 1e-6
+"""Added to each bin's power, 60 dB below a white signal as loud as the noisy one: gradients stay finite."""
+
+
+class CompressedTargets(NamedTuple):
+    """What the loss needs to know of a batch."""
+
+    level: Tensor
+    """RMS of the noisy signal, (B, 1); at least `LEAST_LEVEL`."""
+    magnitude: Tensor
+    """Compressed magnitudes of the clean one, (B, F, frames, 1)."""
+    spectrum: Tensor
+    """Compressed spectrum of the clean one, real and imaginary part, (B, F, frames, 2)."""
+
+
+class CompressedLoss:
+    """0.7 mean(|E|^0.3 - |C|^0.3)^2 + 0.3 mean|E' - C'|^2; lower is better, in [0, inf).
+
+    E and C are the STFTs of estimate and clean signal over the RMS of the noisy one, scaled so that white
+    noise has bins of power 1; E' and C' have their phases and compressed magnitudes. Means over items, bins
+    and frames. Source: Braun and Tashev, "Data augmentation and loss normalization for deep noise
+    suppression", arXiv 2008.06412; they divide by the level of active clean speech. The noisy level, which is
+    never that of silence, is a design choice.
+    """
+
+    def prepare(self, noisy: Tensor, clean: Tensor) -> CompressedTargets:
+        """Targets of one batch (B, T) for any number of students.
+
+        Raises:
+            ValueError: the shapes differ.
+        """
+        check_shapes(clean, noisy)
+        level = full_precision(noisy.detach()).square().mean(-1, keepdim=True).sqrt().clamp(min=LEAST_LEVEL)
+        return CompressedTargets(level, *_compressed(clean.detach(), level))
+
+    def __call__(self, estimate: Tensor, targets: CompressedTargets) -> Tensor:
+        """The loss () of an estimate (B, T)."""
+        magnitude, spectrum = _compressed(estimate, targets.level)
+        of_magnitudes = (magnitude - targets.magnitude).square().mean()
+        of_spectra = (spectrum - targets.spectrum).square().sum(-1).mean()
+        return (1 - COMPLEX_SHARE) * of_magnitudes + COMPLEX_SHARE * of_spectra
+
+
+def _compressed(signal: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+    """Compressed magnitudes (B, F, frames, 1) and spectrum (B, F, frames, 2) of a signal (B, T)."""
+    with torch.autocast(signal.device.type, enabled=False):
+        signal = full_precision(signal) / level
+        window = hann(FFT, signal.dtype, signal.device)
+        window = window / window.square().sum().sqrt()
+        spectrum = torch.view_as_real(torch.stft(signal, FFT, HOP, window=window, return_complex=True))
+        power = spectrum.square().sum(-1, keepdim=True) + POWER_FLOOR
+        return power ** (EXPONENT / 2), spectrum * power ** ((EXPONENT - 1) / 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import NoReturn
 
 from jsonargparse import DefaultHelpFormatter
@@ -25,7 +26,15 @@ class CommandParser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        self.register("type", Path, _path)
 
     def error(self, message: str) -> NoReturn:
         """A user's mistake is one line, without the usage."""
         raise UserError(f"{message} ({self.prog} --help)")
+
+
+def _path(text: str) -> Path:
+    """What ``type=Path`` means here: pathlib takes an empty text for the folder one is in."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty (a variable of the shell that is not set?)")
+    return Path(text)

@@ -35,3 +35,8 @@ def bursts(count: int, seconds: float) -> Audio:
     audio = 0.1 * np.random.default_rng(0).standard_normal(samples)
     audio[(np.arange(samples) * count / samples) % 1 > 0.5] = 0
     return audio.astype(np.float32)
+
+
+def streamed(flac: bytes) -> bytes:
+    """A FLAC whose writer did not know its length: 36 bits of STREAMINFO are 0 (RFC 9639, section 8.2)."""
+    return flac[:21] + bytes([flac[21] & 0xF0]) + bytes(4) + flac[26:]

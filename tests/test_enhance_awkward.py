@@ -19,7 +19,7 @@ from mvat_dist.enhance import main
 from mvat_dist.errors import exit_code
 from tests.conftest import REPOSITORY
 from tests.networks import tiny_file
-from tests.signals import noise_at, syllables
+from tests.signals import noise_at, streamed, syllables
 from tests.waiting import until
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -41,11 +41,6 @@ def speech(tmp_path_factory) -> Path:
 
 def run(weights: Path, *options: object) -> int:
     return exit_code(main, ["--model", str(weights), *map(str, options)])
-
-
-def streamed(flac: bytes) -> bytes:
-    """A FLAC whose writer did not know its length: 36 bits of STREAMINFO are 0 (RFC 9639, section 8.2)."""
-    return flac[:21] + bytes([flac[21] & 0xF0]) + bytes(4) + flac[26:]
 
 
 # --- lengths --------------------------------------------------------------------------------------

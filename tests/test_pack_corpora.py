@@ -16,7 +16,7 @@ from mvat_dist.data.store.shards import ShardSet, subset_names
 from tests.conftest import REPOSITORY
 from tests.dns_corpus import RATE, noise, speech, write, write_dns
 from tests.packing_command import left_out, manifest, metas, run, source_paths, write_pair
-from tests.signals import noise_at
+from tests.signals import noise_at, streamed
 
 
 def tone(hertz: float, rate: int, seconds: float = 2.0) -> np.ndarray:
@@ -108,17 +108,21 @@ def test_any_rate_and_any_channels_become_16_khz_mono(tmp_path: Path) -> None:
     assert rates == {"16000": 3, "44100": 1, "48000": 1}
 
 
-def test_long_recordings_are_cut_without_loss(tmp_path: Path) -> None:
+@pytest.mark.parametrize("open_end", [False, True], ids=["its length known", "streamed"])
+def test_long_recordings_are_cut_without_loss(tmp_path: Path, open_end: bool) -> None:
     corpus = write_dns(tmp_path / "corpus", noises=2)
     long = np.concatenate([noise(7, 25.0), np.zeros(5 * RATE)])
-    write(corpus / "datasets_fullband/noise_fullband/long.wav", long)
+    file = write(corpus / "datasets_fullband/noise_fullband/long.flac", long)
+    if open_end:
+        file.write_bytes(streamed(file.read_bytes()))
+        assert soundfile.info(file).frames > 2**60
     command = ("dns", "--corpus", corpus, "--out", tmp_path / "out", "--valid-clips", 0)
     assert run(*command, "--piece-seconds", 10, "--max-shard-size", 1) == 0
     opened = ShardSet.open(tmp_path / "out/train_noise")
     pieces = {}
     for index in range(len(opened)):
         origin = opened.meta(index)["source"]["audio"]
-        if origin["path"].endswith("long.wav"):
+        if origin["path"].endswith("long.flac"):
             pieces[origin["start"]] = opened.read(index)
     joined = np.concatenate([pieces[start] for start in sorted(pieces)])
     np.testing.assert_allclose(joined, long, atol=1.01 / 32768)  # the file itself is rounded

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import soundfile
 
-_UNKNOWN_FRAMES = 1 << 40
-"""Nearly a year at 44.1 kHz. libsndfile reports 2**63 - 1 for a FLAC whose header leaves its length open."""
+from mvat_dist.data.store.codecs import known_frames
 
 _SAID_AND_THERE = re.compile(
     r"^\s*(?:data|SSND|Data Size|riff|Riff size)\s*:\s*(\d+) \(should be (\d+)\)", re.MULTILINE
@@ -30,11 +29,6 @@ _OGG_LAST = 4
 
 _ESTIMATED = 0.01
 """Part by which the length of an MP3 without a table of contents may be off."""
-
-
-def known_frames(frames: int) -> int | None:
-    """What libsndfile says of a file's frames; None where that is no length."""
-    return frames if 0 <= frames < _UNKNOWN_FRAMES else None
 
 
 def missing(source: Path, sound: soundfile.SoundFile, read: int) -> str:

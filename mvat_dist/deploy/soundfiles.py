@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import soundfile
 
-from mvat_dist.data.store.codecs import OnePassFile
+from mvat_dist.data.store.codecs import OnePassFile, known_frames
 from mvat_dist.deploy import lengths
 from mvat_dist.deploy.enhancer import BLOCK, Enhancer
 from mvat_dist.deploy.windows import Audio
@@ -96,7 +96,7 @@ def seconds(file: Path) -> float | None:
     """
     try:
         with soundfile.SoundFile(os.fsencode(file)) as sound:
-            frames = lengths.known_frames(sound.frames)
+            frames = known_frames(sound.frames)
             return None if frames is None else frames / sound.samplerate
     except (soundfile.LibsndfileError, OSError, TypeError):
         return 0.0

@@ -11,7 +11,7 @@ from mvat_dist.config import SAMPLE_RATE
 from mvat_dist.data.pack.corpora import Listing
 from mvat_dist.data.pack.inspection import open_sound
 from mvat_dist.data.pack.planning import Plan
-from mvat_dist.data.store.codecs import Codec
+from mvat_dist.data.store.codecs import Codec, known_frames
 from mvat_dist.errors import UserError
 from mvat_dist.files import existing_folder
 
@@ -58,10 +58,10 @@ def _bytes_per_second(codec: Codec) -> float:
 
 
 def _seconds(listing: Listing, path: str) -> float:
-    """Duration by the file's header; 0 where it has none that can be read."""
+    """Duration by the file's header; 0 where it has none that can be read, or leaves its length open."""
     try:
         with open_sound(listing.corpus / path) as sound:
-            return float(sound.frames / sound.samplerate)
+            return (known_frames(sound.frames) or 0) / float(sound.samplerate)
     except (soundfile.SoundFileRuntimeError, OSError):
         return 0.0
 

@@ -17,6 +17,7 @@ import soundfile
 import soxr
 
 from mvat_dist.config import SAMPLE_RATE
+from mvat_dist.data.store.codecs import OnePassFile, known_frames
 
 Audio = npt.NDArray[np.float32]
 Reason = Literal[
@@ -54,6 +55,7 @@ FULL_SCALE = 0.99
 CLIPPED_SHARE = 1e-4
 
 _FLAT_RUN = 4
+_BLOCK = 1 << 20
 _LFS = b"version https://git-lfs.github.com/spec/"
 # Programs that write WAV into a pipe cannot know the size and put a huge number there.
 _STREAMED = 0x7FFFF000
@@ -102,7 +104,10 @@ def inspect(
     try:
         _check_container(corpus / path)
         with open_sound(corpus / path) as sound:
-            return _inspect_sound(sound, path, first_channel, piece_seconds, min_seconds)
+            frames = known_frames(sound.frames)
+            if frames is None:
+                frames = _counted(corpus / path)
+            return _inspect_sound(sound, frames, path, first_channel, piece_seconds, min_seconds)
     except UnusableError as unusable:
         return Inspection(path, unusable.reason, unusable.detail)
     except (soundfile.LibsndfileError, OSError, ValueError) as error:
@@ -110,9 +115,18 @@ def inspect(
 
 
 def open_sound(path: Path) -> soundfile.SoundFile:
-    """Open an audio file of any name; the caller closes it."""
+    """Open an audio file of any name, to be read forwards; the caller closes it."""
     # As bytes: soundfile cannot encode a name that is not valid in the file system's encoding.
-    return soundfile.SoundFile(os.fsencode(path))
+    return OnePassFile(os.fsencode(path))
+
+
+def _counted(path: Path) -> int:
+    """Frames of a file whose header leaves its length open, as that of a streamed FLAC."""
+    with open_sound(path) as sound:
+        frames = 0
+        while read := len(sound.read(_BLOCK, dtype="float32", always_2d=True)):
+            frames += read
+        return frames
 
 
 def _check_container(path: Path) -> None:
@@ -132,9 +146,14 @@ def _check_container(path: Path) -> None:
 
 
 def _inspect_sound(
-    sound: soundfile.SoundFile, path: str, first_channel: bool, piece_seconds: float, min_seconds: float
+    sound: soundfile.SoundFile,
+    frames: int,
+    path: str,
+    first_channel: bool,
+    piece_seconds: float,
+    min_seconds: float,
 ) -> Inspection:
-    rate, frames = sound.samplerate, sound.frames
+    rate = sound.samplerate
     if frames == 0:
         raise UnusableError("empty", "no samples")
     digest = hashlib.blake2b(struct.pack("<q", rate), digest_size=16)

@@ -45,6 +45,9 @@ class DataConfig:
     """Sources mode: lowest and highest RMS level of the mixture in dBFS, drawn uniformly."""
     reverb_probability: float = 0.3
     """Sources mode: share of segments whose speech is convolved with a room impulse response."""
+    made_up_rooms: float = 0.0
+    """Sources mode: share of these rooms that are made up, as exponentially decaying noise of 0.2 to 1 s, and
+    not of the corpus: against few or similar ones; 1 needs none."""
     tempo_probability: float = 0.2
     """Share of segments whose tempo is changed (pitch kept)."""
     tempo_range: tuple[float, float] = (0.9, 1.1)

@@ -65,3 +65,18 @@ def test_a_room_shorter_than_its_early_part_is_all_early():
     room, speech = noise(500), noise(2000)
     wet = rooms.reverberate(speech, room)
     np.testing.assert_array_equal(rooms.target(speech, wet, room, "early"), wet)
+
+
+@pytest.mark.parametrize(("t60", "drr_db"), [(0.2, -3.0), (0.5, 5.0), (1.0, 12.0)])
+def test_a_made_up_room_decays_as_it_says(t60, drr_db):
+    response = rooms.MadeUpRoom(t60, drr_db, seed=3).impulse_response().astype(np.float64)
+    assert rooms.direct_sound(response) == 0
+    assert 10 * np.log10(response[0] ** 2 / np.sum(response[1:] ** 2)) == pytest.approx(drr_db, abs=1e-4)
+    # Schroeder's backward integration: a line, of which T30 (ISO 3382-1) reads the slope from -5 to -35 dB.
+    tail = response[1:]
+    decay = 10 * np.log10(np.cumsum(tail[::-1] ** 2)[::-1] / np.sum(tail**2) + 1e-30)
+    from_, to = (int(np.argmax(decay < level)) for level in (-5, -35))
+    assert 2 * (to - from_) / 16_000 == pytest.approx(t60, rel=0.08)
+    other = rooms.MadeUpRoom(t60, drr_db, seed=4).impulse_response()
+    assert abs(np.corrcoef(response[33:], other[33:])[0, 1]) < 0.1
+    assert np.array_equal(response.astype(np.float32), rooms.MadeUpRoom(t60, drr_db, 3).impulse_response())

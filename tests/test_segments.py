@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mvat_dist.data.mix import rooms
 from mvat_dist.data.mix.pairs import segment_grid
 from mvat_dist.data.mix.sources import FADE, GAP
 from mvat_dist.data.stream import TrainingData
@@ -107,6 +108,23 @@ def test_the_recipe_explains_the_mixture(corpus):
         joined += len(recipe["speech"]) > 1
     assert 5 < reverberant < 24
     assert joined > 3
+
+
+def test_made_up_rooms_need_none_of_the_corpus_and_are_in_the_recipe(corpus):
+    plain = sources(corpus, tempo_probability=0.0, reverb_probability=1.0)
+    data = TrainingData(replace(plain, made_up_rooms=1.0), seed=1)
+    seconds = []
+    for position in range(len(data)):
+        segment = data.item(0, position)
+        room = rooms.MadeUpRoom(**segment.recipe["rir"])
+        speech = rebuild(corpus, "train_clean", segment.recipe["speech"], GAP)
+        wet = np.convolve(speech, room.impulse_response())[:LENGTH]
+        np.testing.assert_allclose(segment.clean, segment.recipe["speech_gain"] * wet, atol=2e-6)
+        seconds.append(room.t60)
+    assert 0.2 <= min(seconds) < 0.4 < 0.8 < max(seconds) <= 1.0
+    some = TrainingData(replace(plain, made_up_rooms=0.5), seed=1)
+    kinds = {type(some.item(0, position).recipe["rir"]) for position in range(len(some))}
+    assert kinds == {str, dict}
 
 
 def test_tempo_changes_the_speech_and_not_the_noise(corpus):

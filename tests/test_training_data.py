@@ -34,6 +34,7 @@ def corpus(tmp_path_factory) -> Path:
         ({"tempo_range": (0.0, 1.0)}, "between 0.5 and 2"),
         ({"gain_db": (float("nan"), 0.0)}, "lower bound first"),
         ({"reverb_probability": 1.5}, "probability"),
+        ({"made_up_rooms": -0.1}, "made_up_rooms"),
         ({"tempo_probability": -0.1}, "probability"),
         ({"segment_seconds": 0.0}, "above 0"),
         ({"segment_seconds": 3600.0}, "longer than all speech"),
@@ -82,6 +83,7 @@ def test_what_a_corpus_offers_decides_the_mode(tmp_path, corpus):
     with pytest.raises(UserError, match=r"--data.reverb_probability 0"):
         TrainingData(sources(tmp_path), 0)
     assert TrainingData(sources(tmp_path, reverb_probability=0.0), 0).mode == "sources"
+    assert TrainingData(sources(tmp_path, made_up_rooms=1.0), 0).mode == "sources"
 
 
 def test_an_empty_subset(tmp_path):

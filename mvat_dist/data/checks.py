@@ -57,7 +57,7 @@ def _check_ranges(config: DataConfig) -> None:
             raise UserError(f"--data.{name} [{low}, {high}]: give the lower bound first")
         if not (math.isfinite(low) and math.isfinite(high)):
             raise UserError(f"--data.{name} [{low}, {high}]: both must be finite")
-    for name in (*_PROBABILITIES, "activity_threshold", "max_damaged"):
+    for name in (*_PROBABILITIES, "made_up_rooms", "activity_threshold", "max_damaged"):
         if not 0.0 <= getattr(config, name) <= 1.0:
             what = "probability" if name in _PROBABILITIES else "share"
             raise UserError(f"--data.{name} {getattr(config, name)}: a {what} lies between 0 and 1")

@@ -37,11 +37,12 @@ def _open_sources(config: DataConfig) -> SourceSegments:
     for what, subset in (("speech", clean), ("noise", noise)):
         _check_length(config, int(subset.samples.sum()), f"all {what} of {subset.where} together")
     rirs = None
-    if config.reverb_probability > 0.0:
+    if config.reverb_probability > 0.0 and config.made_up_rooms < 1.0:
         if "train_rir" not in corpus.names:
             raise UserError(
                 f"{config.train} has no room impulse responses (train_rir), but --data.reverb_probability is "
-                f"{config.reverb_probability}: set --data.reverb_probability 0 or pack a corpus that has some"
+                f"{config.reverb_probability}: set --data.reverb_probability 0 or --data.made_up_rooms 1, or "
+                "pack a corpus that has some"
             )
         rirs = _open(corpus, "train_rir")
     return SourceSegments(config, clean, noise, rirs)

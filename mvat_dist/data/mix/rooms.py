@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from scipy import fft  # scipy.signal takes 0.5 s more to import, which every reader would wait for
@@ -15,6 +15,41 @@ EARLY = round(0.05 * SAMPLE_RATE)
 speech (ISO 3382-1, annex A)."""
 
 Target = Literal["reverberant", "early", "dry"]
+
+
+T60 = (0.2, 1.0)
+"""Shortest and longest reverberation time of made-up rooms in seconds: a furnished office, a lecture hall."""
+DRR_DB = (-3.0, 12.0)
+"""Smallest and largest ratio of direct to reverberant energy in made-up rooms: far from the speaker, near."""
+_GAP = round(0.002 * SAMPLE_RATE)
+"""Samples between the direct sound and the tail, about 0.7 m of detour."""
+
+
+class MadeUpRoom(NamedTuple):
+    """A room of Polack's model: the direct sound, then white noise that decays exponentially.
+
+    Source: Polack, "La transmission de l'énergie sonore dans les salles", thesis, Université du Maine, 1988.
+    It has no early reflections of its own, and all frequencies decay alike.
+    """
+
+    t60: float
+    """Seconds in which the tail falls by 60 dB; it ends there."""
+    drr_db: float
+    """Energy of the direct sound over that of the tail."""
+    seed: int
+    """Of the noise."""
+
+    def impulse_response(self) -> Audio:
+        """(T,), the direct sound first, with magnitude 1."""
+        tail = round(self.t60 * SAMPLE_RATE)
+        # Raw bits: the same on every version of numpy.
+        bits = np.random.PCG64(np.random.SeedSequence(self.seed)).random_raw(tail)
+        noise = (bits >> np.uint64(11)) * 2.0**-52 - 1.0
+        noise *= 10.0 ** (-3.0 * np.arange(tail) / tail)
+        response = np.zeros(1 + _GAP + tail, np.float32)
+        response[0] = 1.0
+        response[1 + _GAP :] = noise * 10.0 ** (-self.drr_db / 20.0) / np.linalg.norm(noise)
+        return response
 
 
 def direct_sound(impulse_response: Audio) -> int:

@@ -53,8 +53,8 @@ class SourceSegments:
     all its reverberation, to the noise. Noise is cut or joined in the same way, without pauses.
 
     Recipe: ``speech`` and ``noise`` list their stretches (key, first sample, samples), ``tempo`` is the
-    factor applied to the speech, ``rir`` a key or None, ``target`` what of the room the clean side keeps,
-    ``snr_db`` and ``level_dbfs`` are the values drawn, ``snr_kind`` is where the ratio was taken (`whole`
+    factor applied to the speech, ``rir`` a key, the values of a `MadeUpRoom` or None, ``target`` what of the
+    room the clean side keeps, ``snr_db`` and ``level_dbfs`` are the values drawn, ``snr_kind`` is where the ratio was taken (`whole`
     also where `active` found no active noise together with speech); ``noisy = speech_gain * speech +
     noise_gain * noise``, with ``peak_gain`` (1 where the peak was low enough) contained in both gains.
     ``silent`` names the sides for which no audible stretch was found; ``snr_db`` is None then, and the noise
@@ -110,10 +110,17 @@ class SourceSegments:
         }
         return Segment(mixture.noisy, mixture.clean, recipe)
 
-    def _draw_room(self, draws: Draws) -> tuple[str | None, Audio | None]:
-        """Key and samples of an impulse response, or twice None."""
-        if not draws.chance(self._config.reverb_probability) or self._rirs is None:
+    def _draw_room(self, draws: Draws) -> tuple[str | dict[str, float] | None, Audio | None]:
+        """What a recipe says of a room, and its impulse response; or twice None."""
+        made_up = self._config.made_up_rooms
+        if not draws.chance(self._config.reverb_probability):
             return None, None
+        # Without made-up rooms no number is drawn for them: segments stay what they were.
+        if self._rirs is None or (made_up and draws.chance(made_up)):
+            room = rooms.MadeUpRoom(
+                draws.uniform(*rooms.T60), draws.uniform(*rooms.DRR_DB), draws.integer(1 << 32)
+            )
+            return room._asdict(), room.impulse_response()
         index = draws.integer(len(self._rirs))
         return self._rirs.key(index), self._rirs.read(index)
 

@@ -54,11 +54,12 @@ class SourceSegments:
 
     Recipe: ``speech`` and ``noise`` list their stretches (key, first sample, samples), ``tempo`` is the
     factor applied to the speech, ``rir`` a key, the values of a `MadeUpRoom` or None, ``target`` what of the
-    room the clean side keeps, ``snr_db`` and ``level_dbfs`` are the values drawn, ``snr_kind`` is where the ratio was taken (`whole`
-    also where `active` found no active noise together with speech); ``noisy = speech_gain * speech +
-    noise_gain * noise``, with ``peak_gain`` (1 where the peak was low enough) contained in both gains.
-    ``silent`` names the sides for which no audible stretch was found; ``snr_db`` is None then, and the noise
-    keeps its own level. ``activity`` is the share of active frames, where a threshold asks for one.
+    room the clean side keeps, ``snr_db`` and ``level_dbfs`` are the values drawn, ``snr_kind`` is where the
+    ratio was taken (`whole` also where `active` found no active noise together with speech); ``noisy =
+    speech_gain * speech + noise_gain * noise``, with ``peak_gain`` (1 where the peak was low enough)
+    contained in both gains. ``silent`` names the sides for which no audible stretch was found; ``snr_db`` is
+    None then, and the noise keeps its own level. ``activity`` is the share of active frames, where a
+    threshold asks for one.
     """
 
     def __init__(self, config: DataConfig, clean: ShardSet, noise: ShardSet, rirs: ShardSet | None) -> None:

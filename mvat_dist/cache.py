@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mvat_dist import configfile, locations
-from mvat_dist.commandline import CommandParser
+from mvat_dist.commandline import CommandParser, place
 from mvat_dist.config import Config
 from mvat_dist.data.store.lessoncodec import COARSENESS, CODECS
 from mvat_dist.errors import UserError, exit_code
@@ -33,7 +33,13 @@ def parser() -> argparse.ArgumentParser:
         "      --data.train shards/dns --student all",
     )
     add = made.add_argument
-    add("--out", required=True, metavar="DIR", help="folder of the cache: new, unfinished, or to be checked")
+    add(
+        "--out",
+        type=place,
+        required=True,
+        metavar="DIR",
+        help="folder of the cache: new, unfinished, or to be checked",
+    )
     add(
         "--codec",
         choices=CODECS,

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from mvat_dist import devices, weightsfile
 from mvat_dist.config import SAMPLE_RATE, Config
-from mvat_dist.data.identity import differences
+from mvat_dist.data.identity import differences, with_newer_fields
 from mvat_dist.data.mix.training import TrainingData
 from mvat_dist.data.pack.pool import processes
 from mvat_dist.data.store import lessonshards as store
@@ -266,8 +266,9 @@ def _check_same(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def _comparable(identity: dict[str, Any]) -> dict[str, Any]:
-    """The identity without the place where the teacher lies."""
-    return identity | {"teacher": {key: value for key, value in identity["teacher"].items() if key != "file"}}
+    """The identity without the place where the teacher lies, whatever version wrote it."""
+    teacher = {key: value for key, value in identity["teacher"].items() if key != "file"}
+    return identity | {"teacher": teacher, "data": with_newer_fields(identity["data"])}
 
 
 def forecast_of(here: Colleague, shards: list[NDArray[np.int64]]) -> Forecast:

@@ -26,15 +26,24 @@ class CommandParser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        self.register("type", Path, _path)
+        self.register("type", Path, path)
 
     def error(self, message: str) -> NoReturn:
         """A user's mistake is one line, without the usage."""
         raise UserError(f"{message} ({self.prog} --help)")
 
 
-def _path(text: str) -> Path:
+def path(text: str) -> Path:
     """What ``type=Path`` means here: pathlib takes an empty text for the folder one is in."""
+    return Path(place(text))
+
+
+def place(text: str) -> str:
+    """A path or a URL as an option's type.
+
+    Raises:
+        argparse.ArgumentTypeError: it is empty.
+    """
     if not text:
         raise argparse.ArgumentTypeError("the path is empty (a variable of the shell that is not set?)")
-    return Path(text)
+    return text

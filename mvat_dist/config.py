@@ -107,6 +107,9 @@ class LossConfig:
     compressed: float = 0.0
     """Factor of an added distance of spectra whose magnitudes are compressed (arXiv 2008.06412), the same at
     any level: quiet parts, which PESQ hears, weigh more. 0: none."""
+    pesq: float = 0.0
+    """Factor of an added differentiable likeness of PESQ (ITU-T P.862), in points of its raw score. It heeds
+    neither level nor phase, so that it goes with `waveform`. 0: none."""
 
 
 @dataclass
@@ -122,7 +125,7 @@ class DistilConfig:
     """Factor of the output-distillation loss."""
     fade_by: float = 0.0
     """Share of the training by which both factors have fallen linearly to 0, so that the end is the
-    student's own; 0 keeps them as they are. A teacher that counts for nothing is no longer asked."""
+    student's own; 0 keeps them as they are. From then on a live teacher is no longer asked."""
     beta_channel: float = 1.0
     """Factor of the channel view's maps; 0 switches the view off."""
     beta_global: float = 1.0

@@ -112,7 +112,13 @@ def parse(argv: list[str] | None, prog: str = "python -m mvat_dist.train") -> Co
 
 
 def _make_paths_absolute(config: Config) -> None:
-    """A run is the same experiment from whichever folder it is started."""
+    """A run is the same experiment from whichever folder it is started.
+
+    Raises:
+        UserError: no folder for the runs.
+    """
+    if not config.runs:
+        raise UserError("--runs is empty: name the folder for the runs")
     config.runs = str(Path(config.runs).absolute())
     config.data.train = locations.absolute(config.data.train)
     config.data.valid = config.data.valid and locations.absolute(config.data.valid)
@@ -229,6 +235,7 @@ def _check_not_negative(config: Config) -> None:
         "optim.weight_decay": optim.weight_decay,
         "loss.waveform": config.loss.waveform,
         "loss.compressed": config.loss.compressed,
+        "loss.pesq": config.loss.pesq,
         "distil.weight": config.distil.weight,
         "distil.output_weight": config.distil.output_weight,
     }

@@ -61,10 +61,10 @@ def _parser() -> argparse.ArgumentParser:
         "      python -m mvat_dist.enhance --model best.safetensors --rate 48000 - > enhanced.raw",
     )
     add = parser.add_argument
-    add("--model", type=_path, required=True, help="a run, a student's folder in one, or a model file")
+    add("--model", type=Path, required=True, help="a run, a student's folder in one, or a model file")
     inputs = "audio files and folders of them; - reads raw PCM (s16le) from standard input"
-    add("inputs", type=_path, nargs="+", metavar="IN", help=inputs)
-    add("--out", type=_path, help="folder for the enhanced files: named as the inputs, folders as trees")
+    add("inputs", type=Path, nargs="+", metavar="IN", help=inputs)
+    add("--out", type=Path, help="folder for the enhanced files: named as the inputs, folders as trees")
     add("--overwrite", action="store_true", help="make files anew that are there (default: leave them)")
     add("--dry", type=float, default=0.0, help="how much of the input to keep, 0 to 1 (default: %(default)g)")
     add("--processes", type=int, default=1, help="files at a time, on as many cores (default: %(default)s)")
@@ -76,13 +76,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--rate", type=int, default=16000, help="Hz, of standard input (default: %(default)s)")
     add("--channels", type=int, default=1, help="interleaved, of standard input (default: %(default)s)")
     return parser
-
-
-def _path(text: str) -> Path:
-    if not text:
-        # `Path("")` is the working directory: an unset variable would stand for all that is in it.
-        raise argparse.ArgumentTypeError("an empty name")
-    return Path(text)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,11 +34,14 @@ class Meter:
         """This rank's sums over the open step; the last entry counts items."""
         self.row = torch.zeros_like(self.step)
         """All ranks' sums since the last row."""
+        self._unknown = torch.full((), math.nan, device=device)
 
     def add(self, terms: Mapping[str, Tensor], items: int) -> None:
-        """Count one micro-batch of `items` segments with the given mean terms; one that is missing is nan."""
-        unknown = self.row.new_tensor(math.nan)
-        means = torch.stack([terms.get(key, unknown).detach().double() for key in self.keys])
+        """Count one micro-batch of `items` segments with the given mean terms.
+
+        One that is missing is nan, and so is its mean over the row.
+        """
+        means = torch.stack([terms.get(key, self._unknown).detach().double() for key in self.keys])
         self.step[:-1] += items * means
         self.step[-1] += items
 
@@ -93,6 +96,7 @@ class Student:
         with clock.section(f"forward/{self.name}"):
             estimate, views = self.engine(noisy, return_views=True)
             terms = self.objective(estimate, views, prepared, share)
+            assert not share or len(terms) == len(self.objective.terms), "a term has no target"
             self.meter.add(terms, len(noisy))
         with clock.section(f"backward/{self.name}"):
             self.engine.backward(terms["loss"])
@@ -191,7 +195,7 @@ class Fleet:
         """
         clock = self.stopwatch
         with clock.section("data"):
-            batch = batch.to(student.engine.device)
+            batch = (batch if share else replace(batch, lesson=None)).to(student.engine.device)
         lesson = None
         if self.teacher and share:
             with clock.section("teacher"):

@@ -11,7 +11,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from tabulate import tabulate
 
-from mvat_dist.commandline import ConfigHelpFormatter
+from mvat_dist.commandline import ConfigHelpFormatter, place
 from mvat_dist.data.pack.corpora import list_dns, list_valentini
 from mvat_dist.data.pack.histograms import check_picture, draw
 from mvat_dist.data.pack.inspection import REASONS
@@ -67,21 +67,21 @@ def _parser() -> ArgumentParser:
         one.add_argument(
             "--config", action="config", help="recipe: a YAML file with any of the options below"
         )
-        one.add_argument("--corpus", type=str, required=True, help="folder of the corpus")
+        one.add_argument("--corpus", type=place, required=True, help="folder of the corpus")
         one.add_argument(
-            "--out", type=str, required=True, help="folder of the shards: new, empty or unfinished"
+            "--out", type=place, required=True, help="folder of the shards: new, empty or unfinished"
         )
         one.add_argument("--workers", type=int, default=0, help="processes; 0: one per core")
         one.add_class_arguments(recipe)
         commands.add_subcommand(name, one, help=_ABOUT[name])
     check = _subparser("Compare every byte and every decoded sample with the manifests.")
-    check.add_argument("corpus", type=str, help="a packed corpus")
+    check.add_argument("corpus", type=place, help="a packed corpus")
     check.add_argument("--workers", type=int, default=0, help="processes; 0: one per core")
     commands.add_subcommand("verify", check, help="check packed shards")
     about = "Hours of each subset and source, and how levels, SNRs and lengths spread."
     show = _subparser(about)
-    show.add_argument("corpus", type=str, help="a packed corpus")
-    show.add_argument("--out", type=str, default=None, help="picture to draw: FILE.png, .svg or .pdf")
+    show.add_argument("corpus", type=place, help="a packed corpus")
+    show.add_argument("--out", type=place, default=None, help="picture to draw: FILE.png, .svg or .pdf")
     show.add_argument("--sources", type=int, default=8, help="most sources of a subset in the table")
     show.add_argument("--workers", type=int, default=0, help="processes; 0: one per core")
     commands.add_subcommand("stats", show, help="hours, and a picture of levels, SNRs and lengths")

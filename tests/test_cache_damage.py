@@ -71,6 +71,25 @@ def test_what_does_not_belong_is_refused(
     assert said in refusal(corpus, *from_cache(compact_maps), *given)
 
 
+def test_a_cache_of_a_version_that_knew_fewer_choices_is_one_with_their_defaults(
+    corpus: Path, teacher: Path, compact_maps: Path, tmp_path: Path
+) -> None:
+    older = tmp_path / "older"
+    shutil.copytree(compact_maps, older)
+    header = json.loads((older / "teacher.json").read_text())
+    del header["data"]["choices"]["made_up_rooms"]
+    (older / "teacher.json").write_text(json.dumps(header))
+    before = content(older)
+    opened(corpus, lessons=Lessons(older))
+    cache.main(options(corpus, teacher, older))
+    shards = {name: one for name, one in content(older).items() if name.endswith((".tar", ".npy"))}
+    assert shards.items() <= before.items()
+    with pytest.raises(UserError, match=r"other segments \(made_up_rooms 0\.0, not 0\.5\)"):
+        opened(corpus, "--data.made_up_rooms=0.5", lessons=Lessons(older))
+    with pytest.raises(UserError, match=r"another teacher cache \(made_up_rooms 0\.0, not 0\.5\)"):
+        cache.main(options(corpus, teacher, older, "--data.made_up_rooms=0.5"))
+
+
 def test_an_unfinished_or_torn_cache_is_refused(compact: Path, tmp_path: Path) -> None:
     torn = tmp_path / "torn"
     shutil.copytree(compact, torn)

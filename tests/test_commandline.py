@@ -37,6 +37,12 @@ def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -
         ("export", ["--model", "x", "--data", "y", "--out", ""]),
         ("report", ["", "--out", "x"]),
         ("experiment", ["grid.yaml", "--out="]),
+        ("cache", ["--teacher", "x", "--data", "y", "--out", ""]),
+        ("pack", ["dns", "--corpus", "", "--out", "x"]),
+        ("pack", ["dns", "--corpus", "x", "--out="]),
+        ("pack", ["verify", ""]),
+        ("pack", ["stats", "x", "--out", ""]),
+        ("enhance", ["--model=", "x", "--out", "y"]),
     ],
 )
 def test_an_empty_path_is_not_the_folder_one_is_in(

@@ -55,6 +55,8 @@ def test_resolved_yaml_reads_back(tmp_path: Path) -> None:
         ([*ALONE, "--optim.clip_norm=-1"], "must not be negative"),
         ([*ALONE, "--optim.betas=[0.9,2]"], "below 1"),
         ([*ALONE, "--seed=-1"], "must not be negative"),
+        ([*ALONE, "--loss.pesq=-1"], "must not be negative"),
+        ([*ALONE, "--runs="], "--runs is empty"),
         (["--config", "no/such.yaml", *ALONE], "no/such.yaml"),
         ([], "needs a teacher"),
         ([*ALONE, "--student", "manner-b,manner-b"], "twice"),

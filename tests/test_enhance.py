@@ -307,8 +307,8 @@ def test_beyond_full_scale_integers_are_clipped_and_counted(tmp_path):
         (["FOLDER", "--out", "OUT", "--dry", "1.5"], "--dry is 1.5"),
         (["FOLDER", "--out", "OUT", "--processes", "0"], "--processes is 0"),
         (["FOLDER", "-", "--out", "OUT"], "standard input"),
-        (["", "--out", "OUT"], "an empty name"),
-        (["FOLDER", "--out", ""], "an empty name"),
+        (["", "--out", "OUT"], "the path is empty"),
+        (["FOLDER", "--out", ""], "the path is empty"),
     ],
 )
 def test_mistakes_are_one_line_before_anything_is_written(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mvat_dist.data.mix.order import Draws, epoch_order
+from mvat_dist.data.mix.order import Draws, epoch_order, raw_bits
 
 UTTERANCES, PER_SHARD = 20_000, 200
 
@@ -70,6 +70,11 @@ def test_the_order_is_that_of_the_runs_of_yesterday():
     assert epoch_order(1, 2, 10).tolist() == ORDER_12
     draws = Draws(1, 2, 3)
     assert [draws.integer(1000) for _ in range(4)] == INTEGERS
+
+
+def test_families_share_no_stream():
+    families = [raw_bits(family, 1, 0) for family in ("order", "place", "variant", "room")]
+    assert len({int(bits.random_raw()) for bits in families}) == 4
 
 
 def test_draws_are_uniform_and_of_one_item_alone():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import boto3
@@ -15,6 +16,7 @@ import webdataset
 from moto.server import ThreadedMotoServer
 
 from mvat_dist import configfile, locations
+from mvat_dist.data import checks
 from mvat_dist.data.checks import check_readers, training_mode
 from mvat_dist.data.store import packed
 from mvat_dist.data.store.packed import Corpus, fingerprints, locate, open_subset
@@ -236,6 +238,24 @@ def test_no_joined_corpus_is_left_out_without_a_word(shards, tmp_path):
     with pytest.raises(UserError, match=r"only-pairs has nothing for --data.mode sources"):
         training_mode(sources(tmp_path / "{en,only-pairs}"))
     assert training_mode(pairs(tmp_path / "{en,only-pairs}")) == "pairs"
+
+
+@pytest.mark.parametrize("changes", [{"made_up_rooms": 1.0}, {"reverb_probability": 0.0}])
+def test_rooms_count_only_where_they_are_read(shards, tmp_path, monkeypatch, changes):
+    (tmp_path / "en").symlink_to(shards / "dns-en")
+    write_sources(tmp_path / "only-rooms", "train_rir", {"r": tone(np.random.default_rng(0), 900)})
+    joined = sources(tmp_path / "{en,only-rooms}", workers=1)
+    read: list[str] = []
+    monkeypatch.setattr(checks, "remote_bytes", lambda folders: read.extend(one.name for one in folders) or 0)
+    check_readers(replace(joined, made_up_rooms=0.5), world_size=1)
+    assert read == ["train_clean", "train_noise", "train_rir", "train_rir"]
+    with pytest.raises(
+        UserError, match=r"only-rooms has nothing for --data.mode sources, which reads train_c"
+    ):
+        training_mode(replace(joined, **changes))
+    read.clear()
+    check_readers(replace(joined, train=str(tmp_path / "en"), **changes), world_size=1)
+    assert read == ["train_clean", "train_noise"]
 
 
 def test_globs_and_braces_over_s3(shards, tmp_path, monkeypatch):

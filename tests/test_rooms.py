@@ -80,3 +80,25 @@ def test_a_made_up_room_decays_as_it_says(t60, drr_db):
     other = rooms.MadeUpRoom(t60, drr_db, seed=4).impulse_response()
     assert abs(np.corrcoef(response[33:], other[33:])[0, 1]) < 0.1
     assert np.array_equal(response.astype(np.float32), rooms.MadeUpRoom(t60, drr_db, 3).impulse_response())
+
+
+# Recorded when the code was written: the direct sound, the end of the gap, the tail from its first sample.
+TAILS = {
+    0: [1.0, 0.0, 0.05184916406869888, 0.0013237139210104942, 0.002329872455447912, -2.113993286911864e-05],
+    2**32 - 1: [
+        1.0,
+        0.0,
+        -0.050966210663318634,
+        0.020460711792111397,
+        -0.008908622898161411,
+        -5.754211815656163e-05,
+    ],
+}
+
+
+@pytest.mark.parametrize("seed", TAILS)
+def test_a_made_up_room_is_that_of_the_runs_of_yesterday(seed):
+    """A change would give a cache's lessons, and every run that goes on, other speech."""
+    response = rooms.MadeUpRoom(0.3, 4.0, seed).impulse_response()
+    assert response.shape == (4833,)
+    np.testing.assert_allclose(response[[0, 32, 33, 34, 1000, 4832]], TAILS[seed], rtol=1e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mvat_dist.config import DataConfig
 from mvat_dist.data.mix import rooms
+from mvat_dist.data.mix.order import Draws
 from mvat_dist.data.mix.pairs import segment_grid
 from mvat_dist.data.mix.sources import FADE, GAP
 from mvat_dist.data.stream import TrainingData
@@ -125,6 +128,41 @@ def test_made_up_rooms_need_none_of_the_corpus_and_are_in_the_recipe(corpus):
     some = TrainingData(replace(plain, made_up_rooms=0.5), seed=1)
     kinds = {type(some.item(0, position).recipe["rir"]) for position in range(len(some))}
     assert kinds == {str, dict}
+
+
+def drawn_by_hand(draws: Draws, config: DataConfig, made_up: Callable[[Draws], bool]) -> dict:
+    """What a recipe says of room, ratio and level, by the numbers drawn when the code was written."""
+    draws.fraction(), draws.fraction()  # tempo: whether, and how much
+    rir = None
+    if draws.fraction() < config.reverb_probability:
+        if made_up(draws):
+            t60, drr_db = 0.2 + 0.8 * draws.fraction(), -3.0 + 15.0 * draws.fraction()
+            rir = {"t60": t60, "drr_db": drr_db, "seed": draws.integer(2**32)}
+        else:
+            rir = f"r{draws.integer(2)}"
+    return {
+        "rir": rir,
+        "snr_db": draws.uniform(*config.snr_db),
+        "level_dbfs": draws.uniform(*config.level_dbfs),
+    }
+
+
+@pytest.mark.parametrize(
+    ("share", "made_up"),
+    [(0.0, lambda _: False), (0.5, lambda draws: draws.fraction() < 0.5), (1.0, lambda _: True)],
+)
+def test_a_room_takes_as_many_numbers_as_in_the_runs_of_yesterday(corpus, share, made_up):
+    """Segments without made-up rooms are those from before there were any: nothing more is drawn for them."""
+    config = sources(corpus, tempo_probability=0.0, reverb_probability=0.6, made_up_rooms=share)
+    data = TrainingData(config, seed=7)
+    found = []
+    for position in range(len(data)):
+        recipe = data.item(1, position).recipe
+        expected = drawn_by_hand(Draws(7, 1, position), config, made_up)
+        assert {name: recipe[name] for name in expected} == expected
+        found.append(type(recipe["rir"]))
+    kinds = {0.0: {str}, 0.5: {str, dict}, 1.0: {dict}}
+    assert set(found) == kinds[share] | {type(None)}
 
 
 def test_tempo_changes_the_speech_and_not_the_noise(corpus):

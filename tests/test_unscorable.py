@@ -10,7 +10,7 @@ import pytest
 import soundfile
 
 from mvat_dist import modelfile
-from mvat_dist.data.validation import ValidationClips
+from mvat_dist.data.validation import UnusableClipError, ValidationClips
 from mvat_dist.evaluate import main
 from mvat_dist.models import build
 from mvat_dist.students import Size
@@ -112,6 +112,20 @@ def test_a_flac_whose_length_is_not_told_is_read_to_its_end(tmp_path, told):
         assert soundfile.info(file).frames > 2**35
     np.testing.assert_array_equal(ValidationClips(tmp_path)[0].noisy, whole)
     np.testing.assert_array_equal(ValidationClips(tmp_path, max_seconds=0.5)[0].clean, whole[:8000])
+
+
+def test_a_flac_that_promises_more_than_it_has_is_not_usable(tmp_path):
+    """Nor is memory taken for what it promises: here 128 GB."""
+    for side in ("noisy", "clean"):
+        (tmp_path / side).mkdir()
+        soundfile.write(tmp_path / side / "a.flac", np.zeros(16000), 16000)
+        content = bytearray((tmp_path / side / "a.flac").read_bytes())
+        content[21:26] = (int.from_bytes(content[21:26], "big") >> 36 << 36 | 2**35 - 1).to_bytes(5, "big")
+        (tmp_path / side / "a.flac").write_bytes(content)
+    with pytest.raises(
+        UnusableClipError, match=r"a\.flac is not usable \(truncated: \d+ samples are missing"
+    ):
+        ValidationClips(tmp_path)[0]
 
 
 def test_a_limit_below_one_sample_is_not_no_limit(folder):

@@ -23,7 +23,16 @@ _NEEDED: dict[Mode, tuple[str, ...]] = {
     "sources": ("train_clean", "train_noise"),
     "pairs": ("train_pairs",),
 }
-_READ: dict[Mode, tuple[str, ...]] = _NEEDED | {"sources": ("train_clean", "train_noise", "train_rir")}
+
+
+def reads_rooms(config: DataConfig) -> bool:
+    """Whether segments mixed from sources take rooms of the corpus."""
+    return config.reverb_probability > 0.0 and config.made_up_rooms < 1.0
+
+
+def _read(config: DataConfig, mode: Mode) -> tuple[str, ...]:
+    """The subsets that training reads."""
+    return (*_NEEDED[mode], "train_rir") if mode == "sources" and reads_rooms(config) else _NEEDED[mode]
 
 
 def check_config(config: DataConfig) -> None:
@@ -115,7 +124,7 @@ def training_mode(config: DataConfig) -> Mode:
         )
     for mode in _NEEDED:
         if config.mode in ("auto", mode) and not missing[mode]:
-            _check_all_used(corpus, mode)
+            _check_all_used(corpus, mode, _read(config, mode))
             if mode == "sources" and config.stride_seconds > 0:
                 raise UserError(
                     f"--data.stride_seconds {config.stride_seconds:g}: {config.train} is mixed from sources, "
@@ -128,12 +137,12 @@ def training_mode(config: DataConfig) -> Mode:
     )
 
 
-def _check_all_used(corpus: Corpus, mode: Mode) -> None:
+def _check_all_used(corpus: Corpus, mode: Mode, read: Sequence[str]) -> None:
     """Of several corpora, none may be left out without a word."""
-    if idle := corpus.without(_READ[mode]):
+    if idle := corpus.without(read):
         raise UserError(
-            f"{idle[0]} has nothing for --data.mode {mode}, as which {corpus.data} is read: leave it out, "
-            "or choose the mode"
+            f"{idle[0]} has nothing for --data.mode {mode}, which reads {', '.join(read)} of {corpus.data}: "
+            "leave it out, or choose the mode"
         )
 
 
@@ -159,7 +168,7 @@ def check_readers(config: DataConfig, world_size: int) -> None:
             f"({world_size} ranks x {max(1, config.workers)} workers): pack it into more shards "
             "(python -m mvat_dist.pack ... --min-shards), or use fewer ranks, or fewer --data.workers"
         )
-    _check_cache(config, [folder for name in _READ[mode] for folder in corpus.subset(name)])
+    _check_cache(config, [folder for name in _read(config, mode) for folder in corpus.subset(name)])
 
 
 def readable_shards(config: DataConfig) -> int:

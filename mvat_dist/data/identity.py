@@ -1,10 +1,36 @@
-"""Compare what two things say of themselves: streams of data, teacher caches."""
+"""What decides the segments of a stream or of a teacher cache, and whether two of them are the same."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
+
+from mvat_dist.config import DataConfig
+
+_NO_CHOICE = (
+    "train", "valid", "mode", "workers", "variants", "on_damage", "max_damaged", "cache_dir", "cache_gb"
+)  # fmt: skip
+"""Fields of the configuration that `TrainingData.identity` leaves out or has in another form."""
+
+
+def choices(config: DataConfig) -> dict[str, Any]:
+    """What `config` says of making segments, as plain values, equal to themselves after JSON."""
+    said = {name: value for name, value in asdict(config).items() if name not in _NO_CHOICE}
+    plain: dict[str, Any] = json.loads(json.dumps(said))
+    return plain
+
+
+def with_newer_fields(saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved `TrainingData.identity` as this version would have written it.
+
+    Fields of the configuration that did not exist yet get their defaults, which always are what was done
+    before there was a choice.
+    """
+    if not isinstance(saved.get("choices"), dict):
+        return saved
+    return saved | {"choices": choices(DataConfig()) | saved["choices"]}
 
 
 def differences(before: Any, here: Any, name: str = "") -> Iterator[str]:

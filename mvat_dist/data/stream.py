@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mvat_dist.data import workers as readers
-from mvat_dist.data.identity import differences
+from mvat_dist.data.identity import differences, with_newer_fields
 from mvat_dist.data.mix.damage import DamageLog
 from mvat_dist.data.mix.order import RankSlices
 from mvat_dist.data.mix.segments import Segment
@@ -176,7 +176,7 @@ class BatchStream(Iterator[list[Batch]]):
         Raises:
             UserError: the state of a stream of other data, with what differs.
         """
-        saved = {name: value for name, value in state.items() if name != "step"}
+        saved = with_newer_fields({name: value for name, value in state.items() if name != "step"})
         if differing := list(differences(saved, self._subject())):
             raise UserError(
                 f"the saved stream is of other data ({'; '.join(differing)}): give it what it began with, or "

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol, cast, overload
+from typing import NamedTuple, Protocol, overload
 
-import numpy as np
 import soundfile
-import soxr
 
 from mvat_dist.config import SAMPLE_RATE
 from mvat_dist.data.mix.mixing import Audio
 from mvat_dist.data.pack.corpora import list_dns
-from mvat_dist.data.pack.inspection import REASONS, UnusableError, open_sound, read_piece
-from mvat_dist.data.store.codecs import OnePassFile
+from mvat_dist.data.pack.inspection import REASONS, UnusableError, read_whole
 from mvat_dist.data.store.folders import MANIFEST, Folder
 from mvat_dist.data.store.packed import fingerprints, open_subset
 from mvat_dist.data.store.shards import Field
@@ -24,11 +20,6 @@ from mvat_dist.errors import UserError
 
 LENGTH_TOLERANCE = SAMPLE_RATE // 100
 """Samples by which the halves of a plain pair may differ (10 ms, as for `mvat_dist.pack`)."""
-
-
-_DENSEST = 8192
-"""Most samples that a byte of a file can stand for: 65535 equal ones are a FLAC frame of 10 bytes."""
-_BLOCK = 1 << 20
 
 
 class UnusableClipError(UserError):
@@ -196,27 +187,10 @@ class FilePairs:
 
 def _read(key: str, path: Path) -> Audio:
     try:
-        with open_sound(path) as sound:
-            frames = sound.frames
-        # A FLAC that was streamed does not say how long it is: then this is 2^63 - 1.
-        if frames > _DENSEST * path.stat().st_size:
-            return _read_to_the_end(path)
-        return read_piece(path, 0, frames, first_channel=False)
+        return read_whole(path)
     except (soundfile.LibsndfileError, OSError) as error:
         reason = "does not open as audio"
         raise UnusableClipError(key, reason, f"{path} {reason}: replace or remove it") from error
     except UnusableError as error:
         message = f"{path} is not usable ({error.detail}): replace or remove it"
         raise UnusableClipError(key, REASONS[error.reason], message) from error
-
-
-def _read_to_the_end(path: Path) -> Audio:
-    """All samples of a file that does not say how many it has, as `read_piece` returns them."""
-    blocks = [np.zeros(0, np.float32)]
-    # Its seeking after each read would fail at such an end.
-    with OnePassFile(os.fsencode(path)) as sound:
-        while len(block := sound.read(_BLOCK, dtype="float32", always_2d=True)):
-            blocks.append(block.mean(axis=1, dtype=np.float32))
-        rate = sound.samplerate
-    mono = np.concatenate(blocks)
-    return mono if rate == SAMPLE_RATE else cast(Audio, soxr.resample(mono, rate, SAMPLE_RATE, quality="VHQ"))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import soundfile
 
-from mvat_dist.data.store.codecs import known_frames
+from mvat_dist.data.sounds import known_frames
 
 _SAID_AND_THERE = re.compile(
     r"^\s*(?:data|SSND|Data Size|riff|Riff size)\s*:\s*(\d+) \(should be (\d+)\)", re.MULTILINE

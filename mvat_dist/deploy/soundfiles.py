@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import soundfile
 
-from mvat_dist.data.store.codecs import OnePassFile, known_frames
+from mvat_dist.data.sounds import OnePassFile, known_frames
 from mvat_dist.deploy import lengths
 from mvat_dist.deploy.enhancer import BLOCK, Enhancer
 from mvat_dist.deploy.windows import Audio

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mvat_dist.losses.distance import check_shapes, full_precision, hann
+from mvat_dist.losses.distance import check_shape, check_shapes, full_precision, hann
 from mvat_dist.losses.enhancement import LEAST_LEVEL
 
 EXPONENT = 0.3
@@ -15,14 +15,17 @@ EXPONENT = 0.3
 COMPLEX_SHARE = 0.3
 """Of the part that heeds the phase (the paper's value)."""
 FFT, HOP = 512, 128
-"""Length and hop of the periodic Hann windows: 32 and 8 ms."""
+"""Length and hop of the periodic Hann windows, in samples: 32 and 8 ms (design choice)."""
 POWER_FLOOR = 1e-6
-"""Added to each bin's power, 60 dB below a white signal as loud as the noisy one: gradients stay finite."""
+"""Added to each bin's power: gradients stay finite. 60 dB below a white signal as loud as the noisy one
+(design choice)."""
 
 
 class CompressedTargets(NamedTuple):
     """What the loss needs to know of a batch."""
 
+    shape: torch.Size
+    """(B, T)."""
     level: Tensor
     """RMS of the noisy signal, (B, 1); at least `LEAST_LEVEL`."""
     magnitude: Tensor
@@ -35,10 +38,12 @@ class CompressedLoss:
     """0.7 mean(|E|^0.3 - |C|^0.3)^2 + 0.3 mean|E' - C'|^2; lower is better, in [0, inf).
 
     E and C are the STFTs of estimate and clean signal over the RMS of the noisy one, scaled so that white
-    noise has bins of power 1; E' and C' have their phases and compressed magnitudes. Means over items, bins
-    and frames. Source: Braun and Tashev, "Data augmentation and loss normalization for deep noise
-    suppression", arXiv 2008.06412; they divide by the level of active clean speech. The noisy level, which is
-    never that of silence, is a design choice.
+    noise has bins of power 1, and their powers are floored by `POWER_FLOOR`; E' and C' have their phases and
+    compressed magnitudes. Means over items, bins and frames.
+
+    Source: Braun and Tashev, "Data augmentation and loss normalization for deep noise suppression", arXiv
+    2008.06412; they divide by the level of active clean speech. The noisy level, which is never that of
+    silence, is a design choice.
     """
 
     def prepare(self, noisy: Tensor, clean: Tensor) -> CompressedTargets:
@@ -49,10 +54,15 @@ class CompressedLoss:
         """
         check_shapes(clean, noisy)
         level = full_precision(noisy.detach()).square().mean(-1, keepdim=True).sqrt().clamp(min=LEAST_LEVEL)
-        return CompressedTargets(level, *_compressed(clean.detach(), level))
+        return CompressedTargets(clean.shape, level, *_compressed(clean.detach(), level))
 
     def __call__(self, estimate: Tensor, targets: CompressedTargets) -> Tensor:
-        """The loss () of an estimate (B, T)."""
+        """The loss () of an estimate (B, T).
+
+        Raises:
+            ValueError: the estimate's shape is not that of the targets.
+        """
+        check_shape(estimate, targets.shape)
         magnitude, spectrum = _compressed(estimate, targets.level)
         of_magnitudes = (magnitude - targets.magnitude).square().mean()
         of_spectra = (spectrum - targets.spectrum).square().sum(-1).mean()

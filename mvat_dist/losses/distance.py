@@ -118,10 +118,13 @@ def check_shapes(estimate: Tensor, target: Tensor) -> None:
     Raises:
         ValueError: with both shapes.
     """
-    if estimate.shape != target.shape:
-        raise ValueError(
-            f"estimate and target differ in shape: {tuple(estimate.shape)}, {tuple(target.shape)}"
-        )
+    check_shape(estimate, target.shape)
+
+
+def check_shape(estimate: Tensor, shape: torch.Size) -> None:
+    """As `check_shapes`, of a target that is known by its shape."""
+    if estimate.shape != shape:
+        raise ValueError(f"estimate and target differ in shape: {tuple(estimate.shape)}, {tuple(shape)}")
 
 
 def full_precision(signal: Tensor) -> Tensor:

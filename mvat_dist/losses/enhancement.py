@@ -22,7 +22,7 @@ WEIGHT_EPS = 2e-7
 """Added to the energy of speech plus noise (the authors' value)."""
 
 LEAST_LEVEL = 1e-5
-"""Mean absolute value, -100 dB: what is quieter counts as being so loud."""
+"""Level of a signal, -100 dB of full scale: what is quieter counts as being so loud (design choice)."""
 
 
 @dataclass(frozen=True)

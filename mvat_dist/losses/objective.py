@@ -1,7 +1,7 @@
 """A student's whole loss: L = L_enhance + mu * L_output + lambda * L_MVAT, by the chosen method.
 
 Where asked for, distances that no level makes small are added to the first: of waveforms, of compressed
-spectra.
+spectra, of what PESQ hears.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from mvat_dist.losses.enhancement import (
     WaveformLoss,
 )
 from mvat_dist.losses.mvat import Maps, energy_map, mvat_loss, shared_blocks
+from mvat_dist.losses.pesq import PesqLoss, PesqTargets
 from mvat_dist.students import Size, ViewKey
 
 
@@ -45,6 +46,7 @@ class Prepared:
 
     targets: Targets
     compressed: CompressedTargets | None
+    pesq: PesqTargets | None
     output: OutputTargets | None
     maps: Maps | None
     """None where the teacher was not asked."""
@@ -64,7 +66,7 @@ class Objective:
         self._config = config
         self._own = own = own or LossConfig()
         self._enhancement, self._output = EnhancementLoss(), OutputLoss()
-        self._waveform, self._compressed = WaveformLoss(), CompressedLoss()
+        self._waveform, self._compressed, self._pesq = WaveformLoss(), CompressedLoss(), PesqLoss()
         self._betas = config.view_betas
         self.keys: list[ViewKey] = []
         """(side, level, view) of every attention-transfer term, in the network's order."""
@@ -77,6 +79,7 @@ class Objective:
             "enhance",
             *(["waveform"] if own.waveform else []),
             *(["compressed"] if own.compressed else []),
+            *(["pesq"] if own.pesq else []),
             *(["output"] if "output" in config.method else []),
             *(["mvat"] if self.keys else []),
             *(_term_name(key) for key in self.keys),
@@ -89,6 +92,7 @@ class Objective:
         return Prepared(
             targets=self._enhancement.prepare(noisy, clean),
             compressed=self._compressed.prepare(noisy, clean) if self._own.compressed else None,
+            pesq=self._pesq.prepare(noisy, clean) if self._own.pesq else None,
             output=None if output is None else self._output.prepare(output),
             maps=lesson.maps if lesson else None,
         )
@@ -112,6 +116,9 @@ class Objective:
         if prepared.compressed is not None:
             found["compressed"] = self._compressed(estimate, prepared.compressed)
             total = total + self._own.compressed * found["compressed"]
+        if prepared.pesq is not None:
+            found["pesq"] = self._pesq(estimate, prepared.pesq)
+            total = total + self._own.pesq * found["pesq"]
         if prepared.output is not None:
             found["output"] = self._output(estimate, prepared.output)
             total = total + share * self._config.output_weight * found["output"]

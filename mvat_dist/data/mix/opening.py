@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mvat_dist.config import SAMPLE_RATE, DataConfig
-from mvat_dist.data.checks import Mode
+from mvat_dist.data.checks import Mode, reads_rooms
 from mvat_dist.data.mix.pairs import PairSegments
 from mvat_dist.data.mix.segments import Maker, segment_length
 from mvat_dist.data.mix.sources import SourceSegments
@@ -37,7 +37,7 @@ def _open_sources(config: DataConfig) -> SourceSegments:
     for what, subset in (("speech", clean), ("noise", noise)):
         _check_length(config, int(subset.samples.sum()), f"all {what} of {subset.where} together")
     rirs = None
-    if config.reverb_probability > 0.0 and config.made_up_rooms < 1.0:
+    if reads_rooms(config):
         if "train_rir" not in corpus.names:
             raise UserError(
                 f"{config.train} has no room impulse responses (train_rir), but --data.reverb_probability is "

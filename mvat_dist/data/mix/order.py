@@ -25,8 +25,15 @@ LARGEST_SEED = 2**32 - 1
 
 # A leading tag keeps the families of streams apart: SeedSequence pads with zeros, so that without it
 # the order of epoch 1 and the item (epoch 1, position 0) would share one stream.
-_ORDER = 1
-_TAGS = {"place": 2, "variant": 3}
+_TAGS = {"order": 1, "place": 2, "variant": 3, "room": 4}
+
+
+def raw_bits(family: Literal["order", "place", "variant", "room"], *key: int) -> np.random.PCG64:
+    """The stream of a family that belongs to `key`, to be read by ``random_raw`` alone.
+
+    Each of `key` is at most `LARGEST_SEED`.
+    """
+    return np.random.PCG64(np.random.SeedSequence([_TAGS[family], *key]))
 
 
 @lru_cache(maxsize=4)
@@ -38,7 +45,7 @@ def epoch_order(seed: int, epoch: int, items: int) -> NDArray[np.int64]:
     holds a hypergeometric number: n * p on average, with a standard deviation below sqrt(n * p).
     The last few epochs are remembered, for a batch may straddle two.
     """
-    bits = np.random.PCG64(np.random.SeedSequence([_ORDER, seed, epoch]))
+    bits = raw_bits("order", seed, epoch)
     # Sorting random 64-bit keys is a uniform permutation; two equal keys among a million items have a
     # chance of 3e-8, and the stable sort then still gives everyone the same answer.
     order = np.argsort(bits.random_raw(items), kind="stable")
@@ -65,8 +72,7 @@ class Draws:
         kind: Literal["place", "variant"] = "place",
         attempt: int = 0,
     ) -> None:
-        key = [_TAGS[kind], seed, group, member, *([attempt] if attempt else [])]
-        self._bits = np.random.PCG64(np.random.SeedSequence(key))
+        self._bits = raw_bits(kind, seed, group, member, *([attempt] if attempt else []))
 
     def fraction(self) -> float:
         """Uniform in [0, 1), 53 bits."""

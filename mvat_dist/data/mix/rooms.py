@@ -1,4 +1,4 @@
-"""Speech in a room, and what of the room the target keeps."""
+"""Rooms made up, speech in a room of either kind, and what of the room the target keeps."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from scipy import fft  # scipy.signal takes 0.5 s more to import, which every re
 
 from mvat_dist.config import SAMPLE_RATE
 from mvat_dist.data.mix.mixing import Audio
+from mvat_dist.data.mix.order import raw_bits
 
 EARLY = round(0.05 * SAMPLE_RATE)
 """Samples after the direct sound that count as early: 50 ms, the limit of the early-to-late index C50 for
@@ -16,13 +17,14 @@ speech (ISO 3382-1, annex A)."""
 
 Target = Literal["reverberant", "early", "dry"]
 
-
 T60 = (0.2, 1.0)
-"""Shortest and longest reverberation time of made-up rooms in seconds: a furnished office, a lecture hall."""
+"""Shortest and longest reverberation time of made-up rooms in seconds (design choice): a furnished office, a
+lecture hall."""
 DRR_DB = (-3.0, 12.0)
-"""Smallest and largest ratio of direct to reverberant energy in made-up rooms: far from the speaker, near."""
+"""Smallest and largest ratio of direct to reverberant energy in made-up rooms (design choice): far from the
+speaker, near."""
 _GAP = round(0.002 * SAMPLE_RATE)
-"""Samples between the direct sound and the tail, about 0.7 m of detour."""
+"""Samples between the direct sound and the tail (design choice): about 0.7 m of detour."""
 
 
 class MadeUpRoom(NamedTuple):
@@ -42,8 +44,8 @@ class MadeUpRoom(NamedTuple):
     def impulse_response(self) -> Audio:
         """(T,), the direct sound first, with magnitude 1."""
         tail = round(self.t60 * SAMPLE_RATE)
-        # Raw bits: the same on every version of numpy.
-        bits = np.random.PCG64(np.random.SeedSequence(self.seed)).random_raw(tail)
+        # Raw bits, for numpy promises that they stay as they are, and of no distribution.
+        bits = raw_bits("room", self.seed).random_raw(tail)
         noise = (bits >> np.uint64(11)) * 2.0**-52 - 1.0
         noise *= 10.0 ** (-3.0 * np.arange(tail) / tail)
         response = np.zeros(1 + _GAP + tail, np.float32)

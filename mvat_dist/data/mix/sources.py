@@ -116,12 +116,14 @@ class SourceSegments:
         made_up = self._config.made_up_rooms
         if not draws.chance(self._config.reverb_probability):
             return None, None
-        # Without made-up rooms no number is drawn for them: segments stay what they were.
-        if self._rirs is None or (made_up and draws.chance(made_up)):
+        # No number is drawn where there is nothing to choose: segments without made-up rooms stay what they
+        # were before there were any.
+        if made_up == 1.0 or (made_up and draws.chance(made_up)):
             room = rooms.MadeUpRoom(
                 draws.uniform(*rooms.T60), draws.uniform(*rooms.DRR_DB), draws.integer(1 << 32)
             )
             return room._asdict(), room.impulse_response()
+        assert self._rirs is not None, "rooms of the corpus are asked for, and it was opened without"
         index = draws.integer(len(self._rirs))
         return self._rirs.key(index), self._rirs.read(index)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from mvat_dist.config import DataConfig
 from mvat_dist.data.checks import check_config, training_mode
+from mvat_dist.data.identity import choices
 from mvat_dist.data.mix.channel import transmit
 from mvat_dist.data.mix.damage import SUBSTITUTES
 from mvat_dist.data.mix.opening import open_maker
@@ -22,11 +23,6 @@ from mvat_dist.data.mix.segments import Segment
 from mvat_dist.data.store.lessons import Lessons
 from mvat_dist.data.store.shards import ShardError
 from mvat_dist.errors import UserError
-
-_NO_CHOICE = (
-    "train", "valid", "mode", "workers", "variants", "on_damage", "max_damaged", "cache_dir", "cache_gb"
-)  # fmt: skip
-"""Fields of the configuration that `TrainingData.identity` leaves out or has in another form."""
 
 
 class TrainingData:
@@ -183,9 +179,8 @@ class TrainingData:
             # A part's own keys: those of joined corpora tell where they lie.
             about = [part.name, part.keys, part.samples.tolist(), part.manifest["shards"]]
             digest.update(json.dumps(about, sort_keys=True).encode())
-        choices = {name: value for name, value in asdict(self.config).items() if name not in _NO_CHOICE}
-        choices |= {"mode": self.mode, "variants": self.variants}
+        chosen = choices(self.config) | {"mode": self.mode, "variants": self.variants}
         seed = None if self._fixed else self.seed
-        found = {"corpus": digest.hexdigest(), "items": len(self), "seed": seed, "choices": choices}
+        found = {"corpus": digest.hexdigest(), "items": len(self), "seed": seed, "choices": chosen}
         plain: dict[str, Any] = json.loads(json.dumps(found))
         return plain

@@ -9,9 +9,9 @@ import soundfile
 
 from mvat_dist.config import SAMPLE_RATE
 from mvat_dist.data.pack.corpora import Listing
-from mvat_dist.data.pack.inspection import open_sound
 from mvat_dist.data.pack.planning import Plan
-from mvat_dist.data.store.codecs import Codec, known_frames
+from mvat_dist.data.sounds import known_frames, open_sound
+from mvat_dist.data.store.codecs import Codec
 from mvat_dist.errors import UserError
 from mvat_dist.files import existing_folder
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import soundfile
 import soxr
 
 from mvat_dist.config import SAMPLE_RATE
-from mvat_dist.data.store.codecs import OnePassFile, known_frames
+from mvat_dist.data.sounds import known_frames, open_sound, sound_blocks
 
 Audio = npt.NDArray[np.float32]
 Reason = Literal[
@@ -55,7 +54,6 @@ FULL_SCALE = 0.99
 CLIPPED_SHARE = 1e-4
 
 _FLAT_RUN = 4
-_BLOCK = 1 << 20
 _LFS = b"version https://git-lfs.github.com/spec/"
 # Programs that write WAV into a pipe cannot know the size and put a huge number there.
 _STREAMED = 0x7FFFF000
@@ -114,19 +112,10 @@ def inspect(
         return Inspection(path, "unreadable", _one_line(error))
 
 
-def open_sound(path: Path) -> soundfile.SoundFile:
-    """Open an audio file of any name, to be read forwards; the caller closes it."""
-    # As bytes: soundfile cannot encode a name that is not valid in the file system's encoding.
-    return OnePassFile(os.fsencode(path))
-
-
 def _counted(path: Path) -> int:
     """Frames of a file whose header leaves its length open, as that of a streamed FLAC."""
     with open_sound(path) as sound:
-        frames = 0
-        while read := len(sound.read(_BLOCK, dtype="float32", always_2d=True)):
-            frames += read
-        return frames
+        return sum(map(len, sound_blocks(sound)))
 
 
 def _check_container(path: Path) -> None:
@@ -196,16 +185,46 @@ def read_piece(path: Path, start: int, stop: int, *, first_channel: bool) -> Aud
             rate = sound.samplerate
     except (soundfile.LibsndfileError, OSError) as error:
         raise UnusableError("unreadable", _one_line(error)) from error
-    if rate == SAMPLE_RATE:
-        return mono
-    return cast(Audio, soxr.resample(mono, rate, SAMPLE_RATE, quality="VHQ"))
+    return _resampled(mono, rate)
+
+
+def read_whole(path: Path) -> Audio:
+    """All samples of a file, whether its header says how many or not, as the mean of its channels at 16 kHz
+    (T,), full scale 1; may exceed it after resampling.
+
+    Raises:
+        soundfile.LibsndfileError: it does not open.
+        UnusableError: it does not decode, ends before its header says, or holds NaN or infinity.
+    """
+    with open_sound(path) as sound:
+        try:
+            blocks = [_fold(_checked_finite(block), first_channel=False) for block in sound_blocks(sound)]
+        except soundfile.LibsndfileError as error:
+            raise UnusableError("unreadable", _one_line(error)) from error
+        frames, rate = known_frames(sound.frames), sound.samplerate
+    mono = np.concatenate([np.zeros(0, np.float32), *blocks])[:frames]
+    if frames is not None:
+        _check_all_there(mono, frames)
+    return _resampled(mono, rate)
+
+
+def _resampled(mono: Audio, rate: int) -> Audio:
+    return mono if rate == SAMPLE_RATE else cast(Audio, soxr.resample(mono, rate, SAMPLE_RATE, quality="VHQ"))
 
 
 def _read_block(sound: soundfile.SoundFile, frames: int) -> Audio:
     """The next `frames` samples, (frames, channels)."""
     block = cast(Audio, sound.read(frames, dtype="float32", always_2d=True))
+    _check_all_there(block, frames)
+    return _checked_finite(block)
+
+
+def _check_all_there(block: Audio, frames: int) -> None:
     if len(block) < frames:
         raise UnusableError("unreadable", f"truncated: {frames - len(block)} samples are missing")
+
+
+def _checked_finite(block: Audio) -> Audio:
     if not np.isfinite(block).all():
         raise UnusableError("non-finite", REASONS["non-finite"])
     return block

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import soundfile
 
 from mvat_dist.config import SAMPLE_RATE
+from mvat_dist.data.sounds import OnePassFile
 
 Codec = Literal["flac", "int16"]
 Audio = npt.NDArray[np.float32]
@@ -53,23 +54,6 @@ def encode_int16(pcm: Pcm) -> bytes:
     room = ARRAY_HEADER - 10
     head = b"\x93NUMPY\x01\x00" + struct.pack("<H", room) + text.ljust(room - 1).encode("ascii") + b"\n"
     return head + pcm.astype("<i2").tobytes()
-
-
-_UNKNOWN_FRAMES = 1 << 40
-"""Nearly a year at 44.1 kHz. libsndfile reports 2**63 - 1 for a FLAC whose header leaves its length open."""
-
-
-def known_frames(frames: int) -> int | None:
-    """What libsndfile says of a file's frames; None where that is no length."""
-    return frames if 0 <= frames < _UNKNOWN_FRAMES else None
-
-
-class OnePassFile(soundfile.SoundFile):  # type: ignore[misc]  # soundfile has no types
-    """A sound that is read once: after a read, soundfile seeks to where the decoder stands already, and in
-    FLAC that decodes a block again, a tenth of the time of a crop."""
-
-    def seekable(self) -> bool:
-        return False
 
 
 def decode_flac(content: bytes, samples: int, start: int, frames: int) -> Audio:

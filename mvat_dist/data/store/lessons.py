@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from mvat_dist.data.identity import differences
+from mvat_dist.data.identity import differences, with_newer_fields
 from mvat_dist.data.store.lessoncodec import CODECS, Codec, LessonArrays, decode, largest_size, map_name
 from mvat_dist.data.store.lessonshards import SHARD_NAME, Rows, levels_of, load_rows
 from mvat_dist.data.store.recent import Recent
@@ -134,7 +134,7 @@ class Lessons:
         Raises:
             UserError: with everything that differs.
         """
-        if differing := list(differences(self.header["data"], data)):
+        if differing := list(differences(with_newer_fields(self.header["data"]), data)):
             raise UserError(
                 f"the teacher cache {self.folder} was made for other segments ({'; '.join(differing)}): give "
                 "the run the options of the cache, or make another cache with those of the run"

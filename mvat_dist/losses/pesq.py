@@ -1,0 +1,194 @@
+"""A differentiable likeness of PESQ (ITU-T P.862): what is heard of an error, in points of its raw score.
+
+It has the measure's steps after the alignment in time, which a network that keeps time does not need; its
+tables of bands, thresholds and loudness give way to closed forms of psychoacoustics.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mvat_dist.config import SAMPLE_RATE
+from mvat_dist.losses.distance import check_shape, check_shapes, full_precision, hann
+from mvat_dist.losses.enhancement import LEAST_LEVEL
+
+SPEECH_DB_SPL = 79.0
+"""Level at which both signals are heard (P.862)."""
+LEAST_SHARE = 0.1
+"""Of the noisy signal's RMS: what is quieter, as an estimate of no speech ought to be, is not raised to that
+level (design choice)."""
+FFT, HOP = 512, 256
+"""Length and hop of the periodic Hann windows, in samples: 32 and 16 ms (P.862)."""
+BANDS, BAND_BARK, FIRST_BARK = 40, 0.5, 0.5
+"""Number, width and lower end of the bands: 78 Hz to 7.1 kHz (design choice)."""
+EXPONENT = 0.23
+"""Of intensity in loudness (Zwicker and Fastl, "Psychoacoustics", chapter 8)."""
+ACTIVE_DB_SPL, TILT_FLOOR, TILT_MOST = 40.0, 1e3, 100.0
+"""Of the compensated difference in mean spectra: least level of the frames it is taken from (design choice),
+what is added to both spectra, and the most by which they may differ (P.862)."""
+GAIN_FLOOR, GAIN_LEAST, GAIN_MOST, GAIN_MEMORY = 5e3, 3e-4, 5.0, 0.2
+"""Of the compensated gain of each frame: what is added to both intensities, the limits, and the share of the
+frame before (P.862)."""
+MASKED = 0.25
+"""Share of the lesser loudness by which the two differ unheard (P.862)."""
+ADDED_FLOOR_DB_SPL = 26.0
+"""Added to both intensities before their ratio is taken (P.862 has 50 in units of its own)."""
+ADDED_EXPONENT, ADDED_LEAST, ADDED_MOST = 1.2, 3.0, 12.0
+"""How much more is heard of what was added to speech: a power of the ratio, 0 below the least (P.862)."""
+MOST, BEYOND = 45.0, 0.05
+"""Disturbance of a frame from which on P.862 counts no more, and the share of the rest that counts here, so
+that the worst frames have a gradient too (design choice)."""
+SYLLABLE, SYLLABLE_NORM = 20, 6
+"""Frames of the half-overlapping stretches, 0.32 s, and the norm in which they count (P.862)."""
+DISTURBANCE_POINTS, ADDED_POINTS = 0.1, 0.0309
+"""Points of raw PESQ that one unit of either disturbance costs (P.862)."""
+_EPS = 1e-6
+"""Keeps the gradients of roots finite."""
+
+
+class PesqTargets(NamedTuple):
+    """What the loss needs to know of a batch."""
+
+    shape: torch.Size
+    """(B, T)."""
+    least: Tensor
+    """Mean square (B, 1) that counts where a signal is quieter."""
+    intensity: Tensor
+    """Of the clean signal, (B, bands, frames); 1 is 0 dB SPL."""
+
+
+class PesqLoss:
+    """0.1 D + 0.0309 A: 4.5 less this is about raw PESQ; lower is better, 0 to about 6.
+
+    D is the disturbance, in sone, and A the one that was added to speech: differences of specific
+    loudness between estimate and clean signal, less what is masked, summed over bands, then P.862's norm over
+    time. Its value does not depend on the estimate's level, and little on its slow gain: to be used beside a
+    loss that does.
+
+    Sources: Rix et al., "Perceptual evaluation of speech quality (PESQ)", ICASSP 2001; Martin-Doñas et
+    al., "A deep learning loss function based on the perceptual evaluation of the speech quality", IEEE
+    SPL 25(11), 2018; bands by Traunmüller, JASA 88, 1990; hearing threshold by Terhardt, Hear. Res. 1, 1979.
+    """
+
+    def prepare(self, noisy: Tensor, clean: Tensor) -> PesqTargets:
+        """Targets of one batch (B, T) for any number of students.
+
+        Raises:
+            ValueError: the shapes differ.
+        """
+        check_shapes(clean, noisy)
+        least = (LEAST_SHARE**2 * _power(full_precision(noisy.detach()))).clamp(min=LEAST_LEVEL**2)
+        return PesqTargets(clean.shape, least, _intensity(clean.detach(), least))
+
+    def __call__(self, estimate: Tensor, targets: PesqTargets) -> Tensor:
+        """The loss () of an estimate (B, T), the mean over its items.
+
+        Raises:
+            ValueError: the estimate's shape is not that of the targets.
+        """
+        check_shape(estimate, targets.shape)
+        heard = _intensity(estimate, targets.least)
+        clean = targets.intensity * _tilt(heard, targets.intensity)
+        heard = heard * _gain(heard, clean)
+        both = loudness(heard), loudness(clean)
+        error = ((both[0] - both[1]).abs() - MASKED * torch.minimum(*both)).clamp(min=0)
+        width = BAND_BARK * BANDS
+        disturbance = _root(error.square().mean(1), 2) * width
+        added = (error * _added(heard, clean)).mean(1) * width
+        points = DISTURBANCE_POINTS * _over_time(disturbance) + ADDED_POINTS * _over_time(added)
+        return points.mean()
+
+
+def loudness(intensity: Tensor) -> Tensor:
+    """Specific loudness, in sone per Bark, of intensities (..., BANDS, frames); 1 is 0 dB SPL.
+
+    Zwicker's formula for sounds that do not spread over bands: a tone of 1 kHz at 40 dB SPL has 1 sone.
+    """
+    of_tone = _zwicker(intensity.new_tensor(1e4), _threshold(intensity.new_tensor(1.0)))
+    return _zwicker(intensity, _bands(intensity.dtype, intensity.device)[1]) / (BAND_BARK * of_tone)
+
+
+def _zwicker(intensity: Tensor, threshold: Tensor) -> Tensor:
+    excitation = (0.5 + 0.5 * intensity / threshold).clamp(min=1)  # nothing is heard below the threshold
+    return (2 * threshold) ** EXPONENT * (excitation**EXPONENT - 1)
+
+
+def _threshold(khz: Tensor) -> Tensor:
+    """Intensity of the softest tone that is heard (Terhardt 1979), at frequencies in kHz."""
+    db: Tensor = 3.64 * khz**-0.8 - 6.5 * torch.exp(-0.6 * (khz - 3.3) ** 2) + 1e-3 * khz**4
+    return 10 ** (db / 10)
+
+
+@lru_cache(maxsize=16)
+def _bands(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Shares of the bands in the bins of an STFT, (BANDS, FFT // 2 + 1), and their thresholds, (BANDS, 1)."""
+    with torch.inference_mode(mode=False):  # as for `hann`
+        bark = FIRST_BARK + BAND_BARK * torch.arange(BANDS + 1, dtype=torch.float64)
+        edges = 1960 * (bark + 0.53) / (26.28 - bark)
+        low, high = edges[:-1, None], edges[1:, None]
+        width = SAMPLE_RATE / FFT
+        bins = width * torch.arange(FFT // 2 + 1)
+        overlap = torch.minimum(high, bins + width / 2) - torch.maximum(low, bins - width / 2)
+        shares = overlap.clamp(min=0) / width
+        return shares.to(device, dtype), _threshold((low + high) / 2000).to(device, dtype)
+
+
+def _power(signal: Tensor) -> Tensor:
+    """Mean square (B, 1) of a signal (B, T)."""
+    return signal.square().mean(-1, keepdim=True)
+
+
+def _intensity(signal: Tensor, least: Tensor) -> Tensor:
+    """Intensities (B, BANDS, frames) of a signal (B, T) that is heard at `SPEECH_DB_SPL`."""
+    with torch.autocast(signal.device.type, enabled=False):
+        signal = full_precision(signal)
+        signal = signal / torch.maximum(_power(signal), least).sqrt()
+        window = hann(FFT, signal.dtype, signal.device)
+        # So that a white signal's bins add up to its power.
+        window = window / (window.square().sum() * FFT / 2).sqrt()
+        spectrum = torch.view_as_real(torch.stft(signal, FFT, HOP, window=window, return_complex=True))
+        shares, _ = _bands(signal.dtype, signal.device)
+        return 10 ** (SPEECH_DB_SPL / 10) * (shares @ spectrum.square().sum(-1))
+
+
+def _tilt(heard: Tensor, clean: Tensor) -> Tensor:
+    """Factors (B, BANDS, 1) that give the clean signal the other one's mean spectrum."""
+    active = (clean.sum(1, keepdim=True) > 10 ** (ACTIVE_DB_SPL / 10)).to(clean.dtype)
+    frames = active.sum(2, keepdim=True).clamp(min=1)
+    means = [(signal * active).sum(2, keepdim=True) / frames for signal in (heard, clean)]
+    return ((means[0] + TILT_FLOOR) / (means[1] + TILT_FLOOR)).clamp(1 / TILT_MOST, TILT_MOST)
+
+
+def _gain(heard: Tensor, clean: Tensor) -> Tensor:
+    """Factors (B, 1, frames) that give the frames heard the clean ones' intensity."""
+    _, threshold = _bands(heard.dtype, heard.device)
+    totals = [(signal * (signal > threshold)).sum(1, keepdim=True) for signal in (heard, clean)]
+    gains = (totals[1] + GAIN_FLOOR) / (totals[0] + GAIN_FLOOR)
+    before = torch.cat([gains[..., :1], gains[..., :-1]], -1)
+    return torch.lerp(gains, before, GAIN_MEMORY).clamp(GAIN_LEAST, GAIN_MOST)
+
+
+def _added(heard: Tensor, clean: Tensor) -> Tensor:
+    """How much more counts what was added, (B, BANDS, frames)."""
+    floor = 10 ** (ADDED_FLOOR_DB_SPL / 10)
+    factor = ((heard + floor) / (clean + floor)) ** ADDED_EXPONENT
+    return torch.where(factor < ADDED_LEAST, 0.0, factor.clamp(max=ADDED_MOST))
+
+
+def _over_time(disturbance: Tensor) -> Tensor:
+    """The norm (B,) of disturbances (B, frames): the sixth within syllables, the second over them."""
+    disturbance = disturbance.clamp(max=MOST) + BEYOND * (disturbance - MOST).clamp(min=0)
+    length = min(SYLLABLE, disturbance.shape[-1])
+    syllables = disturbance.unfold(-1, length, max(length // 2, 1)) ** SYLLABLE_NORM
+    of_syllables = _root(syllables.mean(-1), SYLLABLE_NORM)
+    return _root(of_syllables.square().mean(-1), 2)
+
+
+def _root(value: Tensor, order: int) -> Tensor:
+    """The root of a value >= 0, with a finite gradient there."""
+    root: Tensor = (value + _EPS) ** (1 / order) - _EPS ** (1 / order)
+    return root

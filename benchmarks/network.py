@@ -73,6 +73,10 @@ def plain_tall(self: nn.Conv1d, x: Tensor) -> Tensor:
     return F.conv1d(x, self.weight, self.bias, padding=self.padding, groups=self.groups)
 
 
+def plain_up(self: nn.ConvTranspose1d, x: Tensor) -> Tensor:
+    return F.conv_transpose1d(x, self.weight, self.bias, self.stride)
+
+
 def plain_attention(self: multiview.GlobalView, chunks: Tensor) -> Tensor:
     tokens = chunks.flatten(0, 1)
     query, key, value = (
@@ -124,7 +128,9 @@ TRICKS: dict[str, list[Patch]] = {
     "attention's tokens filled up to whole vectors": [(multiview, "VECTOR", 1)],
     "overlap-add of one channel of local weights": [(multiview.MultiViewBlock, "_views", plain_views)],
     "depthwise convolution along an image's height": [(layers_module.TallConv1d, "forward", plain_tall)],
-    "last convolution's taps as channels": [(layers_module.MonoConv1d, "forward", plain_tall)],
+    "first convolution's lags as channels": [(layers_module.FromMonoConv1d, "forward", plain_tall)],
+    "last convolution's taps as channels": [(layers_module.ToMonoConv1d, "forward", plain_tall)],
+    "transposed convolutions as products": [(layers_module.UpConv1d, "forward", plain_up)],
     "maps of one input as one product": [
         (module, "conv_together", plain_convs) for module in (layers_module, multiview)
     ],

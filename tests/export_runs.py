@@ -20,7 +20,8 @@ def a_run(path: Path) -> Path:
     modelfile.save(folder.weights("tiny", "best"), made.state_dict(), name="tiny", size=TINY, step=70)
     folder.config.write_text(
         "seed: 5\ndata: {train: '{/secret/en,/secret/de}', valid: 's3://ours/valid', segment_seconds: 4.0}\n"
-        "distil: {method: mvat}\ntrain: {steps: 90, batch: 8}\nteacher: {file: /secret/models/b.pth}\n"
+        "distil: {method: mvat}\ntrain: {steps: 90, batch: 8}\nloss: {waveform: 1.0, pesq: 0.0}\n"
+        "teacher: {file: /secret/models/b.pth}\n"
         "runs: /secret/runs\n"
     )
     teacher = {"name": "manner-b", "sha256": "abc123", "file": "/secret/models/b.pth"}
@@ -30,7 +31,14 @@ def a_run(path: Path) -> Path:
     write_json(folder.environment, {"commit": "c0ffee", "host": "secret-host", "packages": {"torch": "2"}})
     score = {"mean": 2.5, "low": 2.25, "high": 2.75, "clips": 9, "failed": {}}
     sections = {
-        "test_a": {"scores": {"noisy": {"pesq_wb": {**score, "mean": 1.5}}, "tiny": {"pesq_wb": score}}}
+        "test_a": {
+            "scores": {
+                "noisy": {"pesq_wb": {**score, "mean": 1.5}},
+                "tiny": {"pesq_wb": score},
+                "log-mmse": {"pesq_wb": {**score, "mean": 2.3}},
+                "other": {"pesq_wb": {**score, "mean": 3.9}},
+            }
+        }
     }
     scores = {"weights": "best", "data": "/secret/shards", "sections": sections}
     write_json(folder.path / "evaluate" / "shards-best" / "scores.json", scores)

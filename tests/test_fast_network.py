@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mvat_dist.models import build
 from mvat_dist.models.inference import folded
-from mvat_dist.models.layers import TILE, norm_together
+from mvat_dist.models.layers import TILE, UpConv1d, norm_together
 from mvat_dist.models.multiview import banded
 from mvat_dist.students import Size
 from tests import oracle
@@ -51,6 +51,14 @@ def test_a_product_with_bands_is_a_convolution(taps: int, length: int) -> None:
         ]
     )
     torch.testing.assert_close(x @ banded(kernels, length), wanted, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(8, 4), (7, 3), (5, 2), (4, 4), (3, 4)])
+@pytest.mark.parametrize("frames", [1, 2, 37])
+def test_a_transposed_convolution_as_a_product(kernel: int, stride: int, frames: int) -> None:
+    up, x = UpConv1d(5, kernel, stride).double(), noise(3, 5, frames, dtype=torch.float64)
+    wanted = nn.functional.conv_transpose1d(x, up.weight, up.bias, stride)
+    torch.testing.assert_close(up(x), wanted, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from mvat_dist.errors import UserError
 from mvat_dist.files import read_json
 from mvat_dist.modelfile import LoadedModel
 from mvat_dist.rundir import RunDir
+from mvat_dist.scoring.candidates import CLASSICAL
 from mvat_dist.summary import NOISY
 
 UNSTATED = "not stated; the code is MIT, and the data behind the weights have licences of their own"
@@ -94,7 +95,11 @@ def training(config: Mapping[str, Any]) -> list[str]:
     """How a run was trained and on what, in words; raises one of `DAMAGE` for what is no configuration."""
     train, data = config["train"], config["data"]
     steps = f"{train['steps']} steps of {train['batch']} segments of {data['segment_seconds']:g} s"
-    return [f"method {config['distil']['method']}, seed {config['seed']}, {steps}", f"data {data['train']}"]
+    # Runs of before these terms do not name them.
+    terms = [f"{name} {factor:g}" for name, factor in config.get("loss", {}).items() if factor]
+    loss = f"loss of the authors, and {', '.join(terms)}" if terms else "loss of the authors"
+    method = f"method {config['distil']['method']}, seed {config['seed']}, {steps}"
+    return [method, loss, f"data {data['train']}"]
 
 
 def origin(what: str, found: Mapping[str, Any]) -> str:
@@ -122,7 +127,7 @@ def _environment(file: Path) -> str:
 
 
 def _scores(run: Path, name: str, which: str) -> dict[str, Any]:
-    """Of the network and of the noisy input, as `mvat_dist.evaluate` left them, by data and section."""
+    """Of the network, the noisy input and the classical filter, by data and section, as evaluated."""
     found = {}
     for file in sorted((run / "evaluate").glob("*/scores.json")):
         if sections := _legible(file, partial(_sections, name=name, which=which)):
@@ -134,8 +139,9 @@ def _sections(file: Path, name: str, which: str) -> dict[str, Any]:
     record = read_json(file)
     if record.get("weights") != which:
         return {}
+    shown = (name, NOISY, CLASSICAL)
     sections = {
-        section: {model: scored for model, scored in one["scores"].items() if model in (name, NOISY)}
+        section: {model: scored for model, scored in one["scores"].items() if model in shown}
         for section, one in record["sections"].items()
     }
     for by_model in sections.values():

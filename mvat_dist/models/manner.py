@@ -6,7 +6,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvat_dist import students
-from mvat_dist.models.layers import BatchNorm, MaskGate, MonoConv1d, ResidualConformer, rescale
+from mvat_dist.models.layers import (
+    BatchNorm,
+    FromMonoConv1d,
+    MaskGate,
+    ResidualConformer,
+    ToMonoConv1d,
+    UpConv1d,
+    rescale,
+)
 from mvat_dist.models.multiview import MultiViewBlock
 from mvat_dist.students import VIEWS, Side, Size, ViewKey
 
@@ -45,7 +53,7 @@ class Decoder(nn.Module):
         channels = size.hidden * 2 ** (level - 1)
         self.conv_block = ResidualConformer(2 * channels, channels)
         self.up_conv = nn.Sequential(
-            nn.ConvTranspose1d(channels, channels, size.kernel_size, size.stride),
+            UpConv1d(channels, size.kernel_size, size.stride),
             BatchNorm(channels),
             nn.ReLU(inplace=True),
         )
@@ -71,10 +79,8 @@ class MaskingUNet(nn.Module):
         super().__init__()
         hidden, deepest = size.hidden, size.hidden * 2**size.depth
         levels = range(1, size.depth + 1)
-        self.in_conv = nn.Sequential(
-            nn.Conv1d(1, hidden, 3, padding=1), BatchNorm(hidden), nn.ReLU(inplace=True)
-        )
-        self.out_conv = nn.Sequential(MonoConv1d(hidden))
+        self.in_conv = nn.Sequential(FromMonoConv1d(hidden), BatchNorm(hidden), nn.ReLU(inplace=True))
+        self.out_conv = nn.Sequential(ToMonoConv1d(hidden))
         self.encoder = nn.ModuleList(Encoder(size, level) for level in levels)
         self.decoder = nn.ModuleList(Decoder(size, level) for level in reversed(levels))
         self.linear = nn.Sequential(nn.Linear(deepest, deepest, bias=False), nn.ReLU(inplace=True))

@@ -110,6 +110,9 @@ class LossConfig:
     pesq: float = 0.0
     """Factor of an added differentiable likeness of PESQ (ITU-T P.862), in points of its raw score. It heeds
     neither level nor phase, so that it goes with `waveform`. 0: none."""
+    pesq_after: float = 0.0
+    """Share of the training before which `pesq` does not count. Fresh weights want some 0.2: with it from
+    the start they settle on a phase that `waveform` cannot mend later."""
 
 
 @dataclass

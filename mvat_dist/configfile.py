@@ -212,7 +212,11 @@ def _check_ranges(config: Config) -> None:
         raise UserError(f"--optim.betas is {list(optim.betas)}: both lie from 0 to below 1")
     if not 0 <= train.batchnorm_momentum <= 1:
         raise UserError(f"--train.batchnorm_momentum is {train.batchnorm_momentum}: give 0 to 1")
-    shares = {"optim.warmup_fraction": optim.warmup_fraction, "distil.fade_by": config.distil.fade_by}
+    shares = {
+        "optim.warmup_fraction": optim.warmup_fraction,
+        "distil.fade_by": config.distil.fade_by,
+        "loss.pesq_after": config.loss.pesq_after,
+    }
     for key, value in shares.items():
         if not 0 <= value <= 1:
             raise UserError(f"--{key} is {value}: it is a share from 0 to 1")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from mvat_dist.config import DistilConfig, OptimConfig
+from mvat_dist.config import DistilConfig, LossConfig, OptimConfig
 
 # torch.optim.lr_scheduler.OneCycleLR's defaults, which the authors' recipe uses.
 _ONECYCLE_START_DIVISOR = 25.0
@@ -48,6 +48,11 @@ def at(step: int, steps: int, config: OptimConfig) -> Hyperparameters:
 def distillation(step: int, steps: int, config: DistilConfig) -> float:
     """Factor, from 1 to 0, of what the teacher's part of the loss counts for at step `step`, from 0."""
     return max(0.0, 1 - step / (config.fade_by * steps)) if config.fade_by else 1.0
+
+
+def pesq_counts(step: int, steps: int, config: LossConfig) -> bool:
+    """Whether the likeness of PESQ is part of the loss at step `step`, from 0."""
+    return config.pesq > 0 and step >= config.pesq_after * steps
 
 
 def _cosine(start: float, end: float, fraction: float) -> float:

@@ -53,6 +53,16 @@ def test_a_student_that_never_recovers_is_given_up(corpus: Path, tmp_path: Path)
     assert (tiny["updates"], tiny["skipped"], tiny["given_up"]) == (1, 2, True)
 
 
+def test_the_likeness_of_pesq_counts_from_its_time_on(corpus: Path, runs: Path) -> None:  # noqa: F811
+    loss = ("--loss.pesq=0.5", "--loss.pesq_after=0.5", "--distil.method=none")
+    run = train(corpus, runs, "heard-later", "--student=tiny", *loss, *LOSSES_ONLY)
+    lines = (run / "students" / "tiny" / "history.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if "loss" in row]
+    for row, counts in zip(rows, (False, False, True, True), strict=True):
+        assert (row["pesq"] is not None) == counts
+        assert row["loss"] == pytest.approx(row["enhance"] + (0.5 * row["pesq"] if counts else 0), rel=1e-6)
+
+
 def test_a_teacher_that_has_faded_is_not_asked(corpus: Path, runs: Path, teacher: Path) -> None:  # noqa: F811
     distil = ("--distil.method=mvat+output", "--distil.fade_by=0.5")
     run = train(corpus, runs, "faded", "--student=tiny", f"--teacher={teacher}", *distil, *LOSSES_ONLY)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mvat_dist import schedule
-from mvat_dist.config import DistilConfig, OptimConfig
+from mvat_dist.config import DistilConfig, LossConfig, OptimConfig
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(10, 0.3), (101, 0.1), (50, 0.5), (7, 0.9)])
@@ -37,6 +37,13 @@ def test_cosine_rises_to_the_peak_and_falls_to_nothing() -> None:
     assert rates.index(max(rates)) == 9
     assert all(before > after for before, after in itertools.pairwise(rates[9:]))
     assert rates[-1] < 1e-2
+
+
+def test_the_likeness_of_pesq_counts_after_its_share_of_the_steps() -> None:
+    config = LossConfig(pesq=0.5, pesq_after=0.25)
+    assert [schedule.pesq_counts(step, 8, config) for step in range(8)] == [False] * 2 + [True] * 6
+    assert schedule.pesq_counts(0, 8, LossConfig(pesq=0.5))
+    assert not schedule.pesq_counts(7, 8, LossConfig())
 
 
 @pytest.mark.parametrize("kind", ["onecycle", "cosine", "constant"])

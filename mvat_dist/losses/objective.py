@@ -47,6 +47,7 @@ class Prepared:
     targets: Targets
     compressed: CompressedTargets | None
     pesq: PesqTargets | None
+    """None too where it does not count yet."""
     output: OutputTargets | None
     maps: Maps | None
     """None where the teacher was not asked."""
@@ -86,13 +87,16 @@ class Objective:
         )
         """Names of what a call returns."""
 
-    def prepare(self, noisy: Tensor, clean: Tensor, lesson: Lesson | None) -> Prepared:
-        """Targets of one batch (B, T), made once for all students; without `lesson` the clean ones."""
+    def prepare(self, noisy: Tensor, clean: Tensor, lesson: Lesson | None, *, pesq: bool = True) -> Prepared:
+        """Targets of one batch (B, T), made once for all students.
+
+        Without `lesson` or `pesq`, those of the terms that do not count now are left out.
+        """
         output = lesson.output if lesson else None
         return Prepared(
             targets=self._enhancement.prepare(noisy, clean),
             compressed=self._compressed.prepare(noisy, clean) if self._own.compressed else None,
-            pesq=self._pesq.prepare(noisy, clean) if self._own.pesq else None,
+            pesq=self._pesq.prepare(noisy, clean) if self._own.pesq and pesq else None,
             output=None if output is None else self._output.prepare(output),
             maps=lesson.maps if lesson else None,
         )

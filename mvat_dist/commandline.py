@@ -42,8 +42,10 @@ def place(text: str) -> str:
     """A path or a URL as an option's type.
 
     Raises:
-        argparse.ArgumentTypeError: it is empty.
+        argparse.ArgumentTypeError: it is empty, or, from a file, no text.
     """
+    if not isinstance(text, str):
+        raise argparse.ArgumentTypeError(f"{text!r} is no path: put it in quotes")
     if not text:
         raise argparse.ArgumentTypeError("the path is empty (a variable of the shell that is not set?)")
     return text

@@ -112,13 +112,7 @@ def parse(argv: list[str] | None, prog: str = "python -m mvat_dist.train") -> Co
 
 
 def _make_paths_absolute(config: Config) -> None:
-    """A run is the same experiment from whichever folder it is started.
-
-    Raises:
-        UserError: no folder for the runs.
-    """
-    if not config.runs:
-        raise UserError("--runs is empty: name the folder for the runs")
+    """A run is the same experiment from whichever folder it is started."""
     config.runs = str(Path(config.runs).absolute())
     config.data.train = locations.absolute(config.data.train)
     config.data.valid = config.data.valid and locations.absolute(config.data.valid)
@@ -147,8 +141,11 @@ def check(config: Config) -> None:
     Raises:
         UserError: with the key at fault and the fix.
     """
-    for option, location in (("--data.train", config.data.train), ("--data.valid", config.data.valid)):
-        locations.check(option, location)
+    if not config.runs:
+        raise UserError("--runs is empty: name the folder for the runs")
+    locations.check("--data.train", config.data.train)
+    if config.data.valid:
+        locations.check("--data.valid", config.data.valid)
     chosen = students.select(config.student, config.sizes)
     if config.track.objective and config.track.objective not in chosen:
         raise UserError(

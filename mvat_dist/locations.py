@@ -55,9 +55,14 @@ def check(option: str, location: str) -> None:
     """Refuse what is no location of packed data, or one that holds a secret.
 
     Raises:
-        UserError: another protocol, a user name, a password or a signature in a URL, a glob over http.
+        UserError: an empty path, another protocol, a user name, a password or a signature in a URL, a glob
+            over http.
     """
     for one in expand(location):
+        if not one:
+            raise UserError(
+                f"{option} {location!r}: the path is empty (a variable of the shell that is not set?)"
+            )
         if is_url(one):
             _check_url(option, one)
 

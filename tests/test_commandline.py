@@ -38,6 +38,10 @@ def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -
         ("report", ["", "--out", "x"]),
         ("experiment", ["grid.yaml", "--out="]),
         ("cache", ["--teacher", "x", "--data", "y", "--out", ""]),
+        ("cache", ["--teacher", "x", "--data", "", "--out", "y"]),
+        ("train", ["--data.train="]),
+        ("train", ["--data.train={,b}"]),
+        ("train", ["--data.valid={a,}"]),
         ("pack", ["dns", "--corpus", "", "--out", "x"]),
         ("pack", ["dns", "--corpus", "x", "--out="]),
         ("pack", ["verify", ""]),
@@ -50,3 +54,10 @@ def test_an_empty_path_is_not_the_folder_one_is_in(
 ) -> None:
     main = importlib.import_module(f"mvat_dist.{command}").main
     assert_refused(main, argv, "the path is empty", capsys)
+
+
+def test_a_number_in_a_file_is_no_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("corpus: 2024\nout: there\n")
+    main = importlib.import_module("mvat_dist.pack").main
+    assert_refused(main, ["dns", "--config", str(recipe)], "2024 is no path", capsys)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import numpy.typing as npt
 import pesq
@@ -40,12 +42,21 @@ def test_a_loss_vanishes_at_the_target_and_grows_with_noise(loss: CompressedLoss
 @pytest.mark.parametrize("loss", LOSSES)
 def test_silence_has_finite_loss_and_gradient(loss: CompressedLoss | PesqLoss) -> None:
     silence, loud = torch.zeros(2, SAMPLES), noise(2, SAMPLES).float()
-    for noisy, clean, given in ((silence, silence, silence), (loud, silence, silence), (loud, loud, silence)):
+    cases = (
+        (silence, silence, silence),
+        (loud, silence, silence),
+        (loud, loud, silence),
+        (loud, silence, loud),
+    )
+    for noisy, clean, given in cases:
         estimate = given.clone().requires_grad_()
         value = loss(estimate, loss.prepare(noisy, clean))
         assert value.isfinite()
         (gradient,) = torch.autograd.grad(value, estimate)
         assert gradient.isfinite().all()
+        if isinstance(loss, PesqLoss) and clean is silence:  # the measure has no score for it either
+            assert value == 0
+            assert not gradient.any()
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -96,30 +107,127 @@ def test_the_compressed_loss_is_its_formula_at_any_level() -> None:
         assert again.item() == pytest.approx(value, rel=1e-12)
 
 
-def test_a_tone_of_1_khz_and_40_db_has_one_sone() -> None:
-    """What a sone is; ten times the intensity is about twice as loud (Stevens's rule, 3.01 dB / 10 dB)."""
+def root(value: float, order: int) -> float:
+    return float((value + 1e-6) ** (1 / order) - 1e-6 ** (1 / order))
+
+
+def loudness_at(power: float, threshold: float) -> float:
+    """Zwicker's, where a tone of 1 kHz and 40 dB has 1 sone in half a Bark."""
+
+    def formula(intensity: float, quiet: float) -> float:
+        return float((2 * quiet) ** 0.23 * (max(0.5 + 0.5 * intensity / quiet, 1) ** 0.23 - 1))
+
+    of_one_khz = 3.64 - 6.5 * np.exp(-0.6 * 2.3**2) + 1e-3
+    return formula(power, threshold) / (0.5 * formula(1e4, 10 ** (of_one_khz / 10)))
+
+
+def bands_of(signal: Array) -> tuple[Array, list[float]]:
+    """Intensities (frames, 40) of half Barks from 0.5 on, and their hearing thresholds."""
+    signal = signal / np.sqrt(np.mean(signal**2))
+    padded, window = np.pad(signal, 256, mode="reflect"), np.hanning(513)[:512]
+    frames = [padded[at : at + 512] * window for at in range(0, len(signal) + 1, 256)]
+    power = np.abs(np.fft.rfft(frames)) ** 2 / (256 * np.sum(window**2))
+    edges = [1960 * (bark + 0.53) / (26.28 - bark) for bark in np.arange(0.5, 20.6, 0.5)]
+    found = np.zeros((len(frames), 40))
+    for band, (low, high) in enumerate(itertools.pairwise(edges)):
+        for at in range(257):
+            overlap = min(high, 31.25 * (at + 0.5)) - max(low, 31.25 * (at - 0.5))
+            found[:, band] += power[:, at] * max(overlap, 0) / 31.25
+    middles = [(low + high) / 2000 for low, high in itertools.pairwise(edges)]
+    decibels = [3.64 * f**-0.8 - 6.5 * np.exp(-0.6 * (f - 3.3) ** 2) + 1e-3 * f**4 for f in middles]
+    return 10**7.9 * found, [10 ** (one / 10) for one in decibels]
+
+
+def pesq_loss_by_loops(estimate: Array, clean: Array) -> float:
+    (heard, quiet), (reference, _) = bands_of(estimate), bands_of(clean)
+    active = reference.sum(1) > 1e4
+    tilt = (heard[active].mean(0) + 1e3) / (reference[active].mean(0) + 1e3)
+    reference = reference * np.clip(tilt, 0.01, 100)
+    gains = [
+        (x[x > quiet].sum() + 5e3, y[y > quiet].sum() + 5e3) for x, y in zip(reference, heard, strict=True)
+    ]
+    plain = [one / other for one, other in gains]
+    disturbed, added = [], []
+    for at, (wanted, found) in enumerate(zip(reference, heard, strict=True)):
+        louder = found * np.clip(0.8 * plain[at] + 0.2 * plain[max(at - 1, 0)], 3e-4, 5)
+        errors, more = [], []
+        for x, y, threshold in zip(wanted, louder, quiet, strict=True):
+            a, b = loudness_at(x, threshold), loudness_at(y, threshold)
+            errors.append(max(abs(a - b) - 0.25 * min(a, b), 0))
+            ratio = ((y + 10**2.6) / (x + 10**2.6)) ** 1.2
+            more.append(errors[-1] * (0 if ratio < 3 else min(ratio, 12)))
+        disturbed.append(20 * root(float(np.mean(np.square(errors))), 2))
+        added.append(20 * float(np.mean(more)))
+
+    def over_time(values: list[float]) -> float:
+        values = [min(one, 45) + 0.05 * max(one - 45, 0) for one in values]
+        syllables = [values[start : start + 20] for start in range(0, len(values), 10)]
+        norms = [root(sum(one**6 for one in syllable) / 20, 6) for syllable in syllables]
+        return root(float(np.mean(np.square(norms))), 2)
+
+    return 0.1 * over_time(disturbed) + 0.0309 * over_time(added)
+
+
+@pytest.mark.parametrize(
+    "samples", [SAMPLES, 9000, 2500]
+)  # syllables: one and a half, with a rest, half of one
+@pytest.mark.parametrize("kind", ["noise", "speech"])
+def test_the_pesq_loss_is_its_formula(samples: int, kind: str) -> None:
+    if kind == "noise":
+        clean, estimate = noise(2, samples, seed=1), noise(2, samples, seed=3)
+    else:
+        clean = torch.from_numpy(np.stack([syllables(0.6, seed=one)[:samples] for one in range(2)])).double()
+        estimate = 0.3 * clean + 0.01 * noise(2, clean.shape[-1], seed=3)
+    expected = [pesq_loss_by_loops(a.numpy(), b.numpy()) for a, b in zip(estimate, clean, strict=True)]
+    loss = PesqLoss()
+    assert loss(estimate, loss.prepare(clean, clean)).item() == pytest.approx(np.mean(expected), rel=1e-9)
+
+
+def test_the_loudness_of_tones() -> None:
+    """A tone of 1 kHz and 40 dB has 1 sone; ten times the intensity is 10^0.23 times as loud; too soft a one
+    has none.
+    """
     intensity = torch.zeros(40, 1, dtype=torch.float64)
-    band = 15  # 8.0 to 8.5 Bark, by Traunmüller's formula 914 to 1003 Hz
-    assert loudness(intensity).abs().max().item() == 0
-    found = []
-    for db in (40.0, 70.0, 80.0):
+
+    def sones(band: int, db: float) -> float:
+        intensity.zero_()
         intensity[band] = 10 ** (db / 10)
-        found.append(0.5 * loudness(intensity).sum().item())
-    assert found[0] == pytest.approx(1.0, rel=0.1)
-    assert found[2] / found[1] == pytest.approx(10**0.23, rel=0.02)
+        return 0.5 * loudness(intensity).sum().item()
+
+    # 78 to 137 Hz: threshold about 21 dB; 914 to 1003 Hz: 3; 3.2 to 3.5 kHz: -5
+    assert sones(15, 40.0) == pytest.approx(1.0, rel=0.1)
+    assert sones(15, 80.0) / sones(15, 70.0) == pytest.approx(10**0.23, rel=0.02)
+    assert (sones(0, 18.0), sones(15, 2.0), sones(31, -7.0)) == (0, 0, 0)
+    assert min(sones(0, 25.0), sones(15, 6.0), sones(31, -2.0)) > 0
 
 
-def test_the_pesq_loss_heeds_neither_level_nor_a_smooth_filter() -> None:
-    """As the measure: it aligns levels and evens out mean spectra. The noise itself costs far more."""
+@pytest.mark.parametrize("gain", [3.7, 0.3, 0.03, 0.003])
+def test_the_pesq_loss_does_not_heed_the_level(gain: float) -> None:
+    """As the measure, which aligns levels; so nothing is won by muting."""
     clean = torch.from_numpy(syllables(2.0)).double()[None]
     noisy = clean + torch.from_numpy(noise_at(clean[0].numpy(), 5.0)).double()
     loss = PesqLoss()
     targets = loss.prepare(noisy, clean)
-    value = loss(noisy, targets).item()
-    assert loss(3.7 * noisy, targets).item() == pytest.approx(value, rel=1e-9)
-    assert loss(0.5 * clean, targets).item() == pytest.approx(0, abs=1e-6)
+    assert loss(gain * noisy, targets).item() == pytest.approx(loss(noisy, targets).item(), rel=1e-9)
+    assert loss(gain * clean, targets).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_pesq_loss_does_not_heed_a_smooth_filter() -> None:
+    """As the measure, which evens out mean spectra. The noise itself costs far more."""
+    clean = torch.from_numpy(syllables(2.0)).double()[None]
+    noisy = clean + torch.from_numpy(noise_at(clean[0].numpy(), 5.0)).double()
+    loss = PesqLoss()
+    targets = loss.prepare(noisy, clean)
     filtered = torch.from_numpy(lfilter([1.0, 0.5], [1.0], clean.numpy()))
-    assert loss(filtered, targets).item() < 0.1 * value
+    assert loss(filtered, targets).item() < 0.1 * loss(noisy, targets).item()
+
+
+def test_an_error_at_the_very_end_is_heard() -> None:
+    clean = noise(1, 32000, seed=1)
+    estimate = clean.clone()
+    estimate[:, -1600:] += noise(1, 1600, seed=2)
+    loss = PesqLoss()
+    assert loss(estimate, loss.prepare(clean, clean)).item() > 0.1
 
 
 def degraded(clean: npt.NDArray[np.float32], seed: int) -> list[npt.NDArray[np.float32]]:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from mvat_dist.config import DataConfig
+from mvat_dist.data.mix import rooms
 
 _NO_CHOICE = (
     "train", "valid", "mode", "workers", "variants", "on_damage", "max_damaged", "cache_dir", "cache_gb"
@@ -18,6 +19,8 @@ _NO_CHOICE = (
 def choices(config: DataConfig) -> dict[str, Any]:
     """What `config` says of making segments, as plain values, equal to themselves after JSON."""
     said = {name: value for name, value in asdict(config).items() if name not in _NO_CHOICE}
+    if config.made_up_rooms:
+        said["rooms_version"] = rooms.VERSION
     plain: dict[str, Any] = json.loads(json.dumps(said))
     return plain
 

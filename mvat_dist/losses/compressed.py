@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mvat_dist.losses.distance import check_shape, check_shapes, full_precision, hann
+from mvat_dist.losses.distance import check_shape, check_shapes, full_precision, hann, rms
 from mvat_dist.losses.enhancement import LEAST_LEVEL
 
 EXPONENT = 0.3
@@ -53,7 +53,7 @@ class CompressedLoss:
             ValueError: the shapes differ.
         """
         check_shapes(clean, noisy)
-        level = full_precision(noisy.detach()).square().mean(-1, keepdim=True).sqrt().clamp(min=LEAST_LEVEL)
+        level = rms(noisy.detach(), LEAST_LEVEL)
         return CompressedTargets(clean.shape, level, *_compressed(clean.detach(), level))
 
     def __call__(self, estimate: Tensor, targets: CompressedTargets) -> Tensor:

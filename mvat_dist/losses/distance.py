@@ -132,6 +132,11 @@ def full_precision(signal: Tensor) -> Tensor:
     return signal if signal.dtype == torch.float64 else signal.float()
 
 
+def rms(signal: Tensor, least: float) -> Tensor:
+    """Root mean square (B, 1) of a signal (B, T), at least `least`, with a finite gradient."""
+    return full_precision(signal).square().mean(-1, keepdim=True).clamp(min=least**2).sqrt()
+
+
 def _spectral_distance(power: Tensor, magnitude: Tensor, logarithm: Tensor) -> Tensor:
     """SC + MAG of one resolution, (B,)."""
     error: Tensor = torch.linalg.vector_norm(power.sqrt() - magnitude, dim=(1, 2))

@@ -1,7 +1,11 @@
-"""A differentiable likeness of PESQ (ITU-T P.862): what is heard of an error, in points of its raw score.
+"""A likeness of PESQ (ITU-T P.862) that has a gradient: what is heard of an error, in points of its raw
+score.
 
-It has the measure's steps after the alignment in time, which a network that keeps time does not need; its
-tables of bands, thresholds and loudness give way to closed forms of psychoacoustics.
+It has these steps of the measure: one level for both signals, bands in Bark, compensation of the mean
+spectrum and of slow gains, loudness, masking, the asymmetry of what is added, the norms over bands and time.
+Tables of bands, thresholds and loudness give way to closed forms of psychoacoustics. It leaves out what
+aligns in time, which a network that keeps time does not need, the input's filters, the search for bad
+intervals, and the weights of quiet frames and of long recordings.
 """
 
 from __future__ import annotations
@@ -10,17 +14,18 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mvat_dist.config import SAMPLE_RATE
-from mvat_dist.losses.distance import check_shape, check_shapes, full_precision, hann
+from mvat_dist.losses.distance import check_shape, check_shapes, full_precision, hann, rms
 from mvat_dist.losses.enhancement import LEAST_LEVEL
 
 SPEECH_DB_SPL = 79.0
 """Level at which both signals are heard (P.862)."""
 LEAST_SHARE = 0.1
-"""Of the noisy signal's RMS: what is quieter, as an estimate of no speech ought to be, is not raised to that
-level (design choice)."""
+"""Of the noisy signal's RMS: a clean signal that is quieter is no speech, and its item counts as 0. The
+measure has no score for it either (design choice)."""
 FFT, HOP = 512, 256
 """Length and hop of the periodic Hann windows, in samples: 32 and 16 ms (P.862)."""
 BANDS, BAND_BARK, FIRST_BARK = 40, 0.5, 0.5
@@ -29,14 +34,15 @@ EXPONENT = 0.23
 """Of intensity in loudness (Zwicker and Fastl, "Psychoacoustics", chapter 8)."""
 ACTIVE_DB_SPL, TILT_FLOOR, TILT_MOST = 40.0, 1e3, 100.0
 """Of the compensated difference in mean spectra: least level of the frames it is taken from (design choice),
-what is added to both spectra, and the most by which they may differ (P.862)."""
+what is added to both spectra, and the most by which they may differ (P.862's numbers, on a scale of 1 at
+0 dB SPL)."""
 GAIN_FLOOR, GAIN_LEAST, GAIN_MOST, GAIN_MEMORY = 5e3, 3e-4, 5.0, 0.2
-"""Of the compensated gain of each frame: what is added to both intensities, the limits, and the share of the
-frame before (P.862)."""
+"""Of the compensated gain of each frame: what is added to both intensities, the limits, and the share of
+the frame before (P.862's numbers, on that scale; its memory goes on, this one ends with the frame before)."""
 MASKED = 0.25
 """Share of the lesser loudness by which the two differ unheard (P.862)."""
 ADDED_FLOOR_DB_SPL = 26.0
-"""Added to both intensities before their ratio is taken (P.862 has 50 in units of its own)."""
+"""Added to both intensities before their ratio is taken (design choice)."""
 ADDED_EXPONENT, ADDED_LEAST, ADDED_MOST = 1.2, 3.0, 12.0
 """How much more is heard of what was added to speech: a power of the ratio, 0 below the least (P.862)."""
 MOST, BEYOND = 45.0, 0.05
@@ -47,7 +53,7 @@ SYLLABLE, SYLLABLE_NORM = 20, 6
 DISTURBANCE_POINTS, ADDED_POINTS = 0.1, 0.0309
 """Points of raw PESQ that one unit of either disturbance costs (P.862)."""
 _EPS = 1e-6
-"""Keeps the gradients of roots finite."""
+"""Keeps the gradients of roots finite. It takes 0.1 off a sixth root: less disturbance than that is free."""
 
 
 class PesqTargets(NamedTuple):
@@ -55,19 +61,20 @@ class PesqTargets(NamedTuple):
 
     shape: torch.Size
     """(B, T)."""
-    least: Tensor
-    """Mean square (B, 1) that counts where a signal is quieter."""
+    speech: Tensor
+    """1 where the clean signal is speech, otherwise 0, (B,)."""
     intensity: Tensor
     """Of the clean signal, (B, bands, frames); 1 is 0 dB SPL."""
 
 
 class PesqLoss:
-    """0.1 D + 0.0309 A: 4.5 less this is about raw PESQ; lower is better, 0 to about 6.
+    """0.1 D + 0.0309 A; 4.5 less this goes with raw PESQ. Lower is better, 0 to about 6.
 
     D is the disturbance, in sone, and A the one that was added to speech: differences of specific
     loudness between estimate and clean signal, less what is masked, summed over bands, then P.862's norm over
-    time. Its value does not depend on the estimate's level, and little on its slow gain: to be used beside a
-    loss that does.
+    time. It ranks sounds as the measure does, and may be a point off it. Its value does not depend on the
+    estimate's level, and little on its slow gain: to be used beside a loss that does. Where something begins
+    to count as added, it jumps, as P.862 does.
 
     Sources: Rix et al., "Perceptual evaluation of speech quality (PESQ)", ICASSP 2001; Martin-Doñas et
     al., "A deep learning loss function based on the perceptual evaluation of the speech quality", IEEE
@@ -81,26 +88,27 @@ class PesqLoss:
             ValueError: the shapes differ.
         """
         check_shapes(clean, noisy)
-        least = (LEAST_SHARE**2 * _power(full_precision(noisy.detach()))).clamp(min=LEAST_LEVEL**2)
-        return PesqTargets(clean.shape, least, _intensity(clean.detach(), least))
+        least = (LEAST_SHARE * rms(noisy.detach(), LEAST_LEVEL)).clamp(min=LEAST_LEVEL)
+        speech = rms(clean.detach(), LEAST_LEVEL) > least
+        return PesqTargets(clean.shape, speech[:, 0].float(), _intensity(clean.detach()))
 
     def __call__(self, estimate: Tensor, targets: PesqTargets) -> Tensor:
-        """The loss () of an estimate (B, T), the mean over its items.
+        """The loss () of an estimate (B, T), the mean over its items; those without speech are 0.
 
         Raises:
             ValueError: the estimate's shape is not that of the targets.
         """
         check_shape(estimate, targets.shape)
-        heard = _intensity(estimate, targets.least)
-        clean = targets.intensity * _tilt(heard, targets.intensity)
-        heard = heard * _gain(heard, clean)
+        intensity = _intensity(estimate)
+        clean = targets.intensity * _tilt(intensity, targets.intensity)
+        heard = intensity * _gain(intensity, clean)
         both = loudness(heard), loudness(clean)
         error = ((both[0] - both[1]).abs() - MASKED * torch.minimum(*both)).clamp(min=0)
         width = BAND_BARK * BANDS
         disturbance = _root(error.square().mean(1), 2) * width
         added = (error * _added(heard, clean)).mean(1) * width
         points = DISTURBANCE_POINTS * _over_time(disturbance) + ADDED_POINTS * _over_time(added)
-        return points.mean()
+        return (points * targets.speech).mean()
 
 
 def loudness(intensity: Tensor) -> Tensor:
@@ -108,8 +116,13 @@ def loudness(intensity: Tensor) -> Tensor:
 
     Zwicker's formula for sounds that do not spread over bands: a tone of 1 kHz at 40 dB SPL has 1 sone.
     """
-    of_tone = _zwicker(intensity.new_tensor(1e4), _threshold(intensity.new_tensor(1.0)))
-    return _zwicker(intensity, _bands(intensity.dtype, intensity.device)[1]) / (BAND_BARK * of_tone)
+    return _zwicker(intensity, _bands(intensity.dtype, intensity.device)[1]) / (BAND_BARK * _sone())
+
+
+@lru_cache(maxsize=1)
+def _sone() -> float:
+    """What Zwicker's formula says of the tone that has 1 sone."""
+    return _zwicker(torch.tensor(1e4).double(), _threshold(torch.tensor(1.0).double())).item()
 
 
 def _zwicker(intensity: Tensor, threshold: Tensor) -> Tensor:
@@ -137,16 +150,11 @@ def _bands(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         return shares.to(device, dtype), _threshold((low + high) / 2000).to(device, dtype)
 
 
-def _power(signal: Tensor) -> Tensor:
-    """Mean square (B, 1) of a signal (B, T)."""
-    return signal.square().mean(-1, keepdim=True)
-
-
-def _intensity(signal: Tensor, least: Tensor) -> Tensor:
+def _intensity(signal: Tensor) -> Tensor:
     """Intensities (B, BANDS, frames) of a signal (B, T) that is heard at `SPEECH_DB_SPL`."""
     with torch.autocast(signal.device.type, enabled=False):
         signal = full_precision(signal)
-        signal = signal / torch.maximum(_power(signal), least).sqrt()
+        signal = signal / rms(signal, LEAST_LEVEL)
         window = hann(FFT, signal.dtype, signal.device)
         # So that a white signal's bins add up to its power.
         window = window / (window.square().sum() * FFT / 2).sqrt()
@@ -155,18 +163,18 @@ def _intensity(signal: Tensor, least: Tensor) -> Tensor:
         return 10 ** (SPEECH_DB_SPL / 10) * (shares @ spectrum.square().sum(-1))
 
 
-def _tilt(heard: Tensor, clean: Tensor) -> Tensor:
+def _tilt(estimate: Tensor, clean: Tensor) -> Tensor:
     """Factors (B, BANDS, 1) that give the clean signal the other one's mean spectrum."""
     active = (clean.sum(1, keepdim=True) > 10 ** (ACTIVE_DB_SPL / 10)).to(clean.dtype)
     frames = active.sum(2, keepdim=True).clamp(min=1)
-    means = [(signal * active).sum(2, keepdim=True) / frames for signal in (heard, clean)]
+    means = [(signal * active).sum(2, keepdim=True) / frames for signal in (estimate, clean)]
     return ((means[0] + TILT_FLOOR) / (means[1] + TILT_FLOOR)).clamp(1 / TILT_MOST, TILT_MOST)
 
 
-def _gain(heard: Tensor, clean: Tensor) -> Tensor:
-    """Factors (B, 1, frames) that give the frames heard the clean ones' intensity."""
-    _, threshold = _bands(heard.dtype, heard.device)
-    totals = [(signal * (signal > threshold)).sum(1, keepdim=True) for signal in (heard, clean)]
+def _gain(estimate: Tensor, clean: Tensor) -> Tensor:
+    """Factors (B, 1, frames) that give the estimate's frames the clean ones' intensity."""
+    _, threshold = _bands(estimate.dtype, estimate.device)
+    totals = [(signal * (signal > threshold)).sum(1, keepdim=True) for signal in (estimate, clean)]
     gains = (totals[1] + GAIN_FLOOR) / (totals[0] + GAIN_FLOOR)
     before = torch.cat([gains[..., :1], gains[..., :-1]], -1)
     return torch.lerp(gains, before, GAIN_MEMORY).clamp(GAIN_LEAST, GAIN_MOST)
@@ -180,10 +188,15 @@ def _added(heard: Tensor, clean: Tensor) -> Tensor:
 
 
 def _over_time(disturbance: Tensor) -> Tensor:
-    """The norm (B,) of disturbances (B, frames): the sixth within syllables, the second over them."""
+    """The norm (B,) of disturbances (B, frames): the sixth within syllables, the second over them.
+
+    A syllable begins every half of one, also where less than a whole one is left: what lacks is 0 (P.862).
+    """
     disturbance = disturbance.clamp(max=MOST) + BEYOND * (disturbance - MOST).clamp(min=0)
-    length = min(SYLLABLE, disturbance.shape[-1])
-    syllables = disturbance.unfold(-1, length, max(length // 2, 1)) ** SYLLABLE_NORM
+    frames, hop = disturbance.shape[-1], SYLLABLE // 2
+    begun = (frames - 1) // hop * hop
+    whole = F.pad(disturbance, (0, begun + SYLLABLE - frames))
+    syllables = whole.unfold(-1, SYLLABLE, hop) ** SYLLABLE_NORM
     of_syllables = _root(syllables.mean(-1), SYLLABLE_NORM)
     return _root(of_syllables.square().mean(-1), 2)
 

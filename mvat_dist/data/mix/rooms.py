@@ -17,6 +17,8 @@ speech (ISO 3382-1, annex A)."""
 
 Target = Literal["reverberant", "early", "dry"]
 
+VERSION = 2
+"""Of made-up rooms: raised where the same draws come to make other samples."""
 T60 = (0.2, 1.0)
 """Shortest and longest reverberation time of made-up rooms in seconds (design choice): a furnished office, a
 lecture hall."""

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mvat_dist.losses.distance import check_shape, check_shapes, full_precision, hann, rms
+from mvat_dist.losses.distance import check_shape, check_shapes, rms
 from mvat_dist.losses.enhancement import LEAST_LEVEL
+from mvat_dist.losses.spectrum import full_precision, hann, power, stft
 
 EXPONENT = 0.3
 """Of magnitudes (the paper's value)."""
@@ -29,9 +30,9 @@ class CompressedTargets(NamedTuple):
     level: Tensor
     """RMS of the noisy signal, (B, 1); at least `LEAST_LEVEL`."""
     magnitude: Tensor
-    """Compressed magnitudes of the clean one, (B, F, frames, 1)."""
+    """Compressed magnitudes of the clean one, (B, frames, F)."""
     spectrum: Tensor
-    """Compressed spectrum of the clean one, real and imaginary part, (B, F, frames, 2)."""
+    """Compressed complex spectrum of the clean one, (B, frames, F)."""
 
 
 class CompressedLoss:
@@ -65,16 +66,16 @@ class CompressedLoss:
         check_shape(estimate, targets.shape)
         magnitude, spectrum = _compressed(estimate, targets.level)
         of_magnitudes = (magnitude - targets.magnitude).square().mean()
-        of_spectra = (spectrum - targets.spectrum).square().sum(-1).mean()
+        of_spectra = power(spectrum - targets.spectrum).mean()
         return (1 - COMPLEX_SHARE) * of_magnitudes + COMPLEX_SHARE * of_spectra
 
 
 def _compressed(signal: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-    """Compressed magnitudes (B, F, frames, 1) and spectrum (B, F, frames, 2) of a signal (B, T)."""
+    """Compressed magnitudes and complex spectrum (B, frames, F) of a signal (B, T)."""
     with torch.autocast(signal.device.type, enabled=False):
         signal = full_precision(signal) / level
         window = hann(FFT, signal.dtype, signal.device)
-        window = window / window.square().sum().sqrt()
-        spectrum = torch.view_as_real(torch.stft(signal, FFT, HOP, window=window, return_complex=True))
-        power = spectrum.square().sum(-1, keepdim=True) + POWER_FLOOR
-        return power ** (EXPONENT / 2), spectrum * power ** ((EXPONENT - 1) / 2)
+        spectrum = stft(signal, FFT, HOP, window / window.square().sum().sqrt())
+        floored = power(spectrum) + POWER_FLOOR
+        factor = floored ** ((EXPONENT - 1) / 2)
+        return factor * floored.sqrt(), spectrum * factor

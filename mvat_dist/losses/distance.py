@@ -2,7 +2,7 @@
 
 d(a, b) = mean|a - b| + 0.5 * SC(a, b) + 0.5 * MAG(a, b), with spectral convergence SC and log-magnitude
 distance MAG averaged over three STFT resolutions (Yamamoto et al., "Parallel WaveGAN", arXiv 1910.11480).
-The STFT's conventions are those of `src/stft_loss.py` in github.com/winddori2002/MANNER: centred frames with
+The STFT's magnitudes are those of `src/stft_loss.py` in github.com/winddori2002/MANNER: centred frames with
 reflected edges, periodic Hann windows, no normalisation, one value per item.
 
 A spectrum is linear in its signal, so that of a difference is the difference of two: a caller who knows it
@@ -12,11 +12,12 @@ hands it in, and no second STFT is made.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from mvat_dist.losses.spectrum import full_precision, hann, squared, stft
 
 POWER_FLOOR = 1e-7
 """Least squared magnitude: keeps the logarithm and its gradient finite in silence."""
@@ -41,13 +42,13 @@ class Reference(NamedTuple):
     signal: Tensor
     """(B, T), full scale 1."""
     magnitudes: list[Tensor]
-    """STFT magnitudes (B, F, frames), one per resolution."""
+    """STFT magnitudes (B, frames, F), one per resolution."""
     logarithms: list[Tensor]
     """Their natural logarithms."""
 
 
 def spectra(signal: Tensor) -> list[Tensor]:
-    """Complex STFTs (B, F, frames) of a signal (B, T), one per resolution, in float32 (float64 stays).
+    """Complex STFTs (B, frames, F) of a signal (B, T), one per resolution, in float32 (float64 stays).
 
     Raises:
         ValueError: it has another shape, or is shorter than the largest window.
@@ -58,17 +59,8 @@ def spectra(signal: Tensor) -> list[Tensor]:
     with torch.autocast(signal.device.type, enabled=False):
         signal = full_precision(signal)
         return [
-            torch.stft(
-                signal,
-                n_fft=resolution.fft,
-                hop_length=resolution.hop,
-                win_length=resolution.window,
-                window=hann(resolution.window, signal.dtype, signal.device),
-                center=True,
-                pad_mode="reflect",
-                return_complex=True,
-            )
-            for resolution in RESOLUTIONS
+            stft(signal, fft, hop, hann(window, signal.dtype, signal.device))
+            for fft, hop, window in RESOLUTIONS
         ]
 
 
@@ -84,7 +76,7 @@ def reference(signal: Tensor, known: Sequence[Tensor] | None = None) -> Referenc
     """
     with torch.autocast(signal.device.type, enabled=False):
         signal = full_precision(signal.detach())
-        powers = [_power(spectrum.detach()) for spectrum in known or spectra(signal)]
+        powers = [squared(one.detach()).clamp(min=POWER_FLOOR) for one in known or spectra(signal)]
         return Reference(signal, [p.sqrt() for p in powers], [0.5 * p.log() for p in powers])
 
 
@@ -106,7 +98,7 @@ def distance(estimate: Tensor, target: Reference, known: Sequence[Tensor] | None
     with torch.autocast(estimate.device.type, enabled=False):
         estimate = full_precision(estimate)
         spectral = [
-            _spectral_distance(_power(spectrum), magnitude, logarithm)
+            _SpectralDistance.apply(spectrum, magnitude, logarithm)  # type: ignore[no-untyped-call]
             for spectrum, magnitude, logarithm in zip(known or spectra(estimate), *target[1:], strict=True)
         ]
         return (estimate - target.signal).abs().mean(-1) + 0.5 * torch.stack(spectral).mean(0)
@@ -127,32 +119,37 @@ def check_shape(estimate: Tensor, shape: torch.Size) -> None:
         raise ValueError(f"estimate and target differ in shape: {tuple(estimate.shape)}, {tuple(shape)}")
 
 
-def full_precision(signal: Tensor) -> Tensor:
-    """The signal in float32, or in float64 where it is that already."""
-    return signal if signal.dtype == torch.float64 else signal.float()
-
-
 def rms(signal: Tensor, least: float) -> Tensor:
     """Root mean square (B, 1) of a signal (B, T), at least `least`, with a finite gradient."""
     return full_precision(signal).square().mean(-1, keepdim=True).clamp(min=least**2).sqrt()
 
 
-def _spectral_distance(power: Tensor, magnitude: Tensor, logarithm: Tensor) -> Tensor:
-    """SC + MAG of one resolution, (B,)."""
-    error: Tensor = torch.linalg.vector_norm(power.sqrt() - magnitude, dim=(1, 2))
-    norm: Tensor = torch.linalg.vector_norm(magnitude, dim=(1, 2))
-    return error / norm + (0.5 * power.log() - logarithm).abs().mean(dim=(1, 2))
+class _SpectralDistance(torch.autograd.Function):
+    """SC + MAG of complex spectra (B, frames, F) of one resolution, (B,).
 
+    Its gradient is the spectrum times a real factor, which is made in the forward pass, where all that it
+    needs is at hand.
+    """
 
-def _power(spectrum: Tensor) -> Tensor:
-    """Squared magnitude of a complex STFT, at least `POWER_FLOOR`."""
-    real, imaginary = torch.view_as_real(spectrum).unbind(-1)
-    return (real.square() + imaginary.square()).clamp(min=POWER_FLOOR)
+    @staticmethod
+    def forward(ctx: Any, spectrum: Tensor, magnitude: Tensor, logarithm: Tensor) -> Tensor:
+        powers = squared(spectrum)
+        floored = powers.clamp(min=POWER_FLOOR)
+        own = floored.sqrt()
+        error = own - magnitude
+        size = torch.linalg.vector_norm(error, dim=(1, 2), keepdim=True)
+        norm = torch.linalg.vector_norm(magnitude, dim=(1, 2), keepdim=True)
+        apart = floored.log().mul_(0.5).sub_(logarithm)
+        found: Tensor = (size / norm).flatten() + apart.abs().mean(dim=(1, 2))
+        if ctx.needs_input_grad[0]:
+            heard = (powers >= POWER_FLOOR).to(own.dtype)
+            least = torch.finfo(own.dtype).tiny  # where there is no error, its direction counts for nothing
+            factor = error.div_(own).div_(size.clamp(min=least) * norm)
+            factor += apart.sign_().div_(floored).mul_(len(apart) / apart.numel())
+            ctx.save_for_backward(spectrum, factor.mul_(heard))
+        return found
 
-
-@lru_cache(maxsize=16)
-def hann(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The periodic Hann window, made once."""
-    # Also where the first to ask is in inference mode: a later training may have to save it for its backward.
-    with torch.inference_mode(mode=False):
-        return torch.hann_window(length, dtype=dtype, device=device)
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        spectrum, factor = ctx.saved_tensors
+        return spectrum * (factor * gradients[0].view(-1, 1, 1)), None, None

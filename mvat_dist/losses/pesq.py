@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvat_dist.config import SAMPLE_RATE
-from mvat_dist.losses.distance import check_shape, check_shapes, full_precision, hann, rms
+from mvat_dist.losses.distance import check_shape, check_shapes, rms
 from mvat_dist.losses.enhancement import LEAST_LEVEL
+from mvat_dist.losses.spectrum import full_precision, hann, power, stft
 
 SPEECH_DB_SPL = 79.0
 """Level at which both signals are heard (P.862)."""
@@ -158,9 +159,9 @@ def _intensity(signal: Tensor) -> Tensor:
         window = hann(FFT, signal.dtype, signal.device)
         # So that a white signal's bins add up to its power.
         window = window / (window.square().sum() * FFT / 2).sqrt()
-        spectrum = torch.view_as_real(torch.stft(signal, FFT, HOP, window=window, return_complex=True))
+        powers = power(stft(signal, FFT, HOP, window))
         shares, _ = _bands(signal.dtype, signal.device)
-        return 10 ** (SPEECH_DB_SPL / 10) * (shares @ spectrum.square().sum(-1))
+        return 10 ** (SPEECH_DB_SPL / 10) * (shares @ powers.mT)
 
 
 def _tilt(estimate: Tensor, clean: Tensor) -> Tensor:

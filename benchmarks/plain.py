@@ -166,6 +166,15 @@ def _distance(estimate: Tensor, target: Tensor) -> Tensor:
     return total
 
 
+def enhancement_loss(estimate: Tensor, noisy: Tensor, clean: Tensor) -> Tensor:
+    """L_enhance of an estimate (B, T), every spectrum made for it alone."""
+    noise = noisy - clean
+    energies = clean.square().sum(-1), noise.square().sum(-1)
+    weight = energies[0] / (energies[0] + energies[1] + 2e-7)
+    speech, rest = _distance(estimate, clean), _distance(noisy - estimate, noise)
+    return (weight * speech + (1 - weight) * rest).mean()
+
+
 def _loss(
     estimate: Tensor,
     views: Mapping[ViewKey, Tensor],
@@ -173,12 +182,8 @@ def _loss(
     noisy: Tensor,
     clean: Tensor,
 ) -> Tensor:
-    """L = L_enhance + L_MVAT, every spectrum made for this student."""
-    noise = noisy - clean
-    energies = clean.square().sum(-1), noise.square().sum(-1)
-    weight = energies[0] / (energies[0] + energies[1] + 2e-7)
-    speech, rest = _distance(estimate, clean), _distance(noisy - estimate, noise)
-    total = (weight * speech + (1 - weight) * rest).mean()
+    """L = L_enhance + L_MVAT."""
+    total = enhancement_loss(estimate, noisy, clean)
     for key in views.keys() & teacher.keys():
         frames = min(views[key].shape[-1], teacher[key].shape[-1])
         maps = [F.normalize(one[key][..., :frames].square().sum(1), dim=-1) for one in (views, teacher)]

@@ -217,7 +217,7 @@ def _check_ranges(config: Config) -> None:
     for key, value in shares.items():
         if not 0 <= value <= 1:
             raise UserError(f"--{key} is {value}: it is a share from 0 to 1")
-    # The largest analysis window of the spectral loss: 2048 samples, reflected at both ends.
+    # A few frames of the longest window of the losses, 1200 samples.
     if config.data.segment_seconds * SAMPLE_RATE < 2048:
         raise UserError(
             f"--data.segment_seconds is {config.data.segment_seconds}: the spectral loss needs 0.128 s"

@@ -55,7 +55,7 @@ class Machine:
     """Of the teacher."""
     learning: Rate = _LEARNING
     """Of a student: forward and backward."""
-    loss: float = 0.036
+    loss: float = 0.018
     """Seconds of the losses per second of audio and student, with the backward."""
     update: float = 5.8e-9
     """Optimiser seconds per parameter."""

@@ -16,6 +16,7 @@ from torch.nn.functional import interpolate
 
 from mvat_dist.config import SAMPLE_RATE
 from mvat_dist.losses import CompressedLoss, PesqLoss
+from mvat_dist.losses import pesq as pesq_losses
 from mvat_dist.losses.pesq import loudness
 from mvat_dist.models.logmmse import LogMmse
 from tests.signals import noise_at, syllables
@@ -54,7 +55,7 @@ def test_silence_has_finite_loss_and_gradient(loss: CompressedLoss | PesqLoss) -
         assert value.isfinite()
         (gradient,) = torch.autograd.grad(value, estimate)
         assert gradient.isfinite().all()
-        if isinstance(loss, PesqLoss) and clean is silence:  # the measure has no score for it either
+        if isinstance(loss, PesqLoss) and clean is silence:
             assert value == 0
             assert not gradient.any()
 
@@ -67,6 +68,32 @@ def test_an_estimate_of_another_shape_is_refused(loss: CompressedLoss | PesqLoss
             loss(other, targets)
     with pytest.raises(ValueError, match="differ in shape"):
         loss.prepare(noise(2, SAMPLES), noise(1, SAMPLES))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_what_is_too_short_to_be_reflected_is_refused(loss: CompressedLoss | PesqLoss) -> None:
+    assert loss.prepare(noise(2, 257), noise(2, 257)).shape == (2, 257)
+    for shape in ((2, 256), (2, 1, 257)):
+        with pytest.raises(ValueError, match=r"must be \(B, T\) with T of more than 256 samples"):
+            loss.prepare(noise(*shape), noise(*shape))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_precision_and_graphs_are_those_of_float32(loss: CompressedLoss | PesqLoss) -> None:
+    """Whatever autocast says, also of halves, and first asked in inference mode; targets are constant."""
+    noisy, clean, estimate = (noise(2, SAMPLES, seed=seed).float() for seed in range(3))
+    pesq_losses._bands.cache_clear()
+    with torch.inference_mode():
+        expected = loss(estimate, loss.prepare(noisy, clean)).item()
+    with torch.autocast("cpu", torch.bfloat16):
+        given = [one.clone().requires_grad_() for one in (noisy, clean, estimate)]
+        value = loss(given[2], loss.prepare(*given[:2]))
+        half = loss(estimate.bfloat16(), loss.prepare(noisy.bfloat16(), clean.bfloat16()))
+    value.backward()
+    assert value.item() == pytest.approx(expected, rel=1e-6)
+    assert [one.grad is None for one in given] == [True, True, False]
+    assert half.dtype == torch.float32
+    assert half.item() == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -171,10 +198,13 @@ def pesq_loss_by_loops(estimate: Array, clean: Array) -> float:
 @pytest.mark.parametrize(
     "samples", [SAMPLES, 9000, 2500]
 )  # syllables: one and a half, with a rest, half of one
-@pytest.mark.parametrize("kind", ["noise", "speech"])
+@pytest.mark.parametrize("kind", ["noise", "uneven", "speech"])
 def test_the_pesq_loss_is_its_formula(samples: int, kind: str) -> None:
-    if kind == "noise":
+    if kind != "speech":
         clean, estimate = noise(2, samples, seed=1), noise(2, samples, seed=3)
+        if kind == "uneven":  # frames' gains beyond both of their limits
+            clean[:, : samples // 2] *= 1e-3
+            estimate[:, samples // 2 :] *= 1e-3
     else:
         clean = torch.from_numpy(np.stack([syllables(0.6, seed=one)[:samples] for one in range(2)])).double()
         estimate = 0.3 * clean + 0.01 * noise(2, clean.shape[-1], seed=3)
@@ -201,7 +231,19 @@ def test_the_loudness_of_tones() -> None:
     assert min(sones(0, 25.0), sones(15, 6.0), sones(31, -2.0)) > 0
 
 
-@pytest.mark.parametrize("gain", [3.7, 0.3, 0.03, 0.003])
+@pytest.mark.parametrize(("snr", "counts"), [(-19.0, True), (-21.0, False)])
+def test_what_drowns_in_noise_is_no_speech(snr: float, counts: bool) -> None:
+    clean = noise(2, 16000, seed=1)
+    noisy = clean.clone()
+    noisy[0] += 10 ** (-snr / 20) * noise(16000, seed=2)
+    loss = PesqLoss()
+    both = loss(noisy, loss.prepare(noisy, clean)).item()  # the second is right, and has a share in the mean
+    alone = loss(noisy[:1], loss.prepare(clean[:1], clean[:1])).item()
+    assert both == pytest.approx(0.5 * alone if counts else 0.0, abs=1e-9)
+    assert alone > 1
+
+
+@pytest.mark.parametrize("gain", [3.7, 0.3, 0.003, 1e-3])
 def test_the_pesq_loss_does_not_heed_the_level(gain: float) -> None:
     """As the measure, which aligns levels; so nothing is won by muting."""
     clean = torch.from_numpy(syllables(2.0)).double()[None]

@@ -171,7 +171,7 @@ def test_gradient_is_that_of_the_formula() -> None:
 
 
 def test_a_loss_that_was_first_asked_in_inference_mode_trains(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a window as long as its FFT the backward keeps no copy, but what was made for the first to ask."""
+    """The backward keeps the window itself; 1536 is a length that no other test asks for."""
     resolutions = (distances.Resolution(1536, 120, 1536),)
     monkeypatch.setattr(distances, "RESOLUTIONS", resolutions)
     estimate, teacher = noise(2, SAMPLES, seed=1), noise(2, SAMPLES, seed=2)

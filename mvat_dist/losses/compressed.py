@@ -51,7 +51,7 @@ class CompressedLoss:
         """Targets of one batch (B, T) for any number of students.
 
         Raises:
-            ValueError: the shapes differ.
+            ValueError: the shapes differ, or T is no more than `FFT` // 2.
         """
         check_shapes(clean, noisy)
         level = rms(noisy.detach(), LEAST_LEVEL)

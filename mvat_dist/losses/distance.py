@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mvat_dist.losses.spectrum import full_precision, hann, squared, stft
+from mvat_dist.losses.spectrum import full_precision, hann, plain_power, stft
 
 POWER_FLOOR = 1e-7
 """Least squared magnitude: keeps the logarithm and its gradient finite in silence."""
@@ -76,7 +76,7 @@ def reference(signal: Tensor, known: Sequence[Tensor] | None = None) -> Referenc
     """
     with torch.autocast(signal.device.type, enabled=False):
         signal = full_precision(signal.detach())
-        powers = [squared(one.detach()).clamp(min=POWER_FLOOR) for one in known or spectra(signal)]
+        powers = [plain_power(one.detach()).clamp(min=POWER_FLOOR) for one in known or spectra(signal)]
         return Reference(signal, [p.sqrt() for p in powers], [0.5 * p.log() for p in powers])
 
 
@@ -133,7 +133,7 @@ class _SpectralDistance(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, spectrum: Tensor, magnitude: Tensor, logarithm: Tensor) -> Tensor:
-        powers = squared(spectrum)
+        powers = plain_power(spectrum)
         floored = powers.clamp(min=POWER_FLOOR)
         own = floored.sqrt()
         error = own - magnitude
@@ -144,12 +144,14 @@ class _SpectralDistance(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             heard = (powers >= POWER_FLOOR).to(own.dtype)
             least = torch.finfo(own.dtype).tiny  # where there is no error, its direction counts for nothing
-            factor = error.div_(own).div_(size.clamp(min=least) * norm)
+            factor = error.div_(own).div_((size * norm).clamp(min=least))
             factor += apart.sign_().div_(floored).mul_(len(apart) / apart.numel())
             ctx.save_for_backward(spectrum, factor.mul_(heard))
         return found
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # else the factor would count as constant, without a word
+            raise RuntimeError("the spectral distance can be differentiated once, not twice")
         spectrum, factor = ctx.saved_tensors
         return spectrum * (factor * gradients[0].view(-1, 1, 1)), None, None

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvat_dist.errors import UserError
+from mvat_dist.losses.spectrum import full_precision
 from mvat_dist.students import Side, Size, View, ViewKey
 
 Maps = dict[ViewKey, Tensor]
@@ -26,8 +27,7 @@ NORM_FLOOR = 1e-12
 
 def energy_map(feature: Tensor) -> Tensor:
     """Sum over channels of the squared view feature: (B, n, T) -> (B, T), float32 (float64 stays)."""
-    feature = feature if feature.dtype == torch.float64 else feature.float()
-    return feature.square().sum(1)
+    return full_precision(feature).square().sum(1)
 
 
 def shared_blocks(student: Size, teacher: Size) -> list[tuple[Side, int]]:

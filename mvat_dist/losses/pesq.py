@@ -25,8 +25,8 @@ from mvat_dist.losses.spectrum import full_precision, hann, power, stft
 SPEECH_DB_SPL = 79.0
 """Level at which both signals are heard (P.862)."""
 LEAST_SHARE = 0.1
-"""Of the noisy signal's RMS: a clean signal that is quieter is no speech, and its item counts as 0. The
-measure has no score for it either (design choice)."""
+"""Of the noisy signal's RMS: a clean signal that is quieter, at less than some -20 dB of SNR, counts as no
+speech, and its item as 0 (design choice): the measure has no score where there is none, and near 1 there."""
 FFT, HOP = 512, 256
 """Length and hop of the periodic Hann windows, in samples: 32 and 16 ms (P.862)."""
 BANDS, BAND_BARK, FIRST_BARK = 40, 0.5, 0.5
@@ -54,7 +54,7 @@ SYLLABLE, SYLLABLE_NORM = 20, 6
 DISTURBANCE_POINTS, ADDED_POINTS = 0.1, 0.0309
 """Points of raw PESQ that one unit of either disturbance costs (P.862)."""
 _EPS = 1e-6
-"""Keeps the gradients of roots finite. It takes 0.1 off a sixth root: less disturbance than that is free."""
+"""Keeps the gradients of roots finite. It takes 0.1 off a sixth root: less than that is nearly free."""
 
 
 class PesqTargets(NamedTuple):
@@ -74,8 +74,8 @@ class PesqLoss:
     D is the disturbance, in sone, and A the one that was added to speech: differences of specific
     loudness between estimate and clean signal, less what is masked, summed over bands, then P.862's norm over
     time. It ranks sounds as the measure does, and may be a point off it. Its value does not depend on the
-    estimate's level, and little on its slow gain: to be used beside a loss that does. Where something begins
-    to count as added, it jumps, as P.862 does.
+    estimate's level down to `LEAST_LEVEL`, and little on its slow gain: to be used beside a loss that does.
+    Where something begins to count as added, it jumps, as P.862 does.
 
     Sources: Rix et al., "Perceptual evaluation of speech quality (PESQ)", ICASSP 2001; Martin-Doñas et
     al., "A deep learning loss function based on the perceptual evaluation of the speech quality", IEEE
@@ -86,7 +86,7 @@ class PesqLoss:
         """Targets of one batch (B, T) for any number of students.
 
         Raises:
-            ValueError: the shapes differ.
+            ValueError: the shapes differ, or T is no more than `FFT` // 2.
         """
         check_shapes(clean, noisy)
         least = (LEAST_SHARE * rms(noisy.detach(), LEAST_LEVEL)).clamp(min=LEAST_LEVEL)

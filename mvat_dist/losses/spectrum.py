@@ -1,4 +1,4 @@
-"""Short-time spectra as the losses need them: a gradient at a third of the price of `torch.stft`'s.
+"""Short-time spectra as the losses need them: a gradient at a third to two thirds of the price of torch's.
 
 Frames are centred and edges reflected, as in `torch.stft`. A window begins its frame instead of lying in
 the middle of the FFT's length, which shifts phases alike in all signals and leaves magnitudes as they are.
@@ -28,15 +28,23 @@ def hann(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def stft(signal: Tensor, fft: int, hop: int, window: Tensor) -> Tensor:
-    """Complex spectra (B, T // hop + 1, fft // 2 + 1) of a signal (B, T); T is at least half the window + 1.
+    """Complex spectra (B, T // hop + 1, fft // 2 + 1) of a signal (B, T).
 
     Args:
-        signal: float32 or float64.
+        signal: float32 or float64, longer than half the window.
         fft: length of the FFT in samples, even and at least that of the window.
         hop: samples from frame to frame.
         window: of even length.
+
+    Raises:
+        ValueError: the signal has another shape, or is too short to be reflected at its ends.
     """
+    assert fft % 2 == len(window) % 2 == 0
+    assert len(window) <= fft
     half = len(window) // 2
+    if signal.ndim != 2 or signal.shape[1] <= half:
+        shape = tuple(signal.shape)
+        raise ValueError(f"a signal must be (B, T) with T of more than {half} samples, got shape {shape}")
     padded = F.pad(signal.unsqueeze(1), (half, half), mode="reflect").squeeze(1)
     spectrum: Tensor = _Stft.apply(padded, window, fft, hop)  # type: ignore[no-untyped-call]
     return spectrum
@@ -44,19 +52,19 @@ def stft(signal: Tensor, fft: int, hop: int, window: Tensor) -> Tensor:
 
 def power(spectrum: Tensor) -> Tensor:
     """Squared magnitudes of a complex spectrum."""
-    squared: Tensor = _Power.apply(spectrum)  # type: ignore[no-untyped-call]
-    return squared
+    found: Tensor = _Power.apply(spectrum)  # type: ignore[no-untyped-call]
+    return found
 
 
-def squared(spectrum: Tensor) -> Tensor:
-    """As `power`, of what needs no gradient."""
+def plain_power(spectrum: Tensor) -> Tensor:
+    """As `power`, for where no gradient is taken: torch's own would cost more."""
     return (spectrum * spectrum.conj()).real
 
 
 class _Stft(torch.autograd.Function):
     """Windowed frames of a signal (B, T), and their FFTs.
 
-    torch's own backward makes a complex FFT of twice the length, and scatters sample by sample.
+    torch's own backward makes a complex FFT instead of a real one, and scatters sample by sample.
     """
 
     @staticmethod
@@ -98,7 +106,7 @@ class _Power(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, spectrum: Tensor) -> Tensor:
         ctx.save_for_backward(spectrum)
-        return squared(spectrum).contiguous()
+        return plain_power(spectrum).contiguous()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:

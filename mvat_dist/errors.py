@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
+import select
 import sys
 from collections.abc import Callable, Iterable
 
@@ -15,6 +17,9 @@ EXIT_BUSY = 3
 
 EXIT_HUNG = 4
 """Exit code of a training that its watchdog ended."""
+
+EXIT_UNREAD = 141
+"""Exit code where the reader of standard output has gone: 128 + SIGPIPE, as of a program that it ends."""
 
 EXIT_PORT = 5
 """Exit code where another program listens on the port on which the ranks should meet."""
@@ -80,15 +85,19 @@ def exit_code(main: Callable[[list[str] | None], None], argv: list[str] | None =
     """Run ``main(argv)`` as a command and return the process's exit code.
 
     0 on success, the error's code (2, with one line on stderr) for a `UserError`, 2 for a full,
-    read-only or forbidden disk, 130 for Ctrl-C. Any other exception is a defect and propagates.
+    read-only or forbidden disk, 130 for Ctrl-C, 141 where nobody reads what it prints any more, as after
+    ``| head``. Any other exception is a defect and propagates.
     """
     try:
         main(argv)
+        sys.stdout.flush()
     except UserError as error:
         if error.say:
             print(f"error: {error}", file=sys.stderr)
         return error.code
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return EXIT_UNREAD
         refusal = machine_refusal(error)
         if refusal is None:
             raise
@@ -98,3 +107,14 @@ def exit_code(main: Callable[[list[str] | None], None], argv: list[str] | None =
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe without a reader; it then goes nowhere from now on."""
+    output, unread = sys.stdout.fileno(), select.poll()
+    unread.register(output, 0)  # errors are reported unasked: of a pipe, that its readers have gone
+    if not unread.poll(0):
+        return False
+    # Python would flush it once more at its end, and complain.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True

@@ -13,7 +13,7 @@ import torch
 
 from mvat_dist import devices, locations, ranks
 from mvat_dist import metrics as metric_table
-from mvat_dist.commandline import CommandParser
+from mvat_dist.commandline import CommandParser, place
 from mvat_dist.config import SAMPLE_RATE
 from mvat_dist.data.store.shardcache import Cache
 from mvat_dist.data.testsets import TestSets, folder_pair, held_out
@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         "runs, students' folders or model files, NAME=PATH to name one; log-mmse is a classical filter, to "
         "be better than; none scores the noisy input only"
     )
-    add("models", nargs="*", metavar="MODEL", help=model)
+    add("models", nargs="*", type=place, metavar="MODEL", help=model)
     data = (
         "packed corpus (its test_* subsets, else valid) or packed subset, as a folder, URL or quoted "
         "pattern; DNS or Valentini corpus as it comes; or a folder with noisy/ and clean/"
@@ -61,13 +61,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--dnsmos", type=Path, help="file sig_bak_ovr.onnx (default: the one in the package speechmos)")
     add("--against", help=f"the network that the others are compared with, or {NOISY} (default: the first)")
-    add("--limit", type=int, default=0, help="most clips of each test set (default: all)")
-    seconds = "score only the start of each clip (default: all of it)"
+    add("--limit", type=int, default=0, help="most clips of each test set (default: 0, all)")
+    seconds = "score only the start of each clip (default: 0, all of it)"
     add("--max-seconds", type=float, default=0.0, help=seconds)
     add("--weights", choices=("best", "last"), default="best", help="which weights (default: %(default)s)")
     out = "folder for rows and tables (default: evaluate/DATA-WEIGHTS in the run, or here for several MODELs)"
     add("--out", type=Path, help=out)
-    add("--processes", type=int, default=0, help="scoring processes (default: one per available CPU)")
+    add("--processes", type=int, default=0, help="scoring processes (default: 0, one per available CPU)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the networks run")
     return parser
 

@@ -16,12 +16,14 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from mvat_dist import configfile, evaluate, report, submit
+from mvat_dist import configfile, evaluate, metrics, report, submit
+from mvat_dist.cluster.plan import check_teacher_file
 from mvat_dist.commandline import CommandParser
 from mvat_dist.config import Config
+from mvat_dist.data.testsets import held_out
 from mvat_dist.errors import EXIT_BUSY, UserError, exit_code
 from mvat_dist.rundir import RunDir, run_folder
-from mvat_dist.scoring.candidates import CLASSICAL
+from mvat_dist.scoring.candidates import CLASSICAL, networks_of
 
 _SIGNALLED = 128
 """Exit codes above it say which signal ended a process."""
@@ -116,7 +118,10 @@ def main(argv: list[str] | None = None) -> None:
     grid = read(arguments.grid)
     out: Path = arguments.out.absolute()
     asked, overrides = submit.parser().parse_known_args(options)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file: give a folder")
     todo = cells(grid, out / "runs", overrides)
+    _check(grid, todo)
     _say(todo, out)
     unfinished = [cell for cell in todo if not cell.finished]
     if asked.dry_run:
@@ -136,12 +141,35 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(1)
 
 
+def _check(grid: Grid, todo: list[Cell]) -> None:
+    """Refuse now what would otherwise be refused when hours of training are behind it.
+
+    Raises:
+        UserError: no such teacher, metric, baseline or test set.
+    """
+    metrics.select(grid.metrics)
+    for config in (cell.config for cell in todo):
+        if config.distil.method != "none" and config.teacher.source == "live":
+            check_teacher_file(config.teacher.file)
+    try:
+        networks_of([_apart(baseline) for baseline in grid.baselines], "best")
+        for data in dict.fromkeys(_test(grid, cell) for cell in todo):
+            held_out(data, 1, 0.0)
+    except UserError as error:
+        raise UserError(f"what is to be scored in the end: {error}") from error
+
+
+def _test(grid: Grid, cell: Cell) -> str:
+    """Where the clips of a run's scores lie."""
+    return grid.test or cell.config.data.train
+
+
 def _report(finished: list[Cell], grid: Grid, out: Path) -> None:
     """Scores and the page of the runs that are `finished`."""
     if not finished:
         return
     for cell in finished:
-        data, run = grid.test or cell.config.data.train, cell.run.path
+        data, run = _test(grid, cell), cell.run.path
         argv = [str(run), *map(_apart, grid.baselines), "--data", data, "--metrics", grid.metrics]
         evaluate.main([*argv, "--out", str(run / "evaluate" / evaluate.label_of(data, "best"))])
     report.main([*(str(cell.run.path) for cell in finished), "--out", str(out)])

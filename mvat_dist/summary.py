@@ -134,7 +134,8 @@ def by_snr(rows: Iterable[Row]) -> dict[str, list[Row]]:
     buckets: dict[float, list[Row]] = {}
     for row in rows:
         if row["snr_db"] is not None:
-            buckets.setdefault(row["snr_db"] // BUCKET_DB * BUCKET_DB, []).append(row)
+            low = row["snr_db"] // BUCKET_DB * BUCKET_DB + 0.0  # 0 is never -0
+            buckets.setdefault(low, []).append(row)
     return {f"{low:g}..{low + BUCKET_DB:g} dB": buckets[low] for low in sorted(buckets)}
 
 

@@ -103,7 +103,7 @@ def test_rows_hold_what_the_metrics_say_of_each_network(run, corpus, capsys):
     printed = capsys.readouterr().out
     assert printed.startswith((out / "scores.md").read_text().rstrip())
     assert "| teacher (tiny-teacher) |" in printed
-    assert "- tiny-a, SI-SDR: 1 of 2 clips without a score, silent reference" in printed
+    assert "- silent reference: 1 of 2 clips without SI-SDR, STOI of noisy, teacher, tiny-a" in printed
 
 
 def test_the_record_has_means_over_valid_clips_and_costs(run, corpus, capsys):

@@ -49,9 +49,10 @@ def test_comparisons_leave_out_clips_that_one_has_no_score_for():
 
 
 def test_buckets_hold_their_lower_end_and_leave_out_what_has_no_snr():
-    rows = [{"snr_db": snr} for snr in (5.0, -0.01, 4.99, None, 12.0, -7.0)]
+    rows = [{"snr_db": snr} for snr in (-0.0, 5.0, -0.01, 4.99, None, 12.0, -7.0)]
     assert {name: [row["snr_db"] for row in its] for name, its in by_snr(rows).items()} == {
-        "-10..-5 dB": [-7.0], "-5..0 dB": [-0.01], "0..5 dB": [4.99], "5..10 dB": [5.0], "10..15 dB": [12.0],
+        "-10..-5 dB": [-7.0], "-5..0 dB": [-0.01], "0..5 dB": [-0.0, 4.99], "5..10 dB": [5.0],
+        "10..15 dB": [12.0],
     }  # fmt: skip
 
 

@@ -139,11 +139,17 @@ def table_markdown(
 
 
 def _failures(one: Section, metrics: Sequence[str]) -> Iterator[str]:
+    """A line for each reason, count and choice of metrics; models that have all three in common share it."""
+    models: dict[tuple[str, int, tuple[str, ...]], list[str]] = {}
     for model, scores in one.summaries.items():
+        labels: dict[tuple[str, int], list[str]] = {}
         for name in metrics:
-            for reason, count in scores[name].failed.items():
-                where = f"{model}, {METRICS[name].label}"
-                yield f"- {where}: {count} of {one.clips} clips without a score, {reason}"
+            for failure in scores[name].failed.items():
+                labels.setdefault(failure, []).append(METRICS[name].label)
+        for (reason, count), its in labels.items():
+            models.setdefault((reason, count, tuple(its)), []).append(model)
+    for (reason, count, its), who in models.items():
+        yield f"- {reason}: {count} of {one.clips} clips without {', '.join(its)} of {', '.join(who)}"
 
 
 def _by_snr(one: Section, labels: Mapping[str, str], metric: str) -> str:
@@ -204,4 +210,6 @@ def _change(found: Difference, decimals: int) -> str:
 def _cost_cells(known: Cost | None) -> list[str]:
     if known is None:
         return ["-"] * 3
-    return [f"{known.parameters / 1e6:.2f}", f"{known.gmac_at_4_s:.2f}", f"{known.real_time_factor:.3f}"]
+    # A classical filter has neither weights nor matrices to multiply.
+    counts = [f"{one:.2f}" if one else "-" for one in (known.parameters / 1e6, known.gmac_at_4_s)]
+    return [*counts, f"{known.real_time_factor:.3f}"]

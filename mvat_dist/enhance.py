@@ -27,7 +27,16 @@ from mvat_dist.commandline import CommandParser
 from mvat_dist.deploy import enhancer
 from mvat_dist.deploy.ending import SIGNALS, TIDY_SECONDS, Ended, clean_end, handler
 from mvat_dist.deploy.enhancer import BLOCK, Enhancer
-from mvat_dist.deploy.soundfiles import Enhanced, Job, Progress, enhance_file, plan, seconds
+from mvat_dist.deploy.soundfiles import (
+    Enhanced,
+    Job,
+    Progress,
+    check_writable,
+    enhance_file,
+    plan,
+    remove_leftovers,
+    seconds,
+)
 from mvat_dist.deploy.windows import Audio
 from mvat_dist.errors import UserError, exit_code
 from mvat_dist.files import make_folder
@@ -94,6 +103,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     piped = STANDARD in arguments.inputs
     if piped and (len(arguments.inputs) > 1 or arguments.out):
         raise UserError("standard input (-) goes to standard output: give no other input and no --out")
+    if arguments.out == STANDARD:
+        raise UserError(
+            "--out is a folder, not standard output: a pipe is read with - as the input, without --out"
+        )
     if not piped and not arguments.out:
         raise UserError("give a folder for the enhanced files: --out DIR")
     return arguments
@@ -116,7 +129,7 @@ def _files(arguments: argparse.Namespace) -> None:
     # A folder in a target's place is no file that is there already: it is refused.
     todo = [job for job in jobs if arguments.overwrite or not job.target.exists() or job.target.is_dir()]
     network = _enhancer(arguments)
-    make_folder(arguments.out)
+    _make_ready(arguments.out, jobs, todo)
     clipped = failed = 0
     run = _one_by_one if arguments.processes == 1 else _in_parallel
     with _bar(todo) as bar, closing(run(network, todo, arguments, bar)) as results:
@@ -136,6 +149,15 @@ def _files(arguments: argparse.Namespace) -> None:
         print(f"note: {clipped} samples lie beyond full scale, where integer formats clip", file=sys.stderr)
     if failed:
         raise UserError(f"{failed} of {len(todo)} files could not be enhanced")
+
+
+def _make_ready(out: Path, jobs: Sequence[Job], todo: Sequence[Job]) -> None:
+    """A folder that can be written, without what killed runs left in it."""
+    make_folder(out)
+    if any(job.target.parent == out for job in todo):
+        check_writable(out)
+    if removed := remove_leftovers(jobs):
+        print(f"note: {removed} files that a killed run left half written are removed", file=sys.stderr)
 
 
 def _bar(jobs: Sequence[Job]) -> tqdm[NoReturn]:

@@ -90,7 +90,8 @@ def exit_code(main: Callable[[list[str] | None], None], argv: list[str] | None =
     """
     try:
         main(argv)
-        sys.stdout.flush()
+        if sys.stdout:  # a shell's >&- leaves none
+            sys.stdout.flush()
     except UserError as error:
         if error.say:
             print(f"error: {error}", file=sys.stderr)
@@ -111,6 +112,8 @@ def exit_code(main: Callable[[list[str] | None], None], argv: list[str] | None =
 
 def _nobody_reads() -> bool:
     """Whether standard output is a pipe without a reader; it then goes nowhere from now on."""
+    if not sys.stdout:
+        return False
     output, unread = sys.stdout.fileno(), select.poll()
     unread.register(output, 0)  # errors are reported unasked: of a pipe, that its readers have gone
     if not unread.poll(0):

@@ -40,6 +40,8 @@ FP16_BOUND = 1e-2
 
 WORTH_IT = 0.95
 """Share of the time, or of the size, of fp32 that 8 bits may have at most: less of a gain is none."""
+SCORED_CLIPS = 2
+"""Fewest that the cost of 8 bits is taken from: one has no interval."""
 TIMED_PASSES = 11
 """Pairs of them, for a median."""
 
@@ -116,8 +118,11 @@ def _onnx(subject: Subject, file: Path) -> str:
 def _int8(subject: Subject, file: Path) -> str:
     """Ranges of the activations from every second clip, the cost from the others."""
     onnxfile = _onnxfile()
-    if len(subject.clips) < 2:
-        raise UserError("8 bits need at least two clips: one to take ranges from, one to score")
+    if len(subject.clips[1::2]) < SCORED_CLIPS:
+        raise UserError(
+            f"8 bits need at least {2 * SCORED_CLIPS} clips, every second one for ranges and the others to "
+            f"score, and there are {len(subject.clips)}: give more with --clips and --data"
+        )
     full = file.with_suffix(".fp32.onnx")
     onnxfile.save(subject.loaded.model, full, {})
     onnxfile.save_int8(full, file, [clip.noisy for clip in subject.clips[::2]], _onnx_about(subject))
@@ -126,9 +131,8 @@ def _int8(subject: Subject, file: Path) -> str:
     cost, low, high = mean_interval((fp32 - int8).tolist())  # of the same clips for both: paired
     time_share = _time_share(runs[1], runs[0], scored[0])
     size_share = file.stat().st_size / full.stat().st_size
-    interval = "" if low is None else f" [{low:.3f}, {high:.3f}]"
     said = (
-        f"PESQ-WB {fp32.mean():.3f} -> {int8.mean():.3f}, a cost of {cost:.3f}{interval} on "
+        f"PESQ-WB {fp32.mean():.3f} -> {int8.mean():.3f}, a cost of {cost:.3f} [{low:.3f}, {high:.3f}] on "
         f"{fp32.size} clips (95 %, paired), {time_share:.2f} times the time of fp32, {size_share:.2f} times "
         "the size"
     )
@@ -167,15 +171,18 @@ def _pesq(runs: Sequence[Run], clips: Sequence[Clip]) -> npt.NDArray[np.float64]
     """PESQ-WB of each of `runs` (rows), for the clips that have it for all of them (columns).
 
     Raises:
-        UserError: none has.
+        UserError: fewer than `SCORED_CLIPS` have.
     """
     estimates = [[run(clip.noisy[None])[0] for clip in clips] for run in runs]
     pairs = [Pair(one, clip.clean) for several in estimates for one, clip in zip(several, clips, strict=True)]
     scores = [one["pesq_wb"].value for one in score_pairs(pairs, ["pesq_wb"])]
     table = np.array(scores, dtype=np.float64).reshape(len(runs), len(clips))
     valid = table[:, np.isfinite(table).all(axis=0)]
-    if not valid.size:
-        raise UserError("PESQ has no score for any clip: give others with --data")
+    if valid.shape[1] < SCORED_CLIPS:
+        raise UserError(
+            f"PESQ has a score for {valid.shape[1]} of {len(clips)} clips, and 8 bits need at least "
+            f"{SCORED_CLIPS}: give others with --data"
+        )
     return valid
 
 

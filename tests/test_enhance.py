@@ -147,7 +147,8 @@ def test_dry_mixes_the_input_in(model):
 @pytest.mark.parametrize("rate", [8000, 16000, 44100, 96000])
 @pytest.mark.parametrize("samples", [0, 1, 2, 3, 777])
 def test_the_shortest_input_keeps_its_length(model, rate, samples):
-    assert model.enhance(np.full((samples, 2), 0.1, np.float32), rate).shape == (samples, 2)
+    channels = 1 if samples == 1 else 2  # more than there are frames are refused
+    assert model.enhance(np.full((samples, channels), 0.1, np.float32), rate).shape == (samples, channels)
 
 
 def test_integers_have_the_full_scale_of_their_type(model):
@@ -162,6 +163,7 @@ def test_integers_have_the_full_scale_of_their_type(model):
         (np.array([[0.0, 0.5], [np.inf, 0]]), 16000, "frame 1 is not finite"),
         (np.array([0.0, 1e30]), 16000, "120 dB above full scale"),
         (np.zeros((2, 16000)), 16000, "frames by channels"),
+        (np.zeros((2, 1000)), 16000, r"\(2, 1000\), more channels than frames.*\(T, C\)"),
         (np.zeros((2, 3, 4)), 16000, "frames by channels"),
         (np.zeros(3, np.uint8), 16000, "uint8"),
         (np.zeros(3), 0, "0 Hz"),
@@ -309,6 +311,7 @@ def test_beyond_full_scale_integers_are_clipped_and_counted(tmp_path):
         (["FOLDER", "-", "--out", "OUT"], "standard input"),
         (["", "--out", "OUT"], "the path is empty"),
         (["FOLDER", "--out", ""], "the path is empty"),
+        (["FOLDER/a.wav", "--out", "-"], "a pipe is read with - as the input"),
     ],
 )
 def test_mistakes_are_one_line_before_anything_is_written(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import pytest
 import soundfile
 
 from mvat_dist import modelfile
+from mvat_dist.deploy import exporting
 from mvat_dist.deploy.soundfiles import seconds
 from mvat_dist.enhance import main
 from mvat_dist.errors import exit_code
@@ -78,6 +81,28 @@ def test_the_example_reads_it_too(weights, streamed_flac, tmp_path):
     assert run(weights, tmp_path / "whole.flac", "--out", tmp_path / "out") == 0
     found, expected = (soundfile.read(tmp_path / one)[0] for one in ("enhanced.flac", "out/whole.flac"))
     np.testing.assert_allclose(found, expected, rtol=0, atol=2 / 32768)
+
+
+@pytest.mark.parametrize(
+    ("model", "source", "message"),
+    [
+        ("tiny.onnx", "nowhere.wav", "No such file or directory: 'nowhere.wav'"),
+        ("nowhere.onnx", "notes.wav", "No such file or directory: 'nowhere.onnx'"),
+        ("tiny.onnx", "notes.wav", "Error opening 'notes.wav': Format not recognised."),
+        ("notes.wav", "notes.wav", "notes.wav cannot be read as ONNX"),
+    ],
+)
+def test_the_example_refuses_in_one_line(weights, tmp_path, model, source, message):
+    onnxfile = pytest.importorskip("mvat_dist.deploy.onnxfile")
+    onnxfile.save(modelfile.load(weights).model, tmp_path / "tiny.onnx", {})
+    (tmp_path / "notes.wav").write_text("no audio, and no graph")
+    example = REPOSITORY / "docs" / "examples" / "enhance_onnx.py"
+    command = [sys.executable, example, model, source, "enhanced.wav"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -153,6 +178,86 @@ def test_awkward_names_are_enhanced_and_what_cannot_be_is_one_line(
         assert soundfile.info(os.fsencode(out) + b"/" + name).frames == 48000
 
 
+def without_privileges() -> list[str]:
+    """What to put before a command for which permissions hold, as they do not for root."""
+    if os.geteuid() != 0:
+        return []
+    command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+    if not shutil.which("setpriv") or subprocess.run([*command, "true"], capture_output=True).returncode:
+        pytest.skip("root without setpriv may read and write everything")
+    return command
+
+
+def test_what_may_not_be_read_or_written_is_named_for_what_it_is(weights, speech, tmp_path):
+    source, out, locked = tmp_path / "in", tmp_path / "out", tmp_path / "locked"
+    for folder in (source / "sub", out / "sub", locked):
+        folder.mkdir(parents=True)
+    for name in ("a.wav", "secret.wav", "sub/b.wav"):
+        shutil.copy(speech, source / name)
+    (source / "secret.wav").chmod(0)
+    (out / "sub").chmod(0o555)
+    locked.chmod(0o555)
+    command = [*without_privileges(), sys.executable, "-m", "mvat_dist.enhance", "--model", weights, source]
+
+    def refusals(place: Path) -> list[str]:
+        done = subprocess.run([*command, "--out", place], cwd=REPOSITORY, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert ".tmp" not in done.stderr
+        return re.findall("error: .*", done.stderr)
+
+    assert refusals(out) == [
+        f"error: {source}/secret.wav: cannot be read (permission denied)",
+        f"error: {source}/sub/b.wav: the folder {out}/sub cannot be written (permission denied): allow it or "
+        "choose another --out",
+        "error: 2 of 3 files could not be enhanced",
+    ]
+    assert (out / "a.wav").exists()
+    # Once, and not for every file.
+    assert refusals(locked) == [
+        f"error: the folder {locked} cannot be written (permission denied): allow it or choose another --out"
+    ]
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_read_only_file_system_is_named_and_no_temporary_file(
+    weights, speech, tmp_path, monkeypatch, capsys, later
+):
+    out = tmp_path / "out"
+
+    def mounted_read_only(path: object, flags: int, *more: object, **options: object) -> int:
+        writes = flags & (os.O_WRONLY | os.O_RDWR)
+        # A mount falls back to read-only after an error: at once, or when the first file is begun.
+        if writes and str(path).startswith(str(out)) and (not later or str(path) != str(out)):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return honest(path, flags, *more, **options)
+
+    honest = os.open
+    monkeypatch.setattr(os, "open", mounted_read_only)
+    assert run(weights, speech, "--out", out) == 2
+    said = capsys.readouterr().err
+    assert f"the folder {out} cannot be written (read-only file system)" in said
+    assert (f"error: {speech}: " in said) == later
+    assert ".tmp" not in said
+
+
+@pytest.mark.parametrize(("name", "kind"), [("tiny.pt", "TorchScript"), ("tiny.onnx", "ONNX")])
+def test_an_exported_graph_is_no_model_and_is_called_what_it_is(
+    weights, speech, tmp_path, capsys, recwarn, name, kind
+):
+    model = modelfile.load(weights).model
+    if kind == "ONNX":
+        pytest.importorskip("mvat_dist.deploy.onnxfile").save(model, tmp_path / name, {})
+    else:
+        exporting.save(model, tmp_path / name, "abc")
+    recwarn.clear()
+    assert run(tmp_path / name, speech, "--out", tmp_path / "out") == 2
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path / name}: this is an exported {kind} file: give the .safetensors beside it, or the "
+        "run\n"
+    )
+    assert not recwarn.list
+
+
 # --- the end --------------------------------------------------------------------------------------
 
 
@@ -211,3 +316,30 @@ def test_what_nohup_ignores_stays_ignored(weights, endless, tmp_path):
         begun.kill()
     assert begun.returncode == 128 + signal.SIGTERM
     assert "ended by SIGTERM" in said
+
+
+def test_what_a_killed_run_left_goes_with_the_next_and_what_others_write_stays(
+    weights, endless, speech, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "mvat_dist.enhance", "--model", weights, endless, "--out", out]
+    begun = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.DEVNULL)
+    try:
+        until(lambda: list(out.glob(".*.tmp")) != [], 120, "nothing was begun")
+    finally:
+        begun.kill()
+        begun.wait()
+    (left,) = out.iterdir()
+    assert f".{begun.pid}." in left.name
+    others = {
+        left.name.replace(f".{begun.pid}.", ".1."),  # of a process that runs
+        left.name.replace(f".{begun.pid}.", f".elsewhere.{begun.pid}."),  # of another host
+        left.name.replace("a.wav", "c.wav"),  # of another target
+        ".a.wav.tmp",
+    }
+    for name in others:
+        (out / name).touch()
+    shutil.copy(speech, endless / "a.wav")
+    assert run(weights, endless / "a.wav", "--out", out) == 0
+    assert {entry.name for entry in out.iterdir()} == {*others, "a.wav"}
+    assert "note: 1 files that a killed run left half written are removed" in capsys.readouterr().err

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +20,8 @@ from mvat_dist import export, modelfile
 from mvat_dist.deploy import leftovers
 from mvat_dist.errors import exit_code
 from mvat_dist.export import main
+from mvat_dist.metrics import Score
+from mvat_dist.scoring.children import Pair
 from mvat_dist.students import Size
 from tests.conftest import REPOSITORY
 from tests.export_runs import a_run, a_test_set
@@ -86,6 +90,29 @@ def test_8_bits_must_be_faster_or_smaller(
         sizes = [(out / name).stat().st_size for name in ("tiny.int8.onnx", "tiny.onnx")]
         assert (sizes[0] < export.WORTH_IT * sizes[1]) == smaller
     assert ("neither faster nor smaller" in capsys.readouterr().out) == (not kept)
+
+
+def test_8_bits_are_not_judged_on_one_clip(run, clips, tmp_path, capsys):
+    given = [*options(run, clips, tmp_path, "int8,fp16"), "--clips", "3"]  # two of them for the ranges
+    assert exit_code(main, given) == 2
+    assert "tiny.int8.onnx: NOT KEPT, 8 bits need at least 4 clips" in capsys.readouterr().out
+    rows = (tmp_path / "tiny.md").read_text().splitlines()
+    megabytes = {row.split("|")[1].strip(): row.split("|")[3].strip() for row in rows if "int8" in row}
+    assert megabytes == {"tiny.int8.onnx (not kept)": "-"}
+
+
+def test_8_bits_are_not_judged_on_one_score(run, clips, tmp_path, monkeypatch, capsys):
+    paces(monkeypatch, 0.5)
+
+    def one_fails(pairs: list[Pair], metrics: list[str]) -> list[dict[str, Score]]:
+        scores = honest(pairs, metrics)
+        scores[1] = {"pesq_wb": Score(None, "no utterance")}
+        return scores
+
+    honest = export.score_pairs
+    monkeypatch.setattr(export, "score_pairs", one_fails)
+    assert exit_code(main, [*options(run, clips, tmp_path, "int8"), "--max-pesq-loss", "9"]) == 2
+    assert "NOT KEPT, PESQ has a score for 1 of 2 clips" in capsys.readouterr().out
 
 
 def test_the_cost_of_8_bits_is_paired(run, clips, tmp_path, monkeypatch, capsys):
@@ -190,6 +217,35 @@ def test_a_card_is_written_for_a_file_whose_origin_is_illegible(clips, tmp_path)
     modelfile.save(model, loud(TINY).state_dict(), name="tiny", size=TINY, step=1, about=about)
     assert exit_code(main, options(model, clips, tmp_path / "out", "safetensors")) == 0
     assert (tmp_path / "out" / "tiny.md").read_text().count("cannot be read") == 2
+
+
+def test_a_mean_without_an_interval_and_a_damaged_table_hide_no_other_scores(clips, tmp_path):
+    model = tmp_path / "tiny.safetensors"
+    score = {"mean": 2.5, "low": 2.25, "high": 2.75}
+    scores = {
+        "one": {"a": {"tiny": {"pesq_wb": {"mean": 2.4, "low": None, "high": None}}}},
+        "damaged": {"b": {"tiny": {"pesq_wb": {"mean": 2.3}}}, "c": {"tiny": {"pesq_wb": score}}},
+        "more damaged": 7,
+        "none": {"d": {"tiny": {"pesq_wb": {"mean": None, "low": None, "high": None}}}},
+    }
+    about = {"scores": json.dumps(scores)}
+    modelfile.save(model, loud(TINY).state_dict(), name="tiny", size=TINY, step=1, about=about)
+    assert exit_code(main, options(model, clips, tmp_path / "out", "safetensors")) == 0
+    card = (tmp_path / "out" / "tiny.md").read_text()
+    found = card.split("## Scores\n\n")[1].split("Higher is better")[0]
+    told = [
+        " ".join(line.split()) for line in found.splitlines() if line and not re.match(r"\|[-:| ]*$", line)
+    ]
+    assert [line for line in told if "PESQ" not in line] == [
+        "a of one",
+        "| tiny | 2.40 |",
+        "What the file that was exported says of b of damaged cannot be read.",
+        "c of damaged",
+        "| tiny | 2.50 [2.25, 2.75] |",
+        "What the file that was exported says of more damaged cannot be read.",
+        "d of none",
+        "| tiny | - |",
+    ]
 
 
 def test_without_a_card_there_are_no_files(run, clips, tmp_path, monkeypatch):

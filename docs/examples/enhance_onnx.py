@@ -10,6 +10,7 @@ Any rate (other than 16 kHz: with soxr), channels and format. The whole file is 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -69,9 +70,23 @@ def enhanced(session: onnxruntime.InferenceSession, audio: np.ndarray) -> np.nda
     return out
 
 
+def loaded(model: str) -> onnxruntime.InferenceSession:
+    """The graph in a file.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's have no class in common
+        raise ValueError(f"{model} cannot be read as ONNX: {error}") from error
+
+
 def main(model: str, source: str, target: str) -> None:
     """Read, enhance, write."""
-    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    for given in (model, source):
+        Path(given).stat()  # names what is missing, of which libsndfile says "System error"
+    session = loaded(model)
     with OnePassFile(source) as sound:
         kind = {"format": sound.format, "subtype": sound.subtype, "endian": sound.endian}
         rate, noisy = sound.samplerate, whole(sound)
@@ -85,4 +100,8 @@ def main(model: str, source: str, target: str) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 4:
         sys.exit(__doc__)
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except (OSError, ValueError, soundfile.SoundFileError) as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        sys.exit(2)

@@ -85,7 +85,8 @@ class Enhancer:
             float32, not clipped.
 
         Raises:
-            UnusableAudioError: another shape, no rate, or samples that are not finite.
+            UnusableAudioError: another shape, more channels than frames, no rate, or samples that are not
+                finite.
         """
         samples = _floats(np.asarray(audio))
         frames = samples if samples.ndim == 2 else samples[:, None]
@@ -218,6 +219,11 @@ def _floats(audio: npt.NDArray[Any]) -> Audio:
     if audio.ndim not in (1, 2) or (audio.ndim == 2 and not 1 <= audio.shape[1] <= MOST_CHANNELS):
         raise UnusableAudioError(
             f"audio must be (T,) or (T, C), frames by channels, and has shape {audio.shape}"
+        )
+    if audio.ndim == 2 and 0 < audio.shape[0] < audio.shape[1]:
+        raise UnusableAudioError(
+            f"audio has shape {audio.shape}, more channels than frames: the layout is (T,) or (T, C), frames "
+            "by channels, so transpose it"
         )
     if np.issubdtype(audio.dtype, np.signedinteger):
         return (audio / -float(np.iinfo(audio.dtype).min)).astype(np.float32)

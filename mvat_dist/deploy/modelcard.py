@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import yaml
@@ -69,7 +70,7 @@ def card(loaded: LoadedModel, about: Mapping[str, str], exported: Sequence[Expor
         (
             f"`{one.file}`" if one.kept else f"{one.file} (not kept)",
             one.kind,
-            f"{one.bytes / 1e6:.2f}",
+            f"{one.bytes / 1e6:.2f}" if one.kept else "-",
             one.check,
         )
         for one in exported
@@ -106,12 +107,12 @@ def _use(kept: Sequence[str]) -> list[str]:
     return said or ["No file was kept."]
 
 
-def _legible(section: Callable[[], str]) -> str:
+def _legible(section: Callable[[], str], of: str = "it") -> str:
     """A section; another sentence where a file that was exported elsewhere says what it should not."""
     try:
         return section()
     except lineage.DAMAGE:
-        return "What the file that was exported says of it cannot be read."
+        return f"What the file that was exported says of {of} cannot be read."
 
 
 def _training(about: Mapping[str, str], kept: Sequence[str]) -> str:
@@ -140,21 +141,33 @@ def _scores(about: Mapping[str, str]) -> str:
     found = lineage.read(about, "scores")
     if not found:
         return "Not evaluated yet: `python -m mvat_dist.evaluate RUN --data DATA`, then export again."
-    blocks = []
-    for data, sections in found.items():
-        for section, by_model in sections.items():
-            metrics = [name for name in next(iter(by_model.values())) if name in METRICS]
-            rows = [
-                [model, *(_cell(scored[name], name) for name in metrics)]
-                for model, scored in by_model.items()
-            ]
-            heads = ["", *(f"{METRICS[name].label} {METRICS[name].unit}".strip() for name in metrics)]
-            blocks.append(f"{section} of {data}\n\n" + tabulate(rows, heads, tablefmt="github"))
-    return "\n\n".join([*blocks, "Higher is better; 95 % bootstrap intervals over clips in brackets."])
+    blocks = [_legible(partial(_tables, data, sections), data) for data, sections in found.items()]
+    how = "Higher is better; 95 % bootstrap intervals over clips in brackets, of two clips or more."
+    return "\n\n".join([*blocks, how])
+
+
+def _tables(data: str, sections: Mapping[str, Any]) -> str:
+    """One table for each section; a damaged one does not hide the others."""
+    titles = {f"{section} of {data}": by_model for section, by_model in sections.items()}
+    return "\n\n".join(
+        _legible(partial(_table, title, by_model), title) for title, by_model in titles.items()
+    )
+
+
+def _table(title: str, by_model: Mapping[str, Any]) -> str:
+    metrics = [name for name in next(iter(by_model.values())) if name in METRICS]
+    rows = [[model, *(_cell(scored[name], name) for name in metrics)] for model, scored in by_model.items()]
+    heads = ["", *(f"{METRICS[name].label} {METRICS[name].unit}".strip() for name in metrics)]
+    # Not parsed: tabulate would take the last zero of a mean without an interval.
+    return f"{title}\n\n" + tabulate(rows, heads, tablefmt="github", disable_numparse=True)
 
 
 def _cell(score: Mapping[str, Any], metric: str) -> str:
-    if score["mean"] is None:
+    """Of one clip, a mean without an interval; of none, a dash."""
+    mean, low, high = (
+        None if score[key] is None else f"{score[key]:.{METRICS[metric].decimals}f}"
+        for key in ("mean", "low", "high")
+    )
+    if mean is None:
         return "-"
-    mean, low, high = (f"{score[key]:.{METRICS[metric].decimals}f}" for key in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
+    return mean if low is None or high is None else f"{mean} [{low}, {high}]"

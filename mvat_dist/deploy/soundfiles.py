@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
+import socket
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,13 +20,15 @@ from mvat_dist.deploy import lengths
 from mvat_dist.deploy.enhancer import BLOCK, Enhancer
 from mvat_dist.deploy.windows import Audio
 from mvat_dist.errors import UserError
-from mvat_dist.files import atomic_file
+from mvat_dist.files import TEMPORARY_SUFFIX, atomic_file
 
 SUFFIXES = {
     ".aif", ".aifc", ".aiff", ".au", ".avr", ".caf", ".flac", ".htk", ".iff", ".mp3", ".nist", ".oga", ".ogg",
     ".opus", ".paf", ".pvf", ".rf64", ".sf", ".snd", ".sph", ".svx", ".voc", ".w64", ".wav", ".wave", ".wve",
 }  # fmt: skip
 """What is taken for audio in a folder, where other files may lie. A file that is named is always tried."""
+
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 Progress = Callable[[float], object]
 """Called with seconds of audio that have been written."""
@@ -89,6 +96,61 @@ def _audio_below(folder: Path, out: Path) -> list[Path]:
     )
 
 
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that no file can be made in, before hours of work.
+
+    Raises:
+        UserError: permission denied, or a read-only file system.
+    """
+    with _naming(folder), tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Raise what forbids to write into `folder` as a `UserError` that names it, and not a temporary file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FORBIDDEN:
+            raise
+        why = os.strerror(error.errno).lower()
+        raise UserError(
+            f"the folder {folder} cannot be written ({why}): allow it or choose another --out"
+        ) from error
+
+
+def remove_leftovers(jobs: Iterable[Job]) -> int:
+    """Remove what killed processes of this host left of the targets of `jobs`, and say of how many.
+
+    A name too long to hold a host and a process (`mvat_dist.files`) stays, and so do one whose process's
+    number is taken again and one that cannot be removed.
+    """
+    names: dict[Path, set[str]] = {}
+    for job in jobs:
+        names.setdefault(job.target.parent, set()).add(job.target.name)
+    ours = re.compile(rf"\.(.+)\.{re.escape(socket.gethostname())}\.(\d+){re.escape(TEMPORARY_SUFFIX)}")
+    removed = 0
+    for folder, its in names.items():
+        with suppress(OSError):
+            for entry in folder.iterdir():
+                found = ours.fullmatch(entry.name)
+                if found and found[1] in its and not _runs(int(found[2])):
+                    entry.unlink()
+                    removed += 1
+    return removed
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
+
+
 def seconds(file: Path) -> float | None:
     """Duration by the header of `file`; None where it leaves that open.
 
@@ -109,15 +171,16 @@ def enhance_file(enhancer: Enhancer, job: Job, dry: float, progress: Progress) -
     there is enhanced.
 
     Raises:
-        UserError: not audio, damaged, a format that libsndfile reads but does not write, samples that
-            are not finite, or a folder in the target's place.
-        OSError: the target cannot be written.
+        UserError: not audio, not readable, damaged, a format that libsndfile reads but does not write,
+            samples that are not finite, a folder in the target's place, or one around it that cannot be
+            written.
+        OSError: the disk is full, or fails.
     """
     if job.target.is_dir():
         raise UserError(f"{job.source}: a folder is in the place of {job.target}")
     clipped = frames = 0
     try:
-        with _opened(job.source) as sound, atomic_file(job.target) as temporary:
+        with _opened(job.source) as sound, _begun(job.target) as temporary:
             pieces = enhancer.stream(_blocks(sound), sound.samplerate, sound.channels, dry)
             with _like(sound, temporary) as enhanced:
                 for piece in pieces:
@@ -140,8 +203,22 @@ def _opened(source: Path) -> OnePassFile:
     try:
         # As bytes: soundfile cannot encode a name that is not valid in the file system's encoding.
         return OnePassFile(os.fsencode(source))
+    except soundfile.LibsndfileError:
+        try:
+            source.open("rb").close()  # libsndfile says "System error", the system why
+        except OSError as error:
+            raise UserError(f"cannot be read ({os.strerror(error.errno or 0).lower()})") from error
+        raise
     except TypeError as error:  # of a name that ends in .raw
         raise UserError("raw samples, which do not say their rate: pipe them in, as --help shows") from error
+
+
+@contextmanager
+def _begun(target: Path) -> Iterator[Path]:
+    """`atomic_file`, with a file in the place that it yields."""
+    with _naming(target.parent), atomic_file(target) as temporary:
+        temporary.touch()  # says what is in the way, where libsndfile says "System error"
+        yield temporary
 
 
 def _blocks(sound: soundfile.SoundFile) -> Iterator[Audio]:

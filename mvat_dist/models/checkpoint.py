@@ -62,6 +62,10 @@ def load_manner_checkpoint(source: str | Path | Mapping[str, Any], size: Size | 
 def _read(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint file")
+    if kind := _graph(path):
+        raise UserError(
+            f"{path}: this is an exported {kind} file: give the .safetensors beside it, or the run"
+        )
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
@@ -75,6 +79,19 @@ def _read(path: Path) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: holds {type(content).__name__} instead of a dict of weights")
     return content
+
+
+def _graph(path: Path) -> str:
+    """Of which kind an exported graph is, which has no weights by name; empty for any other file."""
+    if path.suffix == ".onnx":
+        return "ONNX"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # By which torch itself knows one.
+            scripted = any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return ""
+    return "TorchScript" if scripted else ""
 
 
 def _state_dict(name: str, content: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -146,10 +146,10 @@ def _failures(one: Section, metrics: Sequence[str]) -> Iterator[str]:
         for name in metrics:
             for failure in scores[name].failed.items():
                 labels.setdefault(failure, []).append(METRICS[name].label)
-        for (reason, count), its in labels.items():
-            models.setdefault((reason, count, tuple(its)), []).append(model)
-    for (reason, count, its), who in models.items():
-        yield f"- {reason}: {count} of {one.clips} clips without {', '.join(its)} of {', '.join(who)}"
+        for (reason, count), unscored in labels.items():
+            models.setdefault((reason, count, tuple(unscored)), []).append(model)
+    for (reason, count, metrics_of), who in models.items():
+        yield f"- {reason}: {count} of {one.clips} clips without {', '.join(metrics_of)} of {', '.join(who)}"
 
 
 def _by_snr(one: Section, labels: Mapping[str, str], metric: str) -> str:

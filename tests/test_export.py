@@ -58,6 +58,21 @@ def exported(run, clips, tmp_path_factory) -> Path:
     return out
 
 
+def test_variances_beyond_16_bits_are_kept_in_fp16(clips, tmp_path):
+    """As those of a trained network are: the largest half is 65504."""
+    model = loud(TINY)
+    variance = model.manner_block.in_conv[1].running_var
+    weight = model.manner_block.in_conv[1].weight.data
+    variance.fill_(1e6)
+    weight.mul_(1e3)  # so that what comes out is as large as before
+    file = tmp_path / "wide.safetensors"
+    modelfile.save(file, model.state_dict(), name="wide", size=TINY, step=1)
+    main(["--model", str(file), "--data", str(clips), "--out", str(tmp_path), "--formats", "fp16"])
+    found = modelfile.load(tmp_path / "wide.fp16.safetensors").model
+    assert torch.equal(found.manner_block.in_conv[1].running_var, variance)
+    assert (tmp_path / "wide.fp16.safetensors").stat().st_size < 0.7 * file.stat().st_size
+
+
 # --- the graph ------------------------------------------------------------------------------------
 
 

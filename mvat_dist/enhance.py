@@ -34,7 +34,7 @@ from mvat_dist.deploy.soundfiles import (
     check_writable,
     enhance_file,
     plan,
-    remove_leftovers,
+    remove_abandoned,
     seconds,
 )
 from mvat_dist.deploy.windows import Audio
@@ -156,7 +156,7 @@ def _make_ready(out: Path, jobs: Sequence[Job], todo: Sequence[Job]) -> None:
     make_folder(out)
     if any(job.target.parent == out for job in todo):
         check_writable(out)
-    if removed := remove_leftovers(jobs):
+    if removed := remove_abandoned(jobs):
         print(f"note: {removed} files that a killed run left half written are removed", file=sys.stderr)
 
 

@@ -187,6 +187,27 @@ def remove_leftovers(folder: Path) -> list[Path]:
     return left
 
 
+def abandoned(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Temporary files in `folder` of processes of this host that are no more, each with its target's name.
+
+    Left out are a name too long to hold host and process, and one whose process's number is taken again.
+    """
+    ours = re.compile(rf"\.(.+)\.{re.escape(socket.gethostname())}\.(\d+){re.escape(TEMPORARY_SUFFIX)}")
+    for entry in folder.iterdir():
+        if (found := ours.fullmatch(entry.name)) and not _runs(int(found[2])):
+            yield entry, found[1]
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` atomically as UTF-8."""
     with atomic_file(path) as temporary:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
-import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,7 +18,7 @@ from mvat_dist.deploy import lengths
 from mvat_dist.deploy.enhancer import BLOCK, Enhancer
 from mvat_dist.deploy.windows import Audio
 from mvat_dist.errors import UserError
-from mvat_dist.files import TEMPORARY_SUFFIX, atomic_file
+from mvat_dist.files import abandoned, atomic_file
 
 SUFFIXES = {
     ".aif", ".aifc", ".aiff", ".au", ".avr", ".caf", ".flac", ".htk", ".iff", ".mp3", ".nist", ".oga", ".ogg",
@@ -120,35 +118,19 @@ def _naming(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def remove_leftovers(jobs: Iterable[Job]) -> int:
-    """Remove what killed processes of this host left of the targets of `jobs`, and say of how many.
-
-    A name too long to hold a host and a process (`mvat_dist.files`) stays, and so do one whose process's
-    number is taken again and one that cannot be removed.
-    """
+def remove_abandoned(jobs: Iterable[Job]) -> int:
+    """Remove what killed processes of this host left of the targets of `jobs`, and say of how many."""
     names: dict[Path, set[str]] = {}
     for job in jobs:
         names.setdefault(job.target.parent, set()).add(job.target.name)
-    ours = re.compile(rf"\.(.+)\.{re.escape(socket.gethostname())}\.(\d+){re.escape(TEMPORARY_SUFFIX)}")
     removed = 0
     for folder, its in names.items():
         with suppress(OSError):
-            for entry in folder.iterdir():
-                found = ours.fullmatch(entry.name)
-                if found and found[1] in its and not _runs(int(found[2])):
-                    entry.unlink()
+            for temporary, target in abandoned(folder):
+                if target in its:
+                    temporary.unlink()
                     removed += 1
     return removed
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass  # another user's
-    return True
 
 
 def seconds(file: Path) -> float | None:

@@ -16,7 +16,7 @@ from mvat_dist import metrics as metric_table
 from mvat_dist.commandline import CommandParser, place
 from mvat_dist.config import SAMPLE_RATE
 from mvat_dist.data.store.shardcache import Cache
-from mvat_dist.data.testsets import TestSets, folder_pair, held_out
+from mvat_dist.data.testsets import TestSets, folder_pair, held_out, pair_name
 from mvat_dist.errors import UserError, exit_code
 from mvat_dist.files import make_folder
 from mvat_dist.metrics import GROUPS, METRICS, dnsmos
@@ -162,17 +162,17 @@ def _clips(arguments: argparse.Namespace) -> tuple[dict[str, Any], TestSets]:
 
 
 def _default_out(arguments: argparse.Namespace) -> Path:
-    data = arguments.data if arguments.data is not None else str(arguments.noisy)
+    name = pair_name(arguments.noisy) if arguments.data is None else locations.name(arguments.data)
     folder = Path()
     if len(arguments.models) == 1:
         (path,) = (Path(one.partition("=")[2] or one) for one in arguments.models)
         folder = path if path.is_dir() else path.parent
-    return folder / "evaluate" / label_of(data, arguments.weights)
+    return folder / "evaluate" / label_of(name, arguments.weights)
 
 
-def label_of(data: str, weights: str) -> str:
-    """The folder of an evaluation among those of its run."""
-    return f"{locations.name(data)}-{weights}"
+def label_of(name: str, weights: str) -> str:
+    """The folder of an evaluation on data called `name`, among those of its run."""
+    return f"{name}-{weights}"
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from mvat_dist import configfile, evaluate, metrics, report, submit
+from mvat_dist import configfile, evaluate, locations, metrics, report, submit
 from mvat_dist.cluster.plan import check_teacher_file
 from mvat_dist.commandline import CommandParser
 from mvat_dist.config import Config
@@ -171,7 +171,8 @@ def _report(finished: list[Cell], grid: Grid, out: Path) -> None:
     for cell in finished:
         data, run = _test(grid, cell), cell.run.path
         argv = [str(run), *map(_apart, grid.baselines), "--data", data, "--metrics", grid.metrics]
-        evaluate.main([*argv, "--out", str(run / "evaluate" / evaluate.label_of(data, "best"))])
+        label = evaluate.label_of(locations.name(data), "best")
+        evaluate.main([*argv, "--out", str(run / "evaluate" / label)])
     report.main([*(str(cell.run.path) for cell in finished), "--out", str(out)])
 
 

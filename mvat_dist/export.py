@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -28,7 +26,7 @@ from mvat_dist.deploy.ending import clean_end
 from mvat_dist.deploy.exporting import Run, largest_error, probes, run_torch
 from mvat_dist.deploy.modelcard import Exported, card
 from mvat_dist.errors import UserError, exit_code, nearest
-from mvat_dist.files import TEMPORARY_SUFFIX, atomic_file, fsync, make_folder, write_text
+from mvat_dist.files import atomic_file, fsync, make_folder, scratch_directory, write_text
 from mvat_dist.modelfile import LoadedModel
 from mvat_dist.scoring.children import Pair, score_pairs
 from mvat_dist.summary import mean_interval
@@ -212,7 +210,7 @@ def export(subject: Subject, names: Sequence[str], out: Path) -> list[Exported]:
     if taken := [str(place) for place in (*places, card_place) if place.is_dir()]:
         raise UserError(f"a folder is in the place of {', '.join(taken)}: move it, or choose another --out")
     make_folder(out)
-    with _folder(out) as staged:
+    with scratch_directory(out, "export") as staged:
         made = [_made(subject, FORMATS[name], staged) for name in tqdm(names, unit="file", desc="exporting")]
         text = card(subject.loaded, subject.about, made)
         for one in made:
@@ -229,7 +227,7 @@ def _made(subject: Subject, one: Format, folder: Path) -> Exported:
     """Write one file into `folder`, where it passes its check."""
     target = folder / (subject.loaded.name + one.suffix)
     try:
-        with atomic_file(target) as temporary, _folder(folder) as making:
+        with atomic_file(target) as temporary, scratch_directory(folder, "making") as making:
             # Under its own name, by whose ending it is read, in a folder that goes with a failure.
             file = making / target.name
             check = one.make(subject, file)
@@ -250,12 +248,6 @@ def _name_leftovers(subject: Subject, names: Sequence[str], out: Path) -> None:
                 f"is of other weights (SHA-256 {sha256})" if sha256 else "does not say of which weights it is"
             )
             print(f"note: {file}, of an earlier export, {of}: remove it or export it again", file=sys.stderr)
-
-
-@contextmanager
-def _folder(out: Path) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix=".", suffix=TEMPORARY_SUFFIX, dir=out) as folder:
-        yield Path(folder)
 
 
 def _parser() -> argparse.ArgumentParser:

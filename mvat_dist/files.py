@@ -152,6 +152,23 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def scratch_directory(folder: Path, name: str) -> Iterator[Path]:
+    """Yield an empty directory in `folder` under a temporary name made of `name`; it is removed at the end.
+
+    Those of the same name that killed processes of this host left are removed first.
+    """
+    for left, target in list(abandoned(folder)):
+        if target == name:
+            shutil.rmtree(left, ignore_errors=True)
+    made = _temporary(folder / name)
+    made.mkdir()
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+@contextmanager
 def only_writer(path: Path, doing: str, *, wait: bool = False) -> Iterator[None]:
     """Keep a second writer out; the lock ends with the process, however that ends.
 

@@ -285,7 +285,7 @@ def test_any_pair_of_folders_with_what_cannot_be_scored_recorded(model, tmp_path
     assert rows[3]["si_sdr"] is None
     record = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert record["unmatched"] == [str(tmp_path / "noisy" / "lonely.wav")]
-    assert record["sections"]["noisy"]["scores"]["tiny"]["si_sdr"]["clips"] == 3
+    assert record["sections"][tmp_path.name]["scores"]["tiny"]["si_sdr"]["clips"] == 3
 
 
 def test_without_a_model_the_noisy_input_alone_is_scored(tmp_path, monkeypatch):

@@ -105,6 +105,32 @@ def test_a_directory_replaces_the_one_before_it_whole(tmp_path: Path) -> None:
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["made", "made/second"]
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from mvat_dist.files import scratch_directory
+
+with scratch_directory(Path(sys.argv[1]), sys.argv[2]) as scratch:
+    (scratch / "half").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_scratch_directory_goes_at_the_end_and_takes_what_a_killed_one_left(tmp_path: Path) -> None:
+    for name in ("export", "other"):
+        subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), name], check=False)
+    (tmp_path / "kept").write_text("kept")
+    assert len(list(tmp_path.iterdir())) == 3
+    with files.scratch_directory(tmp_path, "export") as scratch:
+        assert list(scratch.iterdir()) == []
+        assert len(list(tmp_path.iterdir())) == 3
+        (scratch / "half").write_text("half")
+    left = [path.name for path in tmp_path.iterdir()]
+    assert len(left) == 2
+    assert "kept" in left
+    assert any(name.startswith(".other.") for name in left)
+
+
 @pytest.mark.parametrize("size", [0, 1, 1 << 20])
 def test_sha256_is_the_digest_of_the_content(tmp_path: Path, size: int) -> None:
     content = os.urandom(size)

@@ -127,6 +127,14 @@ def test_runs_that_began_with_other_weights_are_another_method(tmp_path):
     ]
 
 
+def test_how_often_a_run_is_saved_makes_no_other_method_of_it(tmp_path):
+    for seed, every in ((0, 10), (1, 20)):
+        config = config_of("none", seed, f"--train.save_every={every}")
+        make_run(tmp_path / "runs" / str(seed), config)
+    page = make(tmp_path / "runs", tmp_path / "out")
+    assert {head for _, head in page.table("PESQ-WB (MOS) ↑, higher is better: mean")} >= {"none"}
+
+
 def test_students_trained_in_parts_have_their_records(tmp_path):
     run = make_run(tmp_path / "runs" / "divided", config_of("none", 0))
     for name in STUDENTS:

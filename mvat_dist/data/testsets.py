@@ -107,7 +107,13 @@ def folder_pair(noisy: Path, clean: Path, limit: int, max_seconds: float) -> tup
     ]
     pairs = FilePairs(noisy, clean, [(ours[key][0], theirs[key][0]) for key in matched])
     clips = ValidationClips(pairs, limit=limit, max_seconds=max_seconds)
-    return {locations.name(str(noisy)): clips}, unmatched
+    return {pair_name(noisy): clips}, unmatched
+
+
+def pair_name(noisy: Path) -> str:
+    """The name of a pair of folders: the noisy one's, or where that is just ``noisy``, its parent's."""
+    said = noisy.resolve()
+    return locations.name(str(said.parent if said.name == "noisy" else said))
 
 
 def _by_name(option: str, folder: Path) -> dict[str, list[str]]:

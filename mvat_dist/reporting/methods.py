@@ -26,6 +26,8 @@ _HEEDED = {
     "mvat+output": ("distil.weight", "distil.output_weight", "distil.fade_by", *_BETAS),
 }
 _ORDER = tuple(_HEEDED)
+_INDIFFERENT = ("seed", "student", "sizes", "train.save_every")
+"""Keys whose value makes no other method of a run."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +74,7 @@ def _recipe(run: Run) -> dict[str, Any]:
     kept = {
         key: value
         for key, value in flat.items()
-        if key not in ("seed", "student", "sizes") and not key.startswith(("distil.", "teacher."))
+        if key not in _INDIFFERENT and not key.startswith(("distil.", "teacher."))
     }
     kept["distil.method"] = method
     kept |= {key: flat[key] for key in _HEEDED[method]}

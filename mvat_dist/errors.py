@@ -32,6 +32,8 @@ _MACHINE_ERRORS = {
     errno.EROFS: ("the file system is read-only", "choose another place"),
     errno.EACCES: ("permission denied", "allow it or choose another place"),
     errno.EPERM: ("operation not permitted", "allow it or choose another place"),
+    errno.ENAMETOOLONG: ("the name is too long", "give another one"),
+    errno.ELOOP: ("links lead in a circle", "mend them or choose another place"),
 }
 
 

@@ -21,7 +21,7 @@ from mvat_dist.errors import UserError, exit_code
 from mvat_dist.files import make_folder
 from mvat_dist.metrics import GROUPS, METRICS, dnsmos
 from mvat_dist.ranks import Ranks
-from mvat_dist.scoring.candidates import networks_of
+from mvat_dist.scoring.candidates import networks_of, split_name
 from mvat_dist.scoring.evaluation import Evaluation, finish, measure_costs, score
 from mvat_dist.scoring.rowlog import RowLog
 from mvat_dist.summary import NOISY
@@ -65,7 +65,10 @@ def _parser() -> argparse.ArgumentParser:
     seconds = "score only the start of each clip (default: 0, all of it)"
     add("--max-seconds", type=float, default=0.0, help=seconds)
     add("--weights", choices=("best", "last"), default="best", help="which weights (default: %(default)s)")
-    out = "folder for rows and tables (default: evaluate/DATA-WEIGHTS in the run, or here for several MODELs)"
+    out = (
+        "folder for rows and tables (default: evaluate/DATA-WEIGHTS in the run, FILE-DATA-WEIGHTS beside a "
+        "file, or here for several MODELs)"
+    )
     add("--out", type=Path, help=out)
     add("--processes", type=int, default=0, help="scoring processes (default: 0, one per available CPU)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the networks run")
@@ -163,11 +166,16 @@ def _clips(arguments: argparse.Namespace) -> tuple[dict[str, Any], TestSets]:
 
 def _default_out(arguments: argparse.Namespace) -> Path:
     name = pair_name(arguments.noisy) if arguments.data is None else locations.name(arguments.data)
-    folder = Path()
-    if len(arguments.models) == 1:
-        (path,) = (Path(one.partition("=")[2] or one) for one in arguments.models)
-        folder = path if path.is_dir() else path.parent
-    return folder / "evaluate" / label_of(name, arguments.weights)
+    # A part of the clips takes no other evaluation's place.
+    name += f"-first{arguments.limit}" if arguments.limit else ""
+    name += f"-{arguments.max_seconds:g}s" if arguments.max_seconds else ""
+    label = label_of(name, arguments.weights)
+    if len(arguments.models) != 1:
+        return Path("evaluate") / label
+    _, path = split_name(arguments.models[0])
+    if path.is_dir():
+        return path / "evaluate" / label
+    return path.parent / "evaluate" / f"{path.stem}-{label}"
 
 
 def label_of(name: str, weights: str) -> str:

@@ -16,14 +16,14 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from mvat_dist import configfile, evaluate, locations, metrics, report, submit
+from mvat_dist import configfile, evaluate, locations, metrics, report, students, submit
 from mvat_dist.cluster.plan import check_teacher_file
 from mvat_dist.commandline import CommandParser
 from mvat_dist.config import Config
 from mvat_dist.data.testsets import held_out
 from mvat_dist.errors import EXIT_BUSY, UserError, exit_code
 from mvat_dist.rundir import RunDir, run_folder
-from mvat_dist.scoring.candidates import CLASSICAL, networks_of
+from mvat_dist.scoring.candidates import CLASSICAL, TEACHER, networks_of
 
 _SIGNALLED = 128
 """Exit codes above it say which signal ended a process."""
@@ -145,9 +145,13 @@ def _check(grid: Grid, todo: list[Cell]) -> None:
     """Refuse now what would otherwise be refused when hours of training are behind it.
 
     Raises:
-        UserError: no such teacher, metric, baseline or test set.
+        UserError: no such teacher, metric, baseline or test set, or a baseline of a name that is taken.
     """
     metrics.select(grid.metrics)
+    named = {baseline.partition("=")[0] for baseline in grid.baselines if "=" in baseline}
+    own = {TEACHER, *(name for cell in todo for name in students.select(grid.students, cell.config.sizes))}
+    if taken := sorted(named & own):
+        raise UserError(f"baselines: {', '.join(taken)} is a network of the grid: choose another NAME")
     for config in (cell.config for cell in todo):
         if config.distil.method != "none" and config.teacher.source == "live":
             check_teacher_file(config.teacher.file)

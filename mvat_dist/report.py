@@ -34,11 +34,16 @@ def main(argv: list[str] | None = None) -> None:
     runs = reader.runs(tqdm(arguments.runs, desc="reading", unit="run", leave=False))
     made = compose.report(runs, reader.problems, round(arguments.audio_mb * 1e6))
     make_folder(out)
-    write_text(out / TWIN, markdown.render(made))
-    write_text(out / PAGE, page.render(made))
+    write_text(out / TWIN, _encodable(markdown.render(made)))
+    write_text(out / PAGE, _encodable(page.render(made)))
     for problem in reader.problems:
         print(f"note: {problem}", file=sys.stderr)
     print(f"page: {out / PAGE}\nthe same as Markdown: {out / TWIN}")
+
+
+def _encodable(text: str) -> str:
+    """`text` with escapes for what a file's name may hold and UTF-8 may not."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -136,8 +136,18 @@ def _runs(run: Path) -> list[RunDir]:
     return [RunDir(run), *(RunDir(part) for part in RunDir(run).part_folders())]
 
 
-def teacher_of(run: Path) -> Path | None:
-    """Weights file of the teacher that a run learnt from; None for a run without one."""
+def teacher_of(run: Path) -> tuple[Path, str] | None:
+    """File and fingerprint of the weights that a run learnt from; None for a run without a teacher.
+
+    Raises:
+        UserError: the run's record of it is damaged.
+    """
     records = [one.inputs for one in _runs(run) if one.inputs.is_file()]
-    teacher = read_json(records[0])["teacher"] if records else None
-    return Path(teacher["file"]) if teacher else None
+    try:
+        teacher = read_json(records[0])["teacher"] if records else None
+        return (Path(teacher["file"]), str(teacher["sha256"])) if teacher else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{records[0]} is damaged ({type(error).__name__}: {error}): copy it again, or score the "
+            "students' folders"
+        ) from error

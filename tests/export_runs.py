@@ -40,7 +40,8 @@ def a_run(path: Path) -> Path:
             }
         }
     }
-    scores = {"weights": "best", "data": "/secret/shards", "sections": sections}
+    identity = {"networks": {"tiny": modelfile.fingerprint(made)}}
+    scores = {"weights": "best", "data": "/secret/shards", "identity": identity, "sections": sections}
     write_json(folder.path / "evaluate" / "shards-best" / "scores.json", scores)
     return folder.path
 

@@ -166,6 +166,7 @@ def test_integers_have_the_full_scale_of_their_type(model):
         (np.zeros((2, 1000)), 16000, r"\(2, 1000\), more channels than frames.*\(T, C\)"),
         (np.zeros((2, 3, 4)), 16000, "frames by channels"),
         (np.zeros(3, np.uint8), 16000, "uint8"),
+        (np.array([0, 1000, -1000]), 16000, "int16 or int32, and is int64"),
         (np.zeros(3), 0, "0 Hz"),
         (np.zeros(3), float("nan"), "nan Hz"),
         (np.zeros(3), float("inf"), "inf Hz"),

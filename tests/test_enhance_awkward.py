@@ -46,7 +46,50 @@ def run(weights: Path, *options: object) -> int:
     return exit_code(main, ["--model", str(weights), *map(str, options)])
 
 
+# --- what there is to enhance ---------------------------------------------------------------------
+
+
+def test_the_folder_around_the_input_can_take_the_output(weights, speech, tmp_path):
+    (tmp_path / "talks" / "monday").mkdir(parents=True)
+    shutil.copy(speech, tmp_path / "talks" / "monday" / "a.wav")
+    assert run(weights, tmp_path / "talks" / "monday", "--out", tmp_path / "talks") == 0
+    assert (tmp_path / "talks" / "a.wav").is_file()
+
+
+def test_linked_folders_are_followed_once(weights, speech, tmp_path):
+    for name in ("in", "elsewhere"):
+        (tmp_path / name).mkdir()
+    shutil.copy(speech, tmp_path / "elsewhere" / "a.wav")
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "in")
+    assert run(weights, tmp_path / "in", "--out", tmp_path / "out") == 0
+    assert [path.name for path in (tmp_path / "out" / "link").iterdir()] == ["a.wav"]
+
+
+def test_a_named_pipe_is_refused_and_not_waited_for(weights, tmp_path, capsys):
+    os.mkfifo(tmp_path / "f.wav")
+    assert run(weights, tmp_path / "f.wav", "--out", tmp_path / "out") == 2
+    assert f"{tmp_path / 'f.wav'} is no regular file: pipe raw PCM through -" in capsys.readouterr().err
+
+
+def test_a_name_that_no_file_can_have_is_refused(weights, tmp_path, capsys):
+    assert run(weights, "a.wav " * 100, "--out", tmp_path / "out") == 2
+    assert "error: the name is too long" in capsys.readouterr().err
+
+
 # --- lengths --------------------------------------------------------------------------------------
+
+
+def test_a_wav_of_more_than_its_sizes_can_say_is_refused(weights, speech, tmp_path, capsys):
+    """As ffmpeg and pipes write it: libsndfile would give the first part of it, and say nothing."""
+    file = tmp_path / "long.wav"
+    content = bytearray(speech.read_bytes()[:44])
+    content[4:8] = content[40:44] = b"\xff" * 4
+    file.write_bytes(content)
+    os.truncate(file, 5 << 30)  # a hole, which takes no space
+    assert run(weights, file, "--out", tmp_path / "out") == 2
+    assert "longer than the 4 GB of a WAV: convert it to RF64, W64 or FLAC" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.fixture

@@ -238,13 +238,70 @@ def test_the_teacher_of_two_runs_is_scored_once(corpus, tmp_path):
     for seed, name in enumerate(("one", "two")):
         run = RunDir(tmp_path / name)
         save(run.weights("tiny", "best"), seed)
-        write_json(run.inputs, {"teacher": {"file": str(teacher)}})
+        write_json(run.inputs, {"teacher": {"file": str(teacher), "sha256": sha256_of(teacher)}})
         run.config.write_text("student: tiny\n")
     runs = [str(tmp_path / "one"), str(tmp_path / "two")]
     main(
         [*runs, "--data", str(corpus), "--limit", "1", "--metrics", "si_sdr", "--out", str(tmp_path / "out")]
     )
     assert [row["model"] for row in rows_of(tmp_path / "out")] == ["noisy", "teacher", "one/tiny", "two/tiny"]
+
+
+def sha256_of(file: Path) -> str:
+    return modelfile.fingerprint(modelfile.load(file).model)
+
+
+@pytest.fixture
+def taught(tmp_path) -> RunDir:
+    """A run with a student and the record of its teacher."""
+    run = RunDir(tmp_path / "taught")
+    save(run.weights("tiny", "best"), 1)
+    teacher = save(tmp_path / "teacher.safetensors", 9, "big")
+    write_json(run.inputs, {"teacher": {"file": str(teacher), "sha256": sha256_of(teacher)}})
+    run.config.write_text("student: tiny\n")
+    return run
+
+
+def models_of(out: Path) -> list[str]:
+    return list(dict.fromkeys(row["model"] for row in rows_of(out)))
+
+
+def test_a_teacher_that_has_learnt_since_is_not_called_the_teacher(taught, corpus, tmp_path, capsys):
+    asked = [str(taught.path), "--data", str(corpus), "--limit", "1", "--metrics", "si_sdr"]
+    main([*asked, "--out", str(tmp_path / "before")])
+    save(tmp_path / "teacher.safetensors", 10, "big")
+    main([*asked, "--out", str(tmp_path / "after")])
+    assert models_of(tmp_path / "before") == ["noisy", "teacher", "tiny"]
+    assert models_of(tmp_path / "after") == ["noisy", "tiny"]
+    assert f"no longer holds the weights that taught {taught.path}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("record", ['{"teacher"', "{}", '{"teacher": {"file": "a"}}', '{"teacher": 3}'])
+def test_a_damaged_record_of_a_teacher_is_named(taught, corpus, capsys, record):
+    taught.inputs.write_text(record)
+    asked = [str(taught.path), "--data", str(corpus)]
+    assert_refused(main, asked, f"{taught.inputs} is damaged", capsys)
+
+
+@pytest.mark.parametrize("name", ["tiny", "teacher"])
+def test_a_chosen_name_is_not_one_of_a_run(taught, corpus, tmp_path, capsys, name):
+    asked = [str(taught.path), f"{name}={tmp_path / 'teacher.safetensors'}", "--data", str(corpus)]
+    assert_refused(main, asked, f"{name} is a network of {taught.path}: choose another NAME", capsys)
+
+
+def test_where_scores_go_that_nobody_placed(corpus, tmp_path, monkeypatch):
+    """Each thing that is scored has a place of its own, and so has a part of the clips."""
+    monkeypatch.chdir(tmp_path)
+    base = ["--data", str(corpus), "--metrics", "si_sdr"]
+    for name in ("one", "two"):
+        main([str(save(tmp_path / "lr=0.1" / f"{name}.safetensors", 1)), *base, "--limit", "1"])
+    main([str(tmp_path / "lr=0.1" / "one.safetensors"), *base, "--max-seconds", "0.5"])
+    assert sorted(path.name for path in (tmp_path / "lr=0.1" / "evaluate").iterdir()) == [
+        "one-shards-0.5s-best",
+        "one-shards-first1-best",
+        "two-shards-first1-best",
+    ]
+    assert not (tmp_path / "evaluate").exists()
 
 
 def folders(tmp_path: Path) -> list[str]:

@@ -142,6 +142,7 @@ def test_a_dry_run_writes_nothing(place: Path, capfd: pytest.CaptureFixture[str]
         ({"teacher": "nowhere"}, [], "no such teacher: "),
         ({"metrics": "pesq_wbb"}, [], "pesq_wb"),
         ({"baselines": ["wiener"]}, [], "scored in the end: no model at wiener"),
+        ({"baselines": ["teacher=wiener"]}, [], "baselines: teacher is a network of the grid"),
         ({"test": "nowhere"}, [], "scored in the end: no such .*nowhere"),
         ({"test": "nowhere"}, ["--dry-run"], "scored in the end: no such .*nowhere"),
         ({}, ["--out", "grid.yaml"], "grid.yaml is a file: give a folder"),

@@ -184,7 +184,8 @@ DAMAGES = [
     ("evaluate/shards-best/scores.json", '{"weights":"best"}', {"scores"}),
     (
         "evaluate/shards-best/scores.json",
-        '{"weights":"best", "sections": {"a": {"scores": {"tiny": {"pesq_wb": {"mean": 1}}}}}}',
+        '{"weights":"best", "identity": {"networks": {"tiny": "SHA256"}}, '
+        '"sections": {"a": {"scores": {"tiny": {"pesq_wb": {"mean": 1}}}}}}',
         {"scores"},
     ),
     ("config.yaml", "a: [1", {"config"}),
@@ -200,6 +201,7 @@ DAMAGES = [
 def test_a_damaged_record_is_left_out_and_named(run, clips, tmp_path, capsys, record, content, lost):
     damaged = tmp_path / "damaged"
     shutil.copytree(run, damaged)
+    content = content.replace("SHA256", modelfile.fingerprint(loud(TINY)))
     (damaged / record).write_bytes(content.encode("latin-1"))
     out = tmp_path / "out"
     assert exit_code(main, options(damaged, clips, out, "safetensors")) == 0
@@ -209,6 +211,17 @@ def test_a_damaged_record_is_left_out_and_named(run, clips, tmp_path, capsys, re
     about = modelfile.load(out / "tiny.safetensors").about
     assert {"config", "inputs", "environment", "scores"} - about.keys() == lost
     assert "## Scores" in (out / "tiny.md").read_text()
+
+
+def test_scores_of_other_weights_are_not_taken_for_those_of_these(run, clips, tmp_path, capsys):
+    """As when a run was evaluated, and went on to better weights."""
+    gone_on = tmp_path / "gone on"
+    shutil.copytree(run, gone_on)
+    scores = gone_on / "evaluate" / "shards-best" / "scores.json"
+    scores.write_text(scores.read_text().replace(modelfile.fingerprint(loud(TINY)), "0" * 64))
+    main(options(gone_on, clips, tmp_path / "out", "safetensors"))
+    assert f"{scores} has no scores of these weights of tiny" in capsys.readouterr().err
+    assert "scores" not in modelfile.load(tmp_path / "out" / "tiny.safetensors").about
 
 
 def test_a_card_is_written_for_a_file_whose_origin_is_illegible(clips, tmp_path):

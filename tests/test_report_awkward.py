@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import re
 from typing import Any
 
 import pytest
 
+from mvat_dist import modelfile, students
 from mvat_dist.errors import UserError
 from mvat_dist.files import read_json, write_json
+from mvat_dist.models import build
 from mvat_dist.report import main
 from mvat_dist.rundir import RunDir
 from tests.report_page import make, numbers
@@ -92,6 +95,50 @@ def test_a_clip_without_a_score_is_left_out_of_both_sides(tmp_path):
     assert numbers(table[STUDENTS[0], "none"])[0] == 20.5
     mean, *_, difference, low, high = numbers(table[STUDENTS[0], "mvat"])
     assert (mean, difference, low, high) == (16.5, 1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(("failed", "left"), [(range(40), "-"), (range(10, 40), "1.45")])
+def test_a_seed_whose_clips_failed_is_not_passed_over(tmp_path, failed, left):
+    """Nor does a mean of the clips that are left stand there as if it were of all, or win the plot."""
+    runs = tmp_path / "runs"
+    for seed in (0, 1):
+        config = config_of("none", seed)
+        run = make_run(runs / str(seed), config)
+        rows = rows_of(run)
+        for row in rows:
+            row["pesq_wb"] = 1.0 + row["index"] / 10
+            if row["model"] == STUDENTS[0] and seed == 1 and row["index"] in failed:
+                row["pesq_wb"], row["failure"] = None, {"pesq_wb": "estimate is not finite"}
+        write_evaluation(run, config, rows)
+    page = make(runs, tmp_path / "out")
+    table = page.table("PESQ-WB (MOS) ↑, higher is better: mean")
+    cell = table[STUDENTS[0], "none"]
+    assert cell.startswith(left)
+    assert f"{len(failed)} clips without a score of every seed" in cell
+    assert "without a score" not in table[STUDENTS[1], "none"]
+
+
+def test_scores_of_weights_that_are_no_longer_there_are_named(tmp_path):
+    config = config_of("none", 0)
+    run = make_run(tmp_path / "runs" / "one", config)
+    scores = run.path / "evaluate" / "dns-best" / "scores.json"
+    record = read_json(scores)
+    for name in STUDENTS:
+        record["networks"][name]["step"] = 20
+        size = students.get(name)
+        weights = build(size).state_dict()
+        step = 30 if name == STUDENTS[0] else 20
+        modelfile.save(run.weights(name, "best"), weights, name=name, size=size, step=step)
+    write_json(scores, record)
+    page = make(tmp_path / "runs", tmp_path / "out")
+    assert f"the scores of {STUDENTS[0]} are of step 20, and its best weights of step 30 by now" in page.text
+    assert f"the scores of {STUDENTS[1]} are of step" not in page.text
+
+
+def test_names_that_are_no_utf_8_are_escaped(tmp_path):
+    run = make_run(tmp_path / "runs" / "cafe", config_of("none", 0))
+    run.path.rename(tmp_path / "runs" / os.fsdecode(b"caf\xe9"))
+    assert "caf\\udce9" in make(tmp_path / "runs", tmp_path / "out").text
 
 
 def rows_of(run: RunDir) -> list[dict[str, Any]]:

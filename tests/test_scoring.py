@@ -7,12 +7,15 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
 
 from mvat_dist.metrics import METRICS, Score
+from mvat_dist.scoring import children
 from mvat_dist.scoring.children import Pair, score_pairs
 from tests.signals import bursts, noise_at, syllables
 from tests.waiting import until
@@ -64,24 +67,54 @@ def test_failures_come_back_with_their_reasons():
     assert [one["pesq_wb"] for one in scores] == [Score(None, reason) for reason in reasons]
 
 
-def signalling(pairs: list[Pair], sent: signal.Signals, scorers: Callable[[], set[int]]) -> Iterator[Pair]:
-    """The pairs; while the first one is scored, the child gets a signal."""
+def signalling(
+    pairs: list[Pair], sent: signal.Signals, scorers: Callable[[], set[int]], times: int = 1
+) -> Iterator[Pair]:
+    """The pairs; while the first one is scored, the child, or one after the other, gets a signal."""
     yield pairs[0]
-    until(lambda: bool(scorers()), 20, "no child was started for the first pair")
-    (child,) = scorers()
-    os.kill(child, sent)
+    before: set[int] = set()
+    for _ in range(times):
+        until(lambda: bool(scorers() - before), 20, "no child was started for the first pair")
+        (child,) = scorers() - before
+        os.kill(child, sent)
+        before.add(child)
     yield from pairs[1:]
 
 
-@pytest.mark.parametrize("kill", [signal.SIGSEGV, signal.SIGKILL])
-def test_a_crash_costs_one_score_of_one_pair(kill, scorers):
+@pytest.mark.parametrize(("kill", "times"), [(signal.SIGSEGV, 1), (signal.SIGKILL, 2)])
+def test_a_crash_costs_one_score_of_one_pair(kill, times, scorers):
     long = syllables(15.0)
-    scores = score_pairs(
-        signalling([Pair(long, long), *PAIRS], kill, scorers), ["pesq_wb", "si_sdr"], processes=1
-    )
+    killing = signalling([Pair(long, long), *PAIRS], kill, scorers, times)
+    scores = score_pairs(killing, ["pesq_wb", "si_sdr"], processes=1)
     assert scores[0] == {"pesq_wb": Score(None, f"scorer died ({kill.name})"), "si_sdr": Score(100.0)}
     assert len(scores) == 1 + len(PAIRS)
     assert all(score.failure is None for one in scores[1:] for score in one.values())
+
+
+def test_what_a_kill_interrupts_is_tried_once_more(scorers):
+    """There may be memory for it then."""
+    long = Pair(syllables(15.0), syllables(15.0))
+    scores = score_pairs(signalling([long, *PAIRS], signal.SIGKILL, scorers), ["pesq_wb"], processes=1)
+    assert scores == score_pairs([long, *PAIRS], ["pesq_wb"], processes=1)
+
+
+def test_a_suspended_job_loses_no_score(monkeypatch):
+    """As by Ctrl-Z or `scontrol suspend`: the time in which nobody could run counts for nobody."""
+    away = [True]
+
+    def away_once(sources: list, patience: float | None) -> list:
+        """What a wait is that the job was stopped in: late, and ended by its time."""
+        if patience is None or not away:
+            return wait(sources, patience)
+        time.sleep(patience + 2.0)
+        away.clear()
+        return []
+
+    monkeypatch.setattr(children, "wait", away_once)
+    assert score_pairs(PAIRS[:1], FAST, processes=1, seconds_limit=3.0) == score_pairs(
+        PAIRS[:1], FAST, processes=1
+    )
+    assert not away
 
 
 def test_a_child_that_dies_idle_costs_nothing(scorers):

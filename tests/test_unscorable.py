@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import soundfile
 
 from mvat_dist import modelfile
 from mvat_dist.data.validation import UnusableClipError, ValidationClips
+from mvat_dist.errors import UserError
 from mvat_dist.evaluate import main
 from mvat_dist.models import build
 from mvat_dist.students import Size
@@ -124,6 +126,21 @@ def test_a_flac_that_promises_more_than_it_has_is_not_usable(tmp_path):
         UnusableClipError, match=r"a\.flac is not usable \(truncated: \d+ samples are missing"
     ):
         ValidationClips(tmp_path)[0]
+
+
+def test_a_file_that_the_system_does_not_give_is_no_damaged_one(folder, tmp_path, monkeypatch):
+    """What is scored without it would stay so: nothing in its name, size and time says that it came back."""
+    write_pair(folder, "late", np.zeros(16000), np.zeros(16000))
+    noisy = folder / "noisy" / "late.wav"
+    kept = noisy.rename(tmp_path / "late.wav")
+    monkeypatch.chdir(noisy.parent)  # a socket's path is short
+    with socket.socket(socket.AF_UNIX) as opens_for_nobody:
+        opens_for_nobody.bind(noisy.name)
+        with pytest.raises(UserError, match=rf"{noisy} cannot be read \(no such device or address\)"):
+            evaluate(folder)
+    noisy.unlink()
+    kept.rename(noisy)
+    assert "noisy/late.wav" in [row["key"] for row in rows_of(evaluate(folder))]
 
 
 def test_a_limit_below_one_sample_is_not_no_limit(folder):

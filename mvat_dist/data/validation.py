@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol, overload
@@ -189,8 +190,24 @@ def _read(key: str, path: Path) -> Audio:
     try:
         return read_whole(path)
     except (soundfile.LibsndfileError, OSError) as error:
+        _refuse_unreadable(path)
         reason = "does not open as audio"
         raise UnusableClipError(key, reason, f"{path} {reason}: replace or remove it") from error
     except UnusableError as error:
         message = f"{path} is not usable ({error.detail}): replace or remove it"
         raise UnusableClipError(key, REASONS[error.reason], message) from error
+
+
+def _refuse_unreadable(path: Path) -> None:
+    """A file that the system does not give is no damaged one: it may give it the next time.
+
+    Raises:
+        UserError: why.
+    """
+    try:
+        path.open("rb").close()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        why = os.strerror(error.errno or 0).lower()
+        raise UserError(f"{path} cannot be read ({why}): mend that, and the same command goes on") from error

@@ -76,8 +76,8 @@ class Enhancer:
         """The enhanced speech, with the shape, rate and level of `audio`; what the command writes, too.
 
         Args:
-            audio: (T,) or, as soundfile reads it, (T, C); floats with full scale 1, or signed integers,
-                whose full scale is that of their type.
+            audio: (T,) or, as soundfile reads it, (T, C); floats with full scale 1, or integers of 8,
+                16 or 32 bits with a sign, whose full scale is that of their type.
             sample_rate: in Hz.
             dry: 0 to 1, how much of the input is kept: ``(1 - dry) * enhanced + dry * audio``.
 
@@ -225,8 +225,8 @@ def _floats(audio: npt.NDArray[Any]) -> Audio:
             f"audio has shape {audio.shape}, more channels than frames: the layout is (T,) or (T, C), frames "
             "by channels, so transpose it"
         )
-    if np.issubdtype(audio.dtype, np.signedinteger):
+    if np.issubdtype(audio.dtype, np.signedinteger) and audio.dtype.itemsize <= 4:
         return (audio / -float(np.iinfo(audio.dtype).min)).astype(np.float32)
     if not np.issubdtype(audio.dtype, np.floating):
-        raise UnusableAudioError(f"audio must be floats or signed integers, and is {audio.dtype}")
+        raise UnusableAudioError(f"audio must be floats, int16 or int32, and is {audio.dtype}")
     return audio.astype(np.float32, copy=False)

@@ -22,6 +22,13 @@ _STREAMED_BYTES = 0x7FFFF000
 _PADDING_BYTES = 1
 """Often left out after an odd number of bytes."""
 
+_SAMPLE_BYTES = {
+    "PCM_U8": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8, "ULAW": 1, "ALAW": 1,
+}  # fmt: skip
+_WAV_BYTES = 1 << 32
+_OTHER_CHUNKS = 1 << 20
+"""Bytes that a WAV may have besides its audio."""
+
 _OGG_PAGE = 27 + 255 + 255 * 255
 """Largest page in bytes (RFC 3533, section 6)."""
 _OGG_LAST = 4
@@ -49,6 +56,18 @@ def missing(source: Path, sound: soundfile.SoundFile, read: int) -> str:
     if promised is not None and read < promised * (1 - _ESTIMATED):
         return f"its header promises {promised} frames and {read} are there"
     return ""
+
+
+def out_of_reach(source: Path, sound: soundfile.SoundFile) -> bool:
+    """Whether a WAV holds more than its sizes of 32 bits can say, as a recorder or a pipe may write it.
+
+    libsndfile stops at what they say, and nothing would tell the rest from other chunks.
+    """
+    frame = _SAMPLE_BYTES.get(sound.subtype, 0) * sound.channels
+    if sound.format not in ("WAV", "WAVEX") or not frame:
+        return False
+    size = source.stat().st_size
+    return size > _WAV_BYTES and size - sound.frames * frame > _OTHER_CHUNKS
 
 
 def _ogg_has_its_end(source: Path) -> bool:

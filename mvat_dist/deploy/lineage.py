@@ -46,14 +46,15 @@ def describe(file: Path, loaded: LoadedModel, licence: str) -> dict[str, str]:
         loaded: the network.
         licence: of the weights; empty keeps what an exported file says, or else says that it is not stated.
     """
-    about = {**loaded.about, **_of_run(file, loaded.name)}
+    sha256 = modelfile.fingerprint(loaded.model)
+    about = {**loaded.about, **_of_run(file, loaded.name, sha256)}
     about["licence"] = licence or about.get("licence", UNSTATED)
-    about["sha256"] = modelfile.fingerprint(loaded.model)
+    about["sha256"] = sha256
     about["exported_with"] = f"mvat_dist {metadata.version('mvat_dist')}, torch {torch.__version__}"
     return about
 
 
-def _of_run(file: Path, name: str) -> dict[str, str]:
+def _of_run(file: Path, name: str, sha256: str) -> dict[str, str]:
     """What the run says of its student: nothing where `file` is not ``RUN/students/NAME/WHICH/FILE``."""
     parents = file.absolute().parents
     if len(parents) < 4 or not RunDir(parents[3]).config.is_file():
@@ -70,7 +71,7 @@ def _of_run(file: Path, name: str) -> dict[str, str]:
             found[key] = said
     # A part of a run is evaluated with the others.
     whole = run.path.parents[1] if run.path.parent.name == run.parts.name else run.path
-    if scores := _scores(whole, name, file.parent.name):
+    if scores := _scores(whole, name, file.parent.name, sha256):
         found["scores"] = json.dumps(scores)
     return found
 
@@ -126,18 +127,28 @@ def _environment(file: Path) -> str:
     return json.dumps(kept)
 
 
-def _scores(run: Path, name: str, which: str) -> dict[str, Any]:
-    """Of the network, the noisy input and the classical filter, by data and section, as evaluated."""
+def _scores(run: Path, name: str, which: str, sha256: str) -> dict[str, Any]:
+    """Of the network, the noisy input and the classical filter, by data and section, as evaluated.
+
+    Only where the network that was scored is the one of these weights: a run may have gone on since.
+    """
     found = {}
     for file in sorted((run / "evaluate").glob("*/scores.json")):
-        if sections := _legible(file, partial(_sections, name=name, which=which)):
+        if sections := _legible(file, partial(_sections, name=name, which=which, sha256=sha256)):
             found[file.parent.name.removesuffix(f"-{which}")] = sections
     return found
 
 
-def _sections(file: Path, name: str, which: str) -> dict[str, Any]:
+def _sections(file: Path, name: str, which: str, sha256: str) -> dict[str, Any]:
     record = read_json(file)
     if record.get("weights") != which:
+        return {}
+    if record["identity"]["networks"].get(name) != sha256:
+        print(
+            f"note: {file} has no scores of these weights of {name} and is left out of the export: evaluate "
+            "again",
+            file=sys.stderr,
+        )
         return {}
     shown = (name, NOISY, CLASSICAL)
     sections = {

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import soundfile
 
+from mvat_dist.data.pack.corpora import audio_files
 from mvat_dist.data.sounds import OnePassFile, known_frames
 from mvat_dist.deploy import lengths
 from mvat_dist.deploy.enhancer import BLOCK, Enhancer
@@ -60,8 +61,10 @@ def plan(inputs: Iterable[Path], out: Path) -> list[Job]:
             found = [(source, source.relative_to(given)) for source in _audio_below(given, out)]
             if not found:
                 raise UserError(f"{given} holds no audio files")
-        elif given.exists():
+        elif given.is_file():
             found = [(given, Path(given.name))]
+        elif given.exists():
+            raise UserError(f"{given} is no regular file: pipe raw PCM through -, as --help shows")
         else:
             raise UserError(f"no such file or folder: {given}")
         for source, name in found:
@@ -82,15 +85,16 @@ def plan(inputs: Iterable[Path], out: Path) -> list[Job]:
 
 
 def _audio_below(folder: Path, out: Path) -> list[Path]:
-    """Audio files below `folder`, but for what an earlier call wrote to `out` inside it."""
+    """Audio files below `folder`, in linked folders too; not what an earlier call wrote to `out` inside."""
     inside = out.resolve()
+    within = folder.resolve() in inside.parents
+    found = (folder / name for name, _ in audio_files(str(folder), tuple(SUFFIXES)))
     return sorted(
         file
-        for file in folder.rglob("*")
-        if file.suffix.lower() in SUFFIXES
-        and file.is_file()
+        for file in found
+        if file.is_file()
         and not file.name.startswith(".")
-        and (inside not in file.resolve().parents or inside == folder.resolve())
+        and not (within and inside in file.resolve().parents)
     )
 
 
@@ -163,6 +167,8 @@ def enhance_file(enhancer: Enhancer, job: Job, dry: float, progress: Progress) -
     clipped = frames = 0
     try:
         with _opened(job.source) as sound, _begun(job.target) as temporary:
+            if lengths.out_of_reach(job.source, sound):
+                raise UserError("is longer than the 4 GB of a WAV: convert it to RF64, W64 or FLAC")
             pieces = enhancer.stream(_blocks(sound), sound.samplerate, sound.channels, dry)
             with _like(sound, temporary) as enhanced:
                 for piece in pieces:

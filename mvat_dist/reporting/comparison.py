@@ -8,7 +8,7 @@ from mvat_dist.metrics import METRICS
 from mvat_dist.reporting import methods as grouping
 from mvat_dist.reporting.blocks import SYMBOL, Block, Cell, Fold, Items, Mark, Missing, Section, Table, Text
 from mvat_dist.reporting.methods import Method
-from mvat_dist.reporting.results import Estimate, TestSet, Who
+from mvat_dist.reporting.results import Clip, Estimate, TestSet, Who
 from mvat_dist.reporting.study import Study, change, label, shown, signed
 from mvat_dist.summary import NOISY
 
@@ -181,9 +181,14 @@ def _references(test: TestSet, metrics: Sequence[str]) -> Table:
 
 
 def _score(test: TestSet, who: Who, metric: str) -> Cell:
-    found = test.estimate(who, metric)
-    missing = len(test.clips) - (found.clips if found else 0)
-    return Cell(shown(found, metric), f"{missing} clips without a score" if found and missing else "")
+    return Cell(shown(test.estimate(who, metric), metric), unscored(test, who, metric))
+
+
+def unscored(test: TestSet, who: Who, metric: str, among: frozenset[Clip] | None = None) -> str:
+    """How many clips a mean lacks, in words; empty where it lacks none."""
+    missing = test.unscored(who, metric, among)
+    seeds = " of every seed" if len(test.seeds(who)) > 1 else ""
+    return f"{missing} clips without a score{seeds}" if missing else ""
 
 
 def _table(study: Study, test: TestSet, metric: str) -> Table:
@@ -191,7 +196,7 @@ def _table(study: Study, test: TestSet, metric: str) -> Table:
     rows = []
     for name in study.sizes:
         cells = [_compared(study, test, name, method, metric) for method in scored]
-        if any(cell.text != "-" for cell in cells):
+        if any(cell.text != "-" or cell.note for cell in cells):
             cost = study.cost(name)
             rows.append([Cell(name, f"{cost.parameters / 1e6:.2f} M, {cost.gmac:.2f} GMAC"), *cells])
     caption = (
@@ -205,11 +210,13 @@ def _compared(study: Study, test: TestSet, student: str, method: Method, metric:
     """A mean, and how much it differs from that of training alone."""
     who = Who(student, method.label)
     text = shown(test.estimate(who, metric), metric)
+    lacking = unscored(test, who, metric)
     reference = grouping.alone(method, study.methods)
     if reference is None or reference is method:
-        return Cell(text)
+        return Cell(text, lacking)
     difference = test.difference(who, Who(student, reference.label), metric)
-    return Cell(text, signed(difference, metric) if difference else "", mark(difference))
+    notes = [signed(difference, metric) if difference else "", lacking]
+    return Cell(text, "; ".join(filter(None, notes)), mark(difference))
 
 
 def _seeds(study: Study, test: TestSet) -> Table:

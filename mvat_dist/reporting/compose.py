@@ -57,7 +57,8 @@ def _summary(study: Study) -> list[str]:
     lines = [", ".join(counted) + "."]
     teachers = dict.fromkeys(teacher_name(run.teacher) for run in study.runs if run.teacher)
     if teachers:
-        lines.append("; ".join(teachers).capitalize() + ".")
+        told = "; ".join(teachers)
+        lines.append(f"{told[:1].upper()}{told[1:]}.")
     if stamps := sorted(_stamps(study.runs)):
         lines.append(f"Records up to {stamps[-1].isoformat(' ', 'minutes')}.")
     return lines

@@ -74,6 +74,7 @@ class TestSet:
         self.clips: dict[Clip, None] = {}
         self._scores: dict[tuple[Who, str], Scores] = {}
         self._rows: dict[Who, set[tuple[int, Clip]]] = {}
+        self._asked: dict[tuple[Who, str], set[int]] = {}
         # Each figure stands in several places of the page.
         self.estimate = cache(self._estimate)
         self.difference = cache(self._difference)
@@ -111,6 +112,8 @@ class TestSet:
         self._rows[who].add((seed, clip))
         self.clips[clip] = None
         for metric in METRICS:
+            if metric in row:
+                self._asked.setdefault((who, metric), set()).add(seed)
             value = number(row.get(metric))
             if value is not None:
                 self._scores.setdefault((who, metric), {}).setdefault(seed, {})[clip] = value
@@ -122,9 +125,17 @@ class TestSet:
     def _means(self, who: Who, metric: str) -> dict[Clip, float]:
         """The mean over seeds of every clip that all of them have a score for."""
         scores = self._scores.get((who, metric), {})
-        # A seed without one score of this metric was evaluated without it.
-        shared = set.intersection(*(set(its) for its in scores.values())) if scores else set()
+        # A seed that was evaluated without this metric does not count; one whose clips all failed does.
+        asked = self._asked.get((who, metric), set())
+        shared = set.intersection(*(set(scores.get(seed, ())) for seed in asked)) if asked else set()
         return {clip: float(np.mean([its[clip] for its in scores.values()])) for clip in shared}
+
+    def unscored(self, who: Who, metric: str, among: frozenset[Clip] | None = None) -> int:
+        """Clips, of all or of a bucket, that a seed of `who` has no score for; 0 where none was asked for."""
+        if (who, metric) not in self._asked:
+            return 0
+        clips = self.clips.keys() if among is None else among
+        return len(clips - self._means(who, metric).keys())
 
     def _estimate(self, who: Who, metric: str, among: frozenset[Clip] | None = None) -> Estimate | None:
         """The mean of `who`, over all clips or those of a bucket; None where no clip has a score."""

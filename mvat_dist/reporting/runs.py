@@ -17,6 +17,7 @@ from mvat_dist.files import read_json
 from mvat_dist.rundir import RunDir
 from mvat_dist.students import Size
 from mvat_dist.summary import Row
+from mvat_dist.weightsfile import description
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Reader:
         # A run that was divided has these in its parts: one teacher, and as far as the last of them.
         places = [RunDir(part) for part in folder.part_folders()] or [folder]
         statuses = [self._json(place.status) for place in places]
-        return Run(
+        made = Run(
             path,
             config,
             self._json(places[0].inputs),
@@ -122,6 +123,29 @@ class Reader:
             },
             [one for one in map(self._evaluation, found) if one is not None],
         )
+        for evaluation in made.evaluations:
+            self._name_outdated(made, evaluation)
+        return made
+
+    def _name_outdated(self, run: Run, evaluation: Evaluation) -> None:
+        """Say whose scores are of other weights than those that the run has by now."""
+        which, scored = evaluation.record.get("weights"), evaluation.record.get("networks")
+        if which not in ("best", "last") or not isinstance(scored, dict):
+            return
+        for name in run.sizes:
+            said = scored.get(name)
+            file = RunDir(run.home_of(name)).weights(name, which)
+            if not isinstance(said, dict) or said.get("step") is None or not file.is_file():
+                continue
+            try:
+                here = description(file)
+            except (UserError, OSError):
+                continue  # training says so
+            if here is not None and here.step != said["step"]:
+                self.problems.append(
+                    f"{evaluation.folder}: the scores of {name} are of step {said['step']}, and its {which} "
+                    f"weights of step {here.step} by now: evaluate it again"
+                )
 
     def _evaluation(self, scores: Path) -> Evaluation | None:
         record = self._json(scores)

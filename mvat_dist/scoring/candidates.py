@@ -56,7 +56,7 @@ def networks_of(models: Sequence[str], which: Which) -> dict[str, Candidate]:
         UserError: nothing there, no trained weights in it, a file that is something else, or two networks of
             one name.
     """
-    split = [_split(model) for model in models]
+    split = [split_name(model) for model in models]
     labels = [path.name for _, path in split]
     if len(set(labels)) != len(labels):
         labels = locations.labels([str(path.absolute()) for _, path in split])
@@ -65,6 +65,7 @@ def networks_of(models: Sequence[str], which: Which) -> dict[str, Candidate]:
         for (name, path), label in zip(split, labels, strict=True)
         for candidate in _candidates(path, name, label, which)
     ]
+    _refuse_taken_names(split)
     unique = list({(one.name, one.fingerprint): one for one in found}.values())
     count = Counter(one.name for one in unique)
     named = [(one.name if count[one.name] == 1 else one.full_name, one) for one in unique]
@@ -74,8 +75,19 @@ def networks_of(models: Sequence[str], which: Which) -> dict[str, Candidate]:
     return dict(named)
 
 
-def _split(model: str) -> tuple[str, Path]:
-    """(name or nothing, path)."""
+def _refuse_taken_names(split: Sequence[tuple[str, Path]]) -> None:
+    """A chosen name must not be one that a run gives: records would take one network for the other."""
+    chosen = {name for name, path in split if name and not RunDir(path).config.is_file()}
+    runs = [path for name, path in split if not name and RunDir(path).config.is_file()]
+    given = {TEACHER, *(own for path in runs for own in weightsfile.students_of(path))} if runs else set()
+    if taken := sorted(chosen & given):
+        raise UserError(
+            f"{', '.join(taken)} is a network of {', '.join(map(str, runs))}: choose another NAME"
+        )
+
+
+def split_name(model: str) -> tuple[str, Path]:
+    """(name or nothing, path) of a MODEL argument."""
     name, separator, path = model.partition("=")
     if separator and name and "/" not in name and not Path(model).exists():
         return name, Path(path)
@@ -92,16 +104,31 @@ def _candidates(path: Path, name: str, label: str, which: Which) -> list[Candida
     students = weightsfile.students_of(path, which)
     if not students:
         raise UserError(f"{path} holds no trained student yet: weights are saved with its first checkpoint")
-    files = dict(students)
-    teacher = weightsfile.teacher_of(path)
-    if teacher is not None and teacher.exists():
-        files = {TEACHER: teacher, **files}
-    elif teacher is not None:
-        print(f"note: the teacher of {path} is no longer at {teacher}; it is left out", file=sys.stderr)
+    networks = {**_teacher_of(path), **{own: modelfile.load(file) for own, file in students.items()}}
     return [
-        _candidate(f"{name}/{own}" if name else own, f"{name or label}/{own}", modelfile.load(file))
-        for own, file in files.items()
+        _candidate(f"{name}/{own}" if name else own, f"{name or label}/{own}", loaded)
+        for own, loaded in networks.items()
     ]
+
+
+def _teacher_of(run: Path) -> dict[str, LoadedModel]:
+    """The teacher of a run, called `TEACHER`; nothing, and a note, where it is not to be had."""
+    known = weightsfile.teacher_of(run)
+    if known is None:
+        return {}
+    file, sha256 = known
+    if not file.exists():
+        print(f"note: the teacher of {run} is no longer at {file}; it is left out", file=sys.stderr)
+        return {}
+    loaded = modelfile.load(file)
+    if modelfile.fingerprint(loaded.model) != sha256:
+        print(
+            f"note: {file} no longer holds the weights that taught {run}; it is left out (name it to score "
+            f"it: NAME={file})",
+            file=sys.stderr,
+        )
+        return {}
+    return {TEACHER: loaded}
 
 
 def _classical_version() -> str:

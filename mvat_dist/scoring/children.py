@@ -35,6 +35,9 @@ from mvat_dist.metrics import METRICS, Audio, Score
 SECONDS_LIMIT = 300.0
 """Longest time for one metric of one clip, in seconds: far above what any takes on a busy machine."""
 
+_PUNCTUAL_SECONDS = 1.0
+"""A wait that ends so much later than asked for was interrupted."""
+
 _READY = b"ready"
 _SERVE = "from mvat_dist.scoring.children import serve; serve({})"
 _BLOCKED = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
@@ -58,10 +61,13 @@ class _Task:
     pair: Pair
     left: list[str]
     scores: dict[str, Score] = field(default_factory=dict)
+    killed: bool = False
+    """Whether a child was killed over the metric that is next, as for lack of memory."""
 
     def done(self, score: Score) -> None:
         """Record the score of the metric that was being computed."""
         self.scores[self.left.pop(0)] = score
+        self.killed = False
 
 
 class _Child:
@@ -98,7 +104,7 @@ class _Child:
         its deadline."""
         self.task = task
         self.begun = not self.ready
-        self.deadline = time.monotonic() + self._seconds
+        self.grant()
         try:
             self.connection.send_bytes(json.dumps(task.left).encode())
             for audio in (task.pair.estimate, task.pair.clean):
@@ -116,8 +122,12 @@ class _Child:
             self.ready = self.begun = True
         elif self.task is not None:
             self.task.done(Score(*json.loads(message)))
-        self.deadline = time.monotonic() + self._seconds
+        self.grant()
         return True
+
+    def grant(self) -> None:
+        """Give it all the time that a metric may take, from now on."""
+        self.deadline = time.monotonic() + self._seconds
 
     def end(self) -> int:
         """Kill the child if it still runs; its exit code, negative for a signal."""
@@ -261,7 +271,12 @@ class _Pool:
         busy = {child.connection: child for child in self.children if child.task}
         deadline = min((child.deadline for child in busy.values()), default=None)
         patience = None if deadline is None else max(0.0, deadline - time.monotonic())
+        asked = time.monotonic()
         reported = wait([*busy, *source.awaited], patience)
+        if patience is not None and time.monotonic() - asked > patience + _PUNCTUAL_SECONDS:
+            # The job was suspended: the children had no more of that time than this process.
+            for child in busy.values():
+                child.grant()
         if source.awaited and source.awaited[0] in reported and (new := source.take()) is not None:
             if new.pair.failure is None:
                 self.waiting.append(new)
@@ -289,7 +304,9 @@ class _Pool:
             raise RuntimeError(f"a scoring process could not start (exit code {code}); its message is above")
         task = child.task
         assert task is not None
-        if child.begun:
+        if code == -signal.SIGKILL and not timed_out and not task.killed:
+            task.killed = True  # perhaps for lack of memory, which there may be the next time
+        elif child.begun:
             late = f"took more than {self.seconds_limit:g} s"
             task.done(Score(None, late if timed_out else f"scorer died ({_cause(code)})"))
         if task.left:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import numpy as np
-from scipy import fft  # scipy.signal takes 0.5 s more to import, which every reader would wait for
 
 from mvat_dist.config import SAMPLE_RATE
 from mvat_dist.data.mix.mixing import Audio
@@ -66,6 +65,9 @@ def reverberate(speech: Audio, impulse_response: Audio) -> Audio:
 
     The DNS synthesizer leaves the delay in.
     """
+    # Imported late: it takes half a second, which only those need pay that have rooms. (scipy.signal: one.)
+    from scipy import fft
+
     direct = direct_sound(impulse_response)
     size = fft.next_fast_len(speech.size + impulse_response.size - 1, real=True)
     spectrum = fft.rfft(speech, size) * fft.rfft(impulse_response, size)

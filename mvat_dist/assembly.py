@@ -176,11 +176,12 @@ def healthy_state(run: RunDir, config: Config, name: str, ranks: Ranks) -> Stude
     """
 
     def healthy(path: Path) -> bool:
-        return checkpoint.progress_of(path).get(name, {}).get("skipped_in_a_row") == 0
+        return checkpoint.is_well(path, name)
 
-    found = together(lambda: checkpoint.newest(run.checkpoints, healthy) if ranks.rank == 0 else None)
-    found = from_rank_zero(found)
-    state = checkpoint.load(found, name) if found else None
+    chosen = together(lambda: checkpoint.newest(run.checkpoints, healthy) if ranks.rank == 0 else None)
+    found = from_rank_zero(chosen)
+    # Together: the next save removes checkpoints, and no rank may still be reading one.
+    state = together(lambda: checkpoint.load(found, name) if found else None)
     return state or StudentState(dict(_network(config, run, name, None).state_dict()), {}, {})
 
 

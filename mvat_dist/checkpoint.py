@@ -45,7 +45,8 @@ class StudentState:
 def save(folder: Path, step: int, states: dict[str, StudentState], keep: int) -> Path:
     """Write the checkpoint of `step`; of all that are there, leave it and the newest ones before it.
 
-    `keep` usable ones stay, this one among them. Called on one rank, the folder's only writer: what a
+    `keep` usable ones stay, this one among them, and for a student that is well in none of these the newest
+    that it was well in: it may have to go back there. Called on one rank, the folder's only writer: what a
     killed one left half written or half removed goes too. Newer means written later: where a student joined
     the fleet, the steps begin again, for that student.
     """
@@ -63,12 +64,12 @@ def save(folder: Path, step: int, states: dict[str, StudentState], keep: int) ->
         )
         files = {file.name: _fingerprint(file) for file in sorted(temporary.iterdir())}
         write_json(temporary / _MANIFEST, files)
-    _remove_superseded(path, keep)
+    _remove_superseded(path, keep, {name for name, one in progress.items() if _is_unwell(one)})
     return path
 
 
-def _remove_superseded(written: Path, keep: int) -> None:
-    """Remove all but `written` and the ``keep - 1`` usable checkpoints before it.
+def _remove_superseded(written: Path, keep: int, unwell: set[str]) -> None:
+    """Remove all but `written`, the ``keep - 1`` usable checkpoints before it, and what the `unwell` need.
 
     Those that stay are read in full, for a damaged one in their number is no reserve.
     """
@@ -76,10 +77,23 @@ def _remove_superseded(written: Path, keep: int) -> None:
     for old in reversed(_folders(written.parent)):
         if old == written:
             continue
-        if kept < keep and _damage(old) is None:
-            kept += 1
-        else:
-            shutil.rmtree(old)
+        if (kept < keep or unwell) and _damage(old) is None:
+            well = {name for name in unwell if is_well(old, name)}
+            if kept < keep or well:
+                kept += 1
+                unwell = unwell - well
+                continue
+        shutil.rmtree(old)
+
+
+def is_well(path: Path, name: str) -> bool:
+    """Whether the last gradient of student `name` was finite when the checkpoint was written."""
+    progress = progress_of(path)
+    return name in progress and not _is_unwell(progress[name])
+
+
+def _is_unwell(progress: dict[str, Any]) -> bool:
+    return int(progress.get("skipped_in_a_row", 0)) > 0
 
 
 def newest(folder: Path, wanted: Callable[[Path], bool] = lambda _: True) -> Path | None:

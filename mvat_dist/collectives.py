@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
-from mvat_dist.errors import UserError, machine_refusal
+from mvat_dist.errors import CrashedElsewhereError, UserError, machine_refusal
 
 T = TypeVar("T")
 
@@ -122,6 +122,7 @@ def together(build: Callable[[], T]) -> T:
 
     Raises:
         UserError: what some rank refused, or a full or read-only disk; rank 0 says it.
+        CrashedElsewhereError: something else went wrong on another rank.
         Exception: whatever else went wrong on this rank.
     """
     refusal: str | None = None
@@ -135,10 +136,13 @@ def together(build: Callable[[], T]) -> T:
         refusal = machine_refusal(error) if isinstance(error, OSError) else None
         if refusal is None:
             crash, refusal = error, f"another rank failed: {type(error).__name__}: {error}"
-    refusals = [said for said in gather(refusal) if said]
+    failures = [(said, crashed) for said, crashed in gather((refusal, crash is not None)) if said]
     if crash:
         raise crash
-    if refusals:
+    if failures:
         first = not distributed.is_initialized() or distributed.get_rank() == 0
-        raise UserError(refusals[0], say=first)
+        # All ranks end with the same code, which decides whether the job is queued again.
+        if crashes := [said for said, crashed in failures if crashed]:
+            raise CrashedElsewhereError(crashes[0], say=first)
+        raise UserError(failures[0][0], say=first)
     return built[0]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mvat_dist import students
+from mvat_dist import schedule, students
 from mvat_dist.config import SAMPLE_RATE, Config
 from mvat_dist.errors import UserError
 from mvat_dist.files import read_json
@@ -157,6 +157,8 @@ class Work:
     """Of the corpus: no more readers can share it."""
     lesson_bytes: float = 0.0
     """Of a segment in the teacher's cache."""
+    taught: float = 1.0
+    """Share of the steps in which a live teacher is asked."""
     save_every: int = 1000
     validate_every: int = 1000
     clips: int = 64
@@ -181,6 +183,7 @@ class Work:
             shards=shards,
             # Measured of the default codec (docs/results/2026-11-22-cache.md).
             lesson_bytes=0.26 * sum(teacher.views(samples).values()) if cached and teacher else 0.0,
+            taught=config.distil.fade_by or 1.0,
             save_every=config.train.save_every,
             validate_every=config.train.validate_every,
             clips=config.valid.clips,
@@ -204,7 +207,7 @@ class Step:
     waiting: float
     """For the slowest process."""
     data: float
-    """What reading takes longer than all of the above."""
+    """What reading takes longer than all of the above; all of it where no process of its own reads."""
     validation: float
     checkpoint: float
 
@@ -236,20 +239,23 @@ def impossible(work: Work, processes: int) -> str | None:
 def step(work: Work, machine: Machine, processes: int, per_node: int) -> Step:
     """Forecast for so many processes on nodes of `per_node` each; `impossible` is for the caller to ask."""
     share = work.batch / processes
-    calls = max(1.0, math.ceil(share / work.micro_batch))
+    calls = share / _micro_batch(work, processes)
     slower = slowdown(machine, per_node)
     seconds = work.samples / SAMPLE_RATE
     learning = [
         share * (machine.learning.seconds(size, work.samples) + machine.loss * seconds) + calls * machine.call
-        for size in work.students
+        for size in sorted(work.students, key=students.parameters, reverse=True)
     ]
-    teacher = share * machine.forward.seconds(work.teacher, work.samples) if work.teacher else 0.0
+    teacher = 0.0
+    if work.teacher:
+        teacher = work.taught * share * machine.forward.seconds(work.teacher, work.samples)
     computing = slower * (teacher + sum(learning))
     update = slower * machine.update * sum(work.parameters)
     messages = [ring(FLOAT * count, processes, machine) for count in sorted(work.parameters, reverse=True)]
     # BatchNorm's statistics and the sums of the losses, then the word on who stops.
     small = 2 * ring(FLOAT * 0.01 * sum(work.parameters), processes, machine)
-    hidden = min(sum(messages[:-1]), machine.overlap * slower * sum(learning[1:]))
+    # The largest students learn first, and gradients travel beside the last micro-batch alone.
+    hidden = min(sum(messages[:-1]), machine.overlap * slower * sum(learning[1:]) / calls)
     communication = sum(messages) - hidden + small
     waiting = computing * machine.jitter * math.sqrt(2 * math.log(processes))
     busy = computing + update + communication + waiting
@@ -259,10 +265,15 @@ def step(work: Work, machine: Machine, processes: int, per_node: int) -> Step:
         optimiser=update,
         communication=communication,
         waiting=waiting,
-        data=max(0.0, reading(work, machine, processes) - busy),
+        data=max(0.0, reading(work, machine, processes) - (busy if work.readers else 0.0)),
         validation=_validation(work, machine, processes, slower) / work.validate_every,
         checkpoint=checkpoint_bytes(work) / machine.saving / work.save_every,
     )
+
+
+def _micro_batch(work: Work, processes: int) -> int:
+    # Of what cannot be shared, as much as nearest could: `impossible` says so.
+    return schedule.micro_batch(max(1, work.batch // processes), work.micro_batch)
 
 
 def slowdown(machine: Machine, per_node: int) -> float:
@@ -291,9 +302,9 @@ def checkpoint_bytes(work: Work) -> float:
     return FLOAT * 4.0 * sum(work.parameters)
 
 
-def memory(work: Work, machine: Machine) -> float:
-    """Bytes of one process at its peak: students learn one after another, their states stay."""
-    items = min(work.micro_batch, work.batch)
+def memory(work: Work, machine: Machine, processes: int) -> float:
+    """Bytes of one of `processes` at its peak: students learn one after another, their states stay."""
+    items = _micro_batch(work, processes)
     states = 4 * FLOAT * sum(work.parameters)  # weights, gradients, two moments
     learning = max(machine.learning_memory * students.values(size, work.samples) for size in work.students)
     teacher = 0.0

@@ -59,6 +59,12 @@ class BusyError(UserError):
     code = EXIT_BUSY
 
 
+class CrashedElsewhereError(UserError):
+    """Another rank met a defect or a fault of its machine: this rank ends with it, and a restart may help."""
+
+    code = 1
+
+
 class PortTakenError(UserError):
     """Another program listens where the ranks should meet; a new start takes another port."""
 

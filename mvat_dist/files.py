@@ -11,13 +11,15 @@ import re
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from mvat_dist.errors import UserError, machine_refusal
 
 TEMPORARY_SUFFIX = ".tmp"
+_LOCK = ".lock"
+"""In a folder of a file system that locks only files."""
 _LONGEST_NAME = 240
 """Bytes: file systems take 255, and a directory that is replaced has a few more."""
 
@@ -180,17 +182,28 @@ def only_writer(path: Path, doing: str, *, wait: bool = False) -> Iterator[None]
     Raises:
         UserError: another process has the lock.
     """
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
+    with ExitStack() as held:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            _lock(path, held, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise UserError(f"another process is {doing}: wait for it or end it") from None
-        except OSError:
-            pass  # a file system without locks
         yield
-    finally:
-        os.close(descriptor)
+
+
+def _lock(path: Path, held: ExitStack, how: int) -> None:
+    """Lock a file or a folder until `held` is left, where the file system has locks."""
+    folder = path.is_dir()
+    descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+    held.callback(os.close, descriptor)
+    try:
+        fcntl.flock(descriptor, how)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        # NFS gives an exclusive lock to writers alone, and nobody can open a folder to write.
+        if folder and error.errno == errno.EBADF:
+            (path / _LOCK).touch()
+            _lock(path / _LOCK, held, how)
 
 
 def remove_leftovers(folder: Path) -> list[Path]:

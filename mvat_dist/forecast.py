@@ -68,7 +68,9 @@ class Fleet:
             tuple(parts),
             max(steps, key=lambda one: one.seconds),
             (sum(seconds) if placement == "jobs" else max(seconds)) * self.config.train.steps / 3600,
-            max(costmodel.memory(work, self.machine) for work in works),
+            max(
+                costmodel.memory(work, self.machine, count) for work, count in zip(works, counts, strict=True)
+            ),
             next((reason for reason in reasons if reason), None),
         )
 

@@ -28,10 +28,10 @@ def relieve(fleet: Fleet, config: Config, run: RunDir, ranks: Ranks) -> None:
         if student.progress.skipped_in_a_row < train.max_skipped:
             continue
         if student.progress.rollbacks < train.rollbacks:
-            student.roll_back(assembly.healthy_state(run, config, student.name, ranks))
-            told = (
-                f"goes on from the last checkpoint with {student.progress.lr_factor:g} of its learning rate"
-            )
+            state = assembly.healthy_state(run, config, student.name, ranks)
+            student.roll_back(state)
+            place = f"as it was after step {state.progress['steps']}" if state.progress else "as it began"
+            told = f"goes on {place} with {student.progress.lr_factor:g} of its learning rate"
         else:
             student.progress.given_up = True
             told = "is given up, the others go on"

@@ -2,9 +2,9 @@
 
     python -m mvat_dist.requeue EXIT_CODE TRAINING_OPTIONS...
 
-Signals that ask to stop are the trainer's matter (`stopping.requeue`). This is for ends of which the
-trainer cannot speak: a rank killed or out of memory, a hang that its watchdog ended, a crash. A job
-comes back while it gets on, and a few times, ever later, while it does not. No torch.
+Signals that ask to stop are the trainer's matter (`stopping.requeue`), once it has begun. This is for ends
+of which the trainer cannot speak: a rank killed or out of memory, a hang that its watchdog ended, a crash. A
+job comes back while it gets on, and a few times, ever later, while it does not. No torch.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     config = configfile.parse(given[1:], prog="python -m mvat_dist.requeue")
     whole = RunDir(run_folder(config))
     runs = [RunDir(part) for part in whole.part_folders()] if config.parts else [whole]
-    if code in _ASKED:
+    if code in _ASKED and (config.parts or any(_begun(run.read_status()) for run in runs)):
         if config.parts:  # only now have all of them saved
             progressed = any(_progressed(run.read_status()) for run in runs)
             requeue_job(code - 128, progressed=progressed)

@@ -15,7 +15,7 @@ import time
 from typing import Any
 
 from mvat_dist import clock
-from mvat_dist.errors import EXIT_HUNG
+from mvat_dist.errors import EXIT_HUNG, UserError
 from mvat_dist.rundir import RunDir, State
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,12 @@ def why(exit_code: int) -> str:
     if exit_code > 128:
         return f"ended by {signal_name(exit_code - 128)}"
     return f"failed with exit code {exit_code}"
+
+
+def words_of(error: BaseException) -> str:
+    """What STATUS says about an error, in one line."""
+    words = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return words.strip().partition("\n")[0][:500]
 
 
 def life() -> dict[str, Any]:

@@ -15,7 +15,7 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from mvat_dist import configfile, placement, ranks, rundir
+from mvat_dist import configfile, placement, ranks, rundir, runstate, stopping
 from mvat_dist.config import Config
 from mvat_dist.errors import PortTakenError, UserError, exit_code
 
@@ -73,17 +73,18 @@ def _say_how_it_ended(run: rundir.RunDir, config: Config) -> None:
 
 def _train(config: Config, here: ranks.Ranks, run: rundir.RunDir, whole: Config) -> int:
     """Run the trainer, of the `whole` run or of a part of it, inside a process group; the exit code."""
+    # Before torch is imported, which may take a minute from a cold disk; a signal would end the process.
+    stop = stopping.StopRequest()
+    stop.listen()
     device, precision = _device(config, here)
     import torch
 
-    from mvat_dist import engine, stopping
+    from mvat_dist import engine
     from mvat_dist.guard import Guard
     from mvat_dist.logs import quieten
     from mvat_dist.trainer import Trainer
 
     quieten(here.rank)
-    stop = stopping.StopRequest()
-    stop.listen()
     guard = Guard(run, here, config.train.watchdog_seconds)
     trainer: Trainer | None = None
     code, words, orderly = 1, "", False
@@ -100,7 +101,7 @@ def _train(config: Config, here: ranks.Ranks, run: rundir.RunDir, whole: Config)
     except BaseException as error:
         if guard.is_lost():  # whatever failed in a folder that is not there
             raise guard.lost() from error
-        words = _in_one_line(error)
+        words = runstate.words_of(error)
         code = error.code if isinstance(error, UserError) else code
         raise
     finally:
@@ -127,12 +128,6 @@ def _device(config: Config, here: ranks.Ranks) -> tuple[torch.device, Precision]
     else:
         os.environ["DS_ACCELERATOR"] = "cpu"
     return device, precision
-
-
-def _in_one_line(error: BaseException) -> str:
-    """What STATUS says about an error."""
-    words = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    return words.strip().partition("\n")[0][:500]
 
 
 def _await_port(here: ranks.Ranks) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -16,16 +17,15 @@ from tqdm import tqdm
 from mvat_dist import assembly, checkpoint, collectives, energy, modelfile, relief, timing
 from mvat_dist.collectives import together
 from mvat_dist.config import Config
-from mvat_dist.data.mix.damage import DamageBudget
-from mvat_dist.data.stream import Batch, BatchStream, batches
 from mvat_dist.devices import Precision
 from mvat_dist.errors import UserError
 from mvat_dist.fleet import Student
 from mvat_dist.guard import Guard
+from mvat_dist.intake import Intake
 from mvat_dist.models import Manner
 from mvat_dist.ranks import Ranks
 from mvat_dist.rundir import RunDir, State
-from mvat_dist.runstate import RunState, signal_name
+from mvat_dist.runstate import RunState, signal_name, words_of
 from mvat_dist.schedule import Hyperparameters
 from mvat_dist.scoring.validate import validate
 from mvat_dist.stopping import StopRequest
@@ -36,8 +36,10 @@ logger = logging.getLogger(__name__)
 
 VALIDATION_METRICS = ("pesq_wb", "stoi", "si_sdr")
 
+_UNREAD = 1 << 8
+"""Above every signal's number: what a rank tells the others where it cannot read the next step's data."""
 _FOLDER_LOST = 1 << 16
-"""Above every signal's number: what rank 0 tells the others where the folder is no longer its own."""
+"""Above that: what rank 0 tells the others where the folder is no longer its own."""
 
 
 class Trainer:
@@ -68,16 +70,18 @@ class Trainer:
         found = assembly.claim_folder(run, config, self.inputs, ranks)
         self.step = assembly.position(config, found)
         self.state = together(lambda: self._begin() if ranks.rank == 0 else None)
-        self.fleet = assembly.build_fleet(config, ranks, run, self.inputs, found, device, precision)
-        self._left_out = assembly.left_out(found, config) if ranks.rank == 0 else {}
-        self.record = together(lambda: self._open_record() if ranks.rank == 0 else None)
+        try:
+            self.fleet = assembly.build_fleet(config, ranks, run, self.inputs, found, device, precision)
+            self._left_out = assembly.left_out(found, config) if ranks.rank == 0 else {}
+            self.record = together(lambda: self._open_record() if ranks.rank == 0 else None)
+        except Exception as error:
+            self._fail_to_start(error)
+            raise
         alone = run.fleet == run.path.name
         self._energy = energy.Meter(device, energy.counter_of(device, ranks, whole_nodes=alone))
         self._first = self.step
         self._steps_in_row = 0
-        self._damage: DamageBudget | None = None
-        if config.data.on_damage == "skip":
-            self._damage = DamageBudget(config.data.max_damaged, len(self.inputs.data))
+        self._intake: Intake
 
     @property
     def finished(self) -> bool:
@@ -89,6 +93,13 @@ class Trainer:
         state = RunState(self.run, self.config.train.steps, self.step)
         state.write("running", self.step)
         return state
+
+    def _fail_to_start(self, error: Exception) -> None:
+        """Have STATUS say why: it says already that the run has begun."""
+        if self.state and self.guard.intact():
+            code = error.code if isinstance(error, UserError) else 1
+            with suppress(OSError):
+                self.state.write("failed", self.step, exit_code=code, reason=words_of(error))
 
     def _open_record(self) -> Record:
         return Record(self.config, self.run, self.ranks, self.fleet.students, self.inputs)
@@ -107,56 +118,45 @@ class Trainer:
             waiting = [one for one in self.fleet.at(self.step) if one.progress.validated < self.step]
             if waiting:
                 self._validate(waiting)
-        stream, clock = self._stream(), self.fleet.stopwatch
+        intake = self._intake = Intake(self.config, self.inputs.data, self.ranks, self.step)
+        clock = self.fleet.stopwatch
         relief.refuse_if_hopeless(self.fleet, self.config, self.run, self.ranks)
         reason = 0
         clock.lap()  # starting up is no part of the first row's speed, or of its energy
         self._energy.lap()
         with self._progress_bar() as bar:
+            self._read_ahead()
+            together(intake.check)
             while not self.finished and not reason:
                 began = time.monotonic()
-                with clock.section("data"):
-                    micro_batches = next(stream)
+                micro_batches = intake.take()
                 now = self.fleet.step(micro_batches, self.step)
                 self.step += 1
                 self._steps_in_row += 1
-                self._count_damage(micro_batches)
+                intake.count_damage(micro_batches, self.device)
+                self._read_ahead()
                 self._done("step", began)
                 bar.update()
                 with clock.section("communication"):
-                    reason = self._agreed(stop)
+                    told = self._agreed(stop)
+                reason = 0 if told == _UNREAD else told
                 self._after_step(now, bar, stopping=bool(reason))
+                if told == _UNREAD:
+                    together(intake.check)
         if reason:
             self._say_saved(reason, stop)
         self._status("finished" if self.finished else "stopped")
         return reason
 
-    def _stream(self) -> BatchStream:
-        """This rank's micro-batches of the remaining steps."""
-        train = self.config.train
-        return batches(
-            self.inputs.data,
-            batch=train.batch,
-            micro_batch=train.micro_batch,
-            rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
-            first_step=self.step,
-            steps=train.steps - self.step,
-            workers=self.config.data.workers,
-        )
-
-    def _count_damage(self, micro_batches: list[Batch]) -> None:
-        """Count replaced segments over all ranks, so that all of them refuse at the same step."""
-        if self._damage is None:
-            return
-        damaged = torch.tensor([float(sum(batch.damaged for batch in micro_batches))], device=self.device)
-        collectives.sum_in_place([damaged])
-        self._damage.count(int(damaged.item()), self.config.train.batch)
-        if refusal := self._damage.refusal():
-            raise UserError(refusal, say=self.ranks.rank == 0)
+    def _read_ahead(self) -> None:
+        if not self.finished:
+            with self.fleet.stopwatch.section("data"):
+                self._intake.read_ahead()
 
     def _agreed(self, stop: StopRequest) -> int:
         """The signal on which all ranks stop after this step; 0 where they go on, or are done anyway.
+
+        `_UNREAD` where some rank has no data for the next one.
 
         Raises:
             UserError: the folder was removed, or another process has taken the run over.
@@ -167,7 +167,8 @@ class Trainer:
         )
         writes = writes or bool(stop.signal)
         lost = self.ranks.rank == 0 and writes and not self._folder_is_ours()
-        told = collectives.largest(_FOLDER_LOST if lost else stop.signal)
+        here = _UNREAD if self._intake.failed else stop.signal
+        told = collectives.largest(_FOLDER_LOST if lost else here)
         if told == _FOLDER_LOST:
             raise self.guard.lost()
         return 0 if self.finished else told
@@ -232,8 +233,8 @@ class Trainer:
             }
             if joules is not None:
                 row["joules"] = joules
-            if self._damage:
-                row["damaged"] = self._damage.damaged
+            if self._intake.damaged is not None:
+                row["damaged"] = self._intake.damaged
             losses[student.name.removeprefix("manner-")] = f"{row['loss']:.3f}"
             rows[student.name] = row
         bar.set_description(f"training ({timing.in_words(shares)})", refresh=False)

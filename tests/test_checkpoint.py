@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,19 @@ def test_keeps_the_newest(tmp_path: Path) -> None:
     for step in (1, 2, 3, 10):
         checkpoint.save(tmp_path, step, {"a": state(step)}, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000010"]
+
+
+def test_what_an_unwell_student_would_go_back_to_is_kept(tmp_path: Path) -> None:
+    """Whatever was saved since: without it, the student would begin anew in the midst of the training."""
+    for step, in_a_row in ((1, 0), (2, 0), (3, 5), (4, 9), (5, 12)):
+        ill = replace(state(step), progress={**state(step).progress, "skipped_in_a_row": in_a_row})
+        checkpoint.save(tmp_path, step, {"ill": ill, "well": state(step)}, keep=2)
+    assert sorted(checkpoint.step_of(path) for path in tmp_path.iterdir()) == [2, 4, 5]
+    found = checkpoint.newest(tmp_path, lambda path: checkpoint.is_well(path, "ill"))
+    assert found is not None
+    assert checkpoint.step_of(found) == 2
+    checkpoint.save(tmp_path, 6, {"ill": state(6), "well": state(6)}, keep=2)
+    assert sorted(checkpoint.step_of(path) for path in tmp_path.iterdir()) == [5, 6]
 
 
 def damage(path: Path, how: str = "flip") -> None:

@@ -91,7 +91,7 @@ def test_ranks_agree(tmp_path: Path) -> None:
         assert crash == (
             "ZeroDivisionError True: on rank 1"
             if rank == 1
-            else f"UserError {says}: another rank failed: ZeroDivisionError: on rank 1"
+            else f"CrashedElsewhereError {says}: another rank failed: ZeroDivisionError: on rank 1"
         )
     for got, expected in zip((found[0]["slow_mean"], found[0]["slow_var"]), mixture(0.01), strict=True):
         torch.testing.assert_close(got, expected.float(), rtol=1e-5, atol=1e-6)

@@ -79,6 +79,7 @@ def test_the_ring_is_that_of_its_messages(processes: int) -> None:
 @given(machine=machines, few=counts, many=counts)
 def test_more_processes_compute_no_longer_and_talk_no_less(machine: Machine, few: int, many: int) -> None:
     few, many = min(few, many), max(few, many)
+    machine = replace(machine, call=0.0)  # micro-batches of a share of 5 are of 1, and 5 calls
     before, after = costmodel.step(FLEET, machine, few, 1), costmodel.step(FLEET, machine, many, 1)
     assert after.computing <= before.computing * (1 + 1e-9)
     assert costmodel.ring(1e6, few, machine) <= costmodel.ring(1e6, many, machine) * (1 + 1e-9)
@@ -148,10 +149,41 @@ def test_values_are_what_the_layers_put_out() -> None:
 
 
 def test_memory_grows_with_micro_batches_and_students_and_not_with_processes() -> None:
-    base = costmodel.memory(FLEET, MACHINE)
-    assert costmodel.memory(replace(FLEET, micro_batch=8), MACHINE) > base
-    assert costmodel.memory(replace(FLEET, students=FLEET.students[:1]), MACHINE) < base
-    assert costmodel.memory(replace(FLEET, batch=2 * FLEET.batch), MACHINE) == base
+    base = costmodel.memory(FLEET, MACHINE, 1)
+    assert costmodel.memory(replace(FLEET, micro_batch=8), MACHINE, 1) > base
+    assert costmodel.memory(replace(FLEET, students=FLEET.students[:1]), MACHINE, 1) < base
+    assert costmodel.memory(replace(FLEET, batch=2 * FLEET.batch), MACHINE, 1) == base
+    assert costmodel.memory(FLEET, MACHINE, 8) == base
+    # A share of 15 segments is dealt in micro-batches of 3.
+    assert costmodel.memory(FLEET, MACHINE, 256) == costmodel.memory(
+        replace(FLEET, micro_batch=3), MACHINE, 1
+    )
+
+
+def test_a_teacher_that_fades_is_paid_while_it_is_asked() -> None:
+    whole, faded = (costmodel.step(replace(FLEET, taught=share), MACHINE, 1, 1) for share in (1.0, 0.3))
+    assert faded.teacher == pytest.approx(0.3 * whole.teacher)
+
+
+def test_reading_without_readers_is_paid_in_full() -> None:
+    found = costmodel.step(replace(FLEET, readers=0), MACHINE, 2, 2)
+    assert found.data == pytest.approx(costmodel.reading(replace(FLEET, readers=0), MACHINE, 2))
+
+
+def test_gradients_hide_behind_the_last_micro_batch_of_the_smaller_students() -> None:
+    """Whatever the order in which the students are named."""
+    slow = replace(MACHINE, bandwidth=1e3, latency=0.0, overlap=1.0)
+    found = costmodel.step(FLEET, slow, 2, 2)
+    again = costmodel.step(replace(FLEET, students=FLEET.students[::-1]), slow, 2, 2)
+    assert again.communication == pytest.approx(found.communication)
+    largest = max(FLEET.students, key=students.parameters)
+    rest = tuple(size for size in FLEET.students if size != largest)
+    learning = costmodel.step(replace(FLEET, students=rest), slow, 2, 2).students
+    sizes = [students.parameters(size) for size in FLEET.students]
+    sent = sum(costmodel.ring(4.0 * size, 2, slow) for size in sizes)
+    sent += 2 * costmodel.ring(0.04 * sum(sizes), 2, slow)
+    calls = FLEET.batch / 2 / FLEET.micro_batch
+    assert sent - found.communication == pytest.approx(learning / calls)
 
 
 def fleet(machine: Machine = MACHINE, **train: int) -> forecast.Fleet:

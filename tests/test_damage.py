@@ -185,3 +185,17 @@ def test_a_run_counts_damage_over_its_ranks_and_ends_together(trainable, tmp_pat
     assert refused.returncode == 2, refused.stderr[-3000:]
     assert "2 of 16 segments met damaged data" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_what_one_rank_cannot_read_ends_all_with_its_words(trainable, tmp_path):
+    """Both end at once, and neither by way of a connection that the other has broken."""
+    ended = train(trainable, tmp_path, "--data.on_damage=fatal")
+    assert ended.returncode == 2, ended.stderr[-3000:]
+    assert ended.stderr.count("key c5") == 1
+    assert "Traceback" not in ended.stderr
+    status = json.loads((tmp_path / "run" / "STATUS").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 2)
+    assert "key c5" in status["reason"]
+    others = [log.read_text() for log in (tmp_path / "run" / "logs").glob("rank-*.log")]
+    assert others
+    assert not any("Traceback" in log for log in others)

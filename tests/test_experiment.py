@@ -164,7 +164,7 @@ def test_the_grid_of_the_study_is_a_grid(monkeypatch: pytest.MonkeyPatch, tmp_pa
     grid = experiment.read(REPOSITORY / "configs" / "study" / "grid.yaml")
     made = experiment.cells(grid, tmp_path, [])
     assert len({cell.run.path for cell in made}) == len(grid.methods) * len(grid.seeds)
-    assert {cell.config.train.init for cell in made} == {str(REPOSITORY / "runs" / "first-students")}
+    assert {cell.config.train.init for cell in made} == {str(REPOSITORY / "runs" / "small-first")}
 
 
 def test_the_papers_grid_has_every_comparison_of_the_paper() -> None:

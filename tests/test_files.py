@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +106,26 @@ def test_a_directory_replaces_the_one_before_it_whole(tmp_path: Path) -> None:
         with files.atomic_directory(tmp_path / "made") as temporary:
             (temporary / name).write_text(name)
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["made", "made/second"]
+
+
+def test_a_folder_is_locked_where_only_files_can_be(tmp_path: Path, monkeypatch) -> None:
+    """As over NFS, which refuses an exclusive lock to who cannot write."""
+    flock = fcntl.flock
+
+    def of_files(descriptor: int, how: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", of_files)
+    with (
+        files.only_writer(tmp_path, "filling it"),
+        pytest.raises(UserError, match="another process is filling it"),
+        files.only_writer(tmp_path, "filling it"),
+    ):
+        pytest.fail("two writers")
+    with files.only_writer(tmp_path, "filling it"):
+        pass
 
 
 KILLED = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy as copying
+import errno
 import io
 import json
 import multiprocessing
@@ -135,6 +136,22 @@ def test_a_truncated_shard_raises_for_what_is_missing_only(sources: Path, tmp_pa
     shard.unlink()
     with pytest.raises(ShardError, match=r"audio-000000\.tar, key utt_0: the file is missing"):
         ShardSet.open(copy).meta(0)
+
+
+@pytest.mark.parametrize("trouble", [errno.ESTALE, errno.EMFILE, errno.EIO])
+def test_the_trouble_of_a_file_server_is_no_damage(
+    sources: Path, monkeypatch: pytest.MonkeyPatch, trouble: int
+) -> None:
+    """The job then fails as one whose node failed, and comes back; a bad disk's error is damage."""
+
+    def refused(*_: object) -> bytes:
+        raise OSError(trouble, os.strerror(trouble))
+
+    subset = ShardSet.open(sources)
+    monkeypatch.setattr(os, "pread", refused)
+    with pytest.raises(ShardError if trouble == errno.EIO else OSError, match=os.strerror(trouble)) as raised:
+        subset.read(0)
+    assert isinstance(raised.value, UserError) == (trouble == errno.EIO)
 
 
 def test_it_travels_to_other_processes(sources: Path) -> None:

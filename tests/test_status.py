@@ -198,6 +198,25 @@ def test_a_job_that_fails_before_it_begins_gives_up_too(
     assert run.read_status()["checkpoint"]["step"] == 5
 
 
+@pytest.mark.parametrize("code", [143, 140])
+def test_a_job_that_is_asked_to_stop_before_it_listens_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: int
+) -> None:
+    """As when it is preempted while torch is imported: the trainer has said nothing to Slurm."""
+    monkeypatch.setattr(requeue, "_again", lambda job, wait: f"job {job} again after {wait:g} s")
+    monkeypatch.setattr(requeue, "requeue_job", lambda *_, **__: pytest.fail("that is of runs in parts"))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    given = [str(code), f"--runs={tmp_path}", "--name=one", "--distil.method=none"]
+    requeue.main(given)
+    assert "job 7 again after 0 s" in capsys.readouterr().out
+    run = RunDir(tmp_path / "one")
+    run.path.mkdir(exist_ok=True)
+    RunState(run, 100, 0).write("stopped", 5)  # it has begun, and asked for itself
+    requeue.main(given)
+    assert capsys.readouterr().out == ""
+
+
 def test_restarts_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MVAT_MAX_RESTARTS", "2")
     run = RunDir(tmp_path)

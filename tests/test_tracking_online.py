@@ -95,7 +95,10 @@ def test_all_of_it_arrives(tmp_path: Path, server: Server) -> None:
         {"examples/00/student": sound, "examples/00/seen": seen}, {}, {"fleet": [{"a": 1, "b": "x"}]}
     )
     tracker.log(NAMES[0], 8, extras, loss=0.125)
+    sent = weights.read_bytes()
     tracker.artifact(NAMES[0], weights, {"step": 8})
+    (tmp_path / "next").write_bytes(b"of step 9")
+    (tmp_path / "next").replace(weights)  # before W&B's thread comes to read it, or after
     tracker.finish()
     assert_whole(server, folder)
     first, second = (server.run(name) for name in NAMES)
@@ -108,7 +111,8 @@ def test_all_of_it_arrives(tmp_path: Path, server: Server) -> None:
     assert (table["columns"], table["data"]) == (["a", "b"], [[1, "x"]])
     (best,) = [one for one in server.artifacts if one.kind == "model"]
     assert best.committed
-    assert best.files["model.safetensors"] == weights.read_bytes()
+    assert best.files["model.safetensors"] == sent
+    assert not list(tmp_path.glob(".*.tmp"))
     assert {"best", "step-8"} <= set(best.aliases)
     # Nothing outside the run's folder: homes are small on clusters.
     assert not [place for place in (".cache/wandb", ".local/share/wandb") if (tmp_path / place).exists()]

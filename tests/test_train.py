@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from mvat_dist.rundir import RunDir
 from tests.tiny_corpus import write_pairs, write_sources
 from tests.waiting import until
 
@@ -257,6 +258,21 @@ def test_what_students_began_with_is_not_needed_again(corpus: Path, runs: Path, 
     assert same_weights(runs / "given-stopped", whole, "mini")
     assert json.loads((runs / "given-stopped" / "inputs.json").read_text()) == before
     assert before["init"]["mini"]["name"] == "mini"
+
+
+def test_a_start_that_fails_after_it_began_says_so(corpus: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        command(corpus, tmp_path, "run", ["--student=tiny", "--distil.method=none"]),
+        env=environment() | {"WANDB_MODE": "sometimes"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    status = RunDir(tmp_path / "run").read_status()
+    assert (status["state"], status["exit_code"]) == ("failed", 2)
+    assert "WANDB_MODE" in status["reason"]
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,8 @@ from mvat_dist.files import read_json
 _NO_CONFIGURATION = "Could not establish a configuration source"
 _ENDED = "State,ExitCode,JobName"
 _TIMEOUTS = 1_000_000
-"""submitit's own count of restarts, by which it would give up after three: the trainer's is the one."""
+"""submitit's own count of restarts, by which it would give up after three: where there is a trainer, its is
+the one."""
 
 
 class TrainJob:
@@ -134,7 +135,7 @@ def executor(folder: Path, job_name: str, resources: Resources, argv: Sequence[s
     for key, value in [*parameters.items(), *resources.more.items()]:
         if set("\n\r\0") & set(str(value)):
             raise UserError(f"the value of {key.replace('_', '-')} holds a line break: {value!r}")
-    made = SlurmExecutor(folder, max_num_timeout=_TIMEOUTS)
+    made = SlurmExecutor(folder, max_num_timeout=_TIMEOUTS if argv else resources.max_restarts)
     made.update_parameters(
         **parameters,
         setup=[*_setup(folder, resources), *resources.setup],

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from mvat_dist import schedule
 from mvat_dist.data import workers as readers
 from mvat_dist.data.identity import differences, with_newer_fields
 from mvat_dist.data.mix.damage import DamageLog
@@ -60,7 +61,7 @@ def split_batch(batch: int, world_size: int, micro_batch: int) -> tuple[int, int
             f"{' or '.join(map(str, near))}, or a number of ranks that divides {batch}"
         )
     share = batch // world_size
-    micro = max(size for size in range(1, min(micro_batch, share) + 1) if share % size == 0)
+    micro = schedule.micro_batch(share, micro_batch)
     return micro, share // micro
 
 

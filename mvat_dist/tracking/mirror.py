@@ -16,6 +16,7 @@ import queue
 import re
 import secrets
 import shlex
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Mapping
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from mvat_dist.config import TrackConfig
-from mvat_dist.files import write_text
+from mvat_dist.files import TEMPORARY_SUFFIX, write_text
 from mvat_dist.history import History, Row
 from mvat_dist.rundir import RunDir
 from mvat_dist.tracking import wandbmode
@@ -118,8 +119,15 @@ class Mirror:
         self._put(partial(self._send, name, row, extras, self._histories[name].size))
 
     def artifact(self, name: str, file: Path, about: dict[str, Any]) -> None:
-        """Send a student's best weights as a new version of an artifact."""
-        self._put(partial(self._send_artifact, name, file, about))
+        """Send a student's best weights, as they are now, as a new version of an artifact."""
+        # The next ones may be in their place before W&B's thread comes to read them.
+        kept = file.with_name(f".{file.name}.step-{about['step']}{TEMPORARY_SUFFIX}")
+        kept.unlink(missing_ok=True)
+        try:
+            kept.hardlink_to(file)
+        except OSError:  # a file system without links
+            shutil.copyfile(file, kept)
+        self._put(partial(self._send_artifact, name, kept, file.name, about))
 
     def finish(self, exit_code: int) -> None:
         """Close the runs; give up after a while rather than hold an allocation.
@@ -260,16 +268,18 @@ class Mirror:
             logger.warning("W&B gets only the numbers of step %d: %s", row["step"], wandbmode.in_words(error))
         self._runs[name].log({**copy_of(row), **files})
 
-    def _send_artifact(self, name: str, file: Path, about: dict[str, Any]) -> None:
+    def _send_artifact(self, name: str, file: Path, called: str, about: dict[str, Any]) -> None:
         import wandb
 
         run = self._runs[name]
         try:
             artifact = wandb.Artifact(f"{run.id}-best", type="model", metadata=about)
-            artifact.add_file(str(file), skip_cache=True)
+            artifact.add_file(str(file), name=called, skip_cache=True)
             run.log_artifact(artifact, aliases=["best", f"step-{about['step']}"])
         except Exception as error:
             logger.warning("W&B does not take %s: %s", file, wandbmode.in_words(error))
+        finally:
+            file.unlink(missing_ok=True)
 
     def _close(self, exit_code: int) -> None:
         try:

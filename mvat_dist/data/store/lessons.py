@@ -12,7 +12,6 @@ heard, with which the reader compares what the student is about to hear.
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import os
@@ -29,7 +28,7 @@ from mvat_dist.data.identity import differences, with_newer_fields
 from mvat_dist.data.store.lessoncodec import CODECS, Codec, LessonArrays, decode, largest_size, map_name
 from mvat_dist.data.store.lessonshards import SHARD_NAME, Rows, levels_of, load_rows
 from mvat_dist.data.store.recent import Recent
-from mvat_dist.data.store.shardfile import ShardError
+from mvat_dist.data.store.shardfile import PASSING, ShardError
 from mvat_dist.errors import UserError
 from mvat_dist.students import Kind, Size, ViewKey
 
@@ -182,8 +181,8 @@ class Lessons:
             row = shard.rows[self._row_of[number]]
             content = os.pread(shard.file.fileno(), int(row["size"]), int(row["offset"]))
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-                raise  # the machine's trouble, not the file's
+            if error.errno in PASSING:
+                raise
             raise self._damaged(number, str(error.strerror)) from error
         if zlib.crc32(content) != int(row["crc32"]):
             raise self._damaged(number, "its checksum is wrong")

@@ -187,7 +187,7 @@ def _opened(path: Path, size: int | None) -> io.FileIO | None:
 def _removed(path: Path) -> bool:
     """Remove a copy, unless it is being read; whether it is gone."""
     try:
-        with path.open("rb") as stream:
+        with path.open("r+b") as stream:  # NFS gives an exclusive lock to writers alone
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink(missing_ok=True)
     except FileNotFoundError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import re
@@ -29,6 +30,10 @@ Kind = Literal["sources", "pairs"]
 Field = Literal["audio", "clean", "noisy"]
 FIELDS: dict[Kind, tuple[Field, ...]] = {"sources": ("audio",), "pairs": ("clean", "noisy")}
 META = "json"
+
+
+PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
+"""Errors of a read that are the machine's trouble, or its file server's, and say nothing of the file."""
 
 
 class ShardError(UserError):

@@ -29,6 +29,7 @@ from mvat_dist.data.store.shardcache import RemoteFolder
 from mvat_dist.data.store.shardfile import (
     FIELDS,
     META,
+    PASSING,
     Index,
     block_counts,
     extension,
@@ -229,6 +230,8 @@ class ShardSet:
             self._unfetchable[shard] = error
             raise self._damaged(index, str(error)) from error
         except (OSError, MemoryError) as error:
+            if isinstance(error, OSError) and error.errno in PASSING:
+                raise
             raise self._damaged(index, f"the file cannot be read ({error})") from error
         if len(content) != size:
             raise self._damaged(index, f"the file ends {size - len(content)} bytes too soon")

@@ -16,8 +16,8 @@ ENTRY = {
     "pack", "synthesize", "cache", "evaluate", "report", "enhance", "export", "experiment", "quickstart",
 }  # fmt: skip
 RUN = {
-    "trainer", "assembly", "fleet", "relief", "intake", "engine", "collectives", "devices", "teacher", "modelfile",
-    "checkpoint", "caching", "cachecheck", "forecast", "tracking", "timing", "energy", "logs", "environment",
+    "trainer", "assembly", "fleet", "relief", "intake", "engine", "collectives", "devices", "teacher",
+    "modelfile", "checkpoint", "caching", "cachecheck", "forecast", "tracking", "timing", "energy", "logs", "environment",
     "stopping", "guard", "watchdog", "scoring", "deploy",
 }  # fmt: skip
 PARTS = {"models", "losses", "data", "metrics", "summary", "schedule", "reporting", "costmodel"}

@@ -17,8 +17,8 @@ ENTRY = {
 }  # fmt: skip
 RUN = {
     "trainer", "assembly", "fleet", "relief", "intake", "engine", "collectives", "devices", "teacher",
-    "modelfile", "checkpoint", "caching", "cachecheck", "forecast", "tracking", "timing", "energy", "logs", "environment",
-    "stopping", "guard", "watchdog", "scoring", "deploy",
+    "modelfile", "checkpoint", "caching", "cachecheck", "forecast", "tracking", "timing", "energy", "logs",
+    "environment", "stopping", "guard", "watchdog", "scoring", "deploy",
 }  # fmt: skip
 PARTS = {"models", "losses", "data", "metrics", "summary", "schedule", "reporting", "costmodel"}
 GROUND = {

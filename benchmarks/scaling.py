@@ -3,6 +3,7 @@
     python -m benchmarks.scaling
     python -m benchmarks.scaling --write machine.json      # for `submit --dry-run --machine machine.json`
     python -m benchmarks.scaling --simulate machine.json   # 4, 64 and 512 such nodes; nothing is measured
+    python -m benchmarks.scaling --simulate                # the same, with the default rates
 
 The real fleet trains on 1, 2 and 4 processes for the fit. What the fit has not seen is the check: 3
 processes, and other students on 2 with other segments. Run it on a machine that is doing nothing else: these
@@ -55,8 +56,8 @@ def main() -> None:
     if arguments.measured:
         _measured(arguments)
         return
-    if arguments.simulate:
-        _simulate(Machine.read(arguments.simulate))
+    if arguments.simulate is not None:
+        _simulate(Machine.read(Path(arguments.simulate)) if arguments.simulate else Machine())
         return
     found = {processes: _run(arguments, processes) for processes in (*FITTED, HELD_OUT)}
     other = argparse.Namespace(**{**vars(arguments), **OTHER})
@@ -261,7 +262,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5, help="measured steps (default: 5)")
     parser.add_argument("--name", default="this machine", help="what forecasts call it")
     parser.add_argument("--write", type=Path, metavar="FILE", help="keep the rates")
-    parser.add_argument("--simulate", type=Path, metavar="FILE", help="only look ahead with these rates")
+    simulate = "only look ahead, with these rates or the default ones"
+    parser.add_argument("--simulate", nargs="?", const="", metavar="FILE", help=simulate)
     parser.add_argument("--measured", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 

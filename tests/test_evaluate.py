@@ -53,8 +53,10 @@ def run(tmp_path: Path) -> Path:
     for name, size in TINY.items():
         save(folder.weights(name, "best"), name, size, 10)
         save(folder.weights(name, "last"), name, size, 20, seed=1)
-    save(tmp_path / "teacher.safetensors", "tiny-teacher", TEACHER, 99)
-    write_json(folder.inputs, {"teacher": {"file": str(tmp_path / "teacher.safetensors")}})
+    teacher = tmp_path / "teacher.safetensors"
+    save(teacher, "tiny-teacher", TEACHER, 99)
+    sha256 = modelfile.fingerprint(modelfile.load(teacher).model)
+    write_json(folder.inputs, {"teacher": {"file": str(teacher), "sha256": sha256}})
     folder.config.write_text("student: tiny-a,tiny-b\n")
     return folder.path
 

@@ -348,7 +348,7 @@ def test_any_pair_of_folders_with_what_cannot_be_scored_recorded(model, tmp_path
 def test_without_a_model_the_noisy_input_alone_is_scored(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main([*folders(tmp_path), "--metrics", "si_sdr", "--limit", "1"])
-    assert [row["model"] for row in rows_of(Path("evaluate/noisy-best"))] == ["noisy"]
+    assert [row["model"] for row in rows_of(Path(f"evaluate/{tmp_path.name}-first1-best"))] == ["noisy"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -174,10 +175,7 @@ def healthy_state(run: RunDir, config: Config, name: str, ranks: Ranks) -> Stude
 
     The same on every rank.
     """
-
-    def healthy(path: Path) -> bool:
-        return checkpoint.is_well(path, name)
-
+    healthy = partial(checkpoint.is_well, name=name)
     chosen = together(lambda: checkpoint.newest(run.checkpoints, healthy) if ranks.rank == 0 else None)
     found = from_rank_zero(chosen)
     # Together: the next save removes checkpoints, and no rank may still be reading one.

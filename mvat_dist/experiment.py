@@ -23,7 +23,7 @@ from mvat_dist.config import Config
 from mvat_dist.data.testsets import held_out
 from mvat_dist.errors import EXIT_BUSY, UserError, exit_code
 from mvat_dist.rundir import RunDir, run_folder
-from mvat_dist.scoring.candidates import CLASSICAL, TEACHER, networks_of
+from mvat_dist.scoring.candidates import CLASSICAL, TEACHER, networks_of, split_name
 
 _SIGNALLED = 128
 """Exit codes above it say which signal ended a process."""
@@ -148,7 +148,7 @@ def _check(grid: Grid, todo: list[Cell]) -> None:
         UserError: no such teacher, metric, baseline or test set, or a baseline of a name that is taken.
     """
     metrics.select(grid.metrics)
-    named = {baseline.partition("=")[0] for baseline in grid.baselines if "=" in baseline}
+    named = {split_name(baseline)[0] for baseline in grid.baselines}
     own = {TEACHER, *(name for cell in todo for name in students.select(grid.students, cell.config.sizes))}
     if taken := sorted(named & own):
         raise UserError(f"baselines: {', '.join(taken)} is a network of the grid: choose another NAME")
@@ -182,9 +182,8 @@ def _report(finished: list[Cell], grid: Grid, out: Path) -> None:
 
 def _apart(baseline: str) -> str:
     """`baseline` as evaluate's MODEL, named so that it cannot be taken for one of the students."""
-    if baseline == CLASSICAL or "=" in baseline:
-        return baseline
-    return f"baseline-{Path(baseline).stem}={baseline}"
+    name, path = split_name(baseline)
+    return baseline if name or baseline == CLASSICAL else f"baseline-{path.stem}={baseline}"
 
 
 def _train(cell: Cell, options: list[str]) -> bool:

@@ -236,10 +236,7 @@ def test_several_models_are_named_apart_and_compared(corpus, tmp_path, monkeypat
 def test_the_teacher_of_two_runs_is_scored_once(corpus, tmp_path):
     teacher = save(tmp_path / "teacher.safetensors", 9, "big")
     for seed, name in enumerate(("one", "two")):
-        run = RunDir(tmp_path / name)
-        save(run.weights("tiny", "best"), seed)
-        write_json(run.inputs, {"teacher": {"file": str(teacher), "sha256": sha256_of(teacher)}})
-        run.config.write_text("student: tiny\n")
+        a_run(tmp_path / name, seed, teacher)
     runs = [str(tmp_path / "one"), str(tmp_path / "two")]
     main(
         [*runs, "--data", str(corpus), "--limit", "1", "--metrics", "si_sdr", "--out", str(tmp_path / "out")]
@@ -247,19 +244,19 @@ def test_the_teacher_of_two_runs_is_scored_once(corpus, tmp_path):
     assert [row["model"] for row in rows_of(tmp_path / "out")] == ["noisy", "teacher", "one/tiny", "two/tiny"]
 
 
-def sha256_of(file: Path) -> str:
-    return modelfile.fingerprint(modelfile.load(file).model)
+def a_run(path: Path, seed: int, teacher: Path) -> RunDir:
+    """A run with a student and the record of its teacher."""
+    run = RunDir(path)
+    save(run.weights("tiny", "best"), seed)
+    sha256 = modelfile.fingerprint(modelfile.load(teacher).model)
+    write_json(run.inputs, {"teacher": {"file": str(teacher), "sha256": sha256}})
+    run.config.write_text("student: tiny\n")
+    return run
 
 
 @pytest.fixture
 def taught(tmp_path) -> RunDir:
-    """A run with a student and the record of its teacher."""
-    run = RunDir(tmp_path / "taught")
-    save(run.weights("tiny", "best"), 1)
-    teacher = save(tmp_path / "teacher.safetensors", 9, "big")
-    write_json(run.inputs, {"teacher": {"file": str(teacher), "sha256": sha256_of(teacher)}})
-    run.config.write_text("student: tiny\n")
-    return run
+    return a_run(tmp_path / "taught", 1, save(tmp_path / "teacher.safetensors", 9, "big"))
 
 
 def models_of(out: Path) -> list[str]:

@@ -31,6 +31,15 @@ def open_sound(path: Path) -> OnePassFile:
     return OnePassFile(os.fsencode(path))
 
 
+def withheld(path: Path) -> OSError | None:
+    """Why the system does not give a file, of which libsndfile says "System error"; None where it does."""
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        return error
+    return None
+
+
 def known_frames(frames: int) -> int | None:
     """What libsndfile says of a file's frames; None where that is no length."""
     return frames if 0 <= frames < _UNKNOWN_FRAMES else None

@@ -14,6 +14,7 @@ from mvat_dist.config import SAMPLE_RATE
 from mvat_dist.data.mix.mixing import Audio
 from mvat_dist.data.pack.corpora import list_dns
 from mvat_dist.data.pack.inspection import REASONS, UnusableError, read_whole
+from mvat_dist.data.sounds import withheld
 from mvat_dist.data.store.folders import MANIFEST, Folder
 from mvat_dist.data.store.packed import fingerprints, open_subset
 from mvat_dist.data.store.shards import Field
@@ -204,10 +205,7 @@ def _refuse_unreadable(path: Path) -> None:
     Raises:
         UserError: why.
     """
-    try:
-        path.open("rb").close()
-    except FileNotFoundError:
-        pass
-    except OSError as error:
+    error = withheld(path)
+    if error and not isinstance(error, FileNotFoundError):
         why = os.strerror(error.errno or 0).lower()
         raise UserError(f"{path} cannot be read ({why}): mend that, and the same command goes on") from error

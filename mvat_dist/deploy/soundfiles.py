@@ -14,7 +14,7 @@ import numpy as np
 import soundfile
 
 from mvat_dist.data.pack.corpora import audio_files
-from mvat_dist.data.sounds import OnePassFile, known_frames
+from mvat_dist.data.sounds import OnePassFile, known_frames, withheld
 from mvat_dist.deploy import lengths
 from mvat_dist.deploy.enhancer import BLOCK, Enhancer
 from mvat_dist.deploy.windows import Audio
@@ -192,9 +192,7 @@ def _opened(source: Path) -> OnePassFile:
         # As bytes: soundfile cannot encode a name that is not valid in the file system's encoding.
         return OnePassFile(os.fsencode(source))
     except soundfile.LibsndfileError:
-        try:
-            source.open("rb").close()  # libsndfile says "System error", the system why
-        except OSError as error:
+        if error := withheld(source):
             raise UserError(f"cannot be read ({os.strerror(error.errno or 0).lower()})") from error
         raise
     except TypeError as error:  # of a name that ends in .raw

@@ -123,7 +123,8 @@ def _best(one: _Priced, priced: Sequence[_Priced]) -> bool:
     Only of those that have all clips: what failed on the hard ones has the higher mean of the others.
     """
     price, mean = one[2], one[3].mean
-    whole = [its for its in priced if its[3].clips == max(other[3].clips for other in priced)]
+    most = max(its[3].clips for its in priced)
+    whole = [its for its in priced if its[3].clips == most]
     return one in whole and not any(
         (other <= price and its.mean > mean) or (other < price and its.mean >= mean)
         for _, _, other, its in whole

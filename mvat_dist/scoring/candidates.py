@@ -57,6 +57,7 @@ def networks_of(models: Sequence[str], which: Which) -> dict[str, Candidate]:
             one name.
     """
     split = [split_name(model) for model in models]
+    _refuse_taken_names(split)
     labels = [path.name for _, path in split]
     if len(set(labels)) != len(labels):
         labels = locations.labels([str(path.absolute()) for _, path in split])
@@ -65,7 +66,6 @@ def networks_of(models: Sequence[str], which: Which) -> dict[str, Candidate]:
         for (name, path), label in zip(split, labels, strict=True)
         for candidate in _candidates(path, name, label, which)
     ]
-    _refuse_taken_names(split)
     unique = list({(one.name, one.fingerprint): one for one in found}.values())
     count = Counter(one.name for one in unique)
     named = [(one.name if count[one.name] == 1 else one.full_name, one) for one in unique]

@@ -21,15 +21,18 @@ import zstandard
 from tabulate import tabulate
 from torch import Tensor
 
-from mvat_dist import modelfile, students, weightsfile
-from mvat_dist.config import SAMPLE_RATE, DataConfig, DistilConfig
-from mvat_dist.data.mix.training import TrainingData
-from mvat_dist.data.store import lessoncodec
-from mvat_dist.data.store.codecs import encode_flac
-from mvat_dist.data.store.lessoncodec import LessonArrays, decode, encode
-from mvat_dist.losses import Lesson, Objective, energy_map
-from mvat_dist.models import Manner
-from mvat_dist.students import ViewKey
+from mvat_dist.config import sizes as students
+from mvat_dist.config.schema import SAMPLE_RATE, DataConfig, DistilConfig
+from mvat_dist.config.sizes import ViewKey
+from mvat_dist.data.mixing.dataset import TrainingData
+from mvat_dist.data.shards import target_codec
+from mvat_dist.data.shards.codecs import encode_flac
+from mvat_dist.data.shards.target_codec import LessonArrays, decode, encode
+from mvat_dist.losses.mvat import energy_map
+from mvat_dist.losses.objective import Lesson, Objective
+from mvat_dist.models import weights
+from mvat_dist.models.manner import Manner
+from mvat_dist.runs import weights as weightsfile
 
 Maps = dict[ViewKey, Tensor]
 COARSENESS = (0.05, 0.1, 0.15, 0.3)
@@ -94,7 +97,7 @@ def _segments(arguments: argparse.Namespace) -> tuple[Tensor, Tensor]:
 
 def _network(name: str, noisy: Tensor) -> Manner:
     if name not in students.SIZES:
-        return modelfile.load(weightsfile.resolve(Path(name))).model
+        return weights.load(weightsfile.resolve(Path(name))).model
     network = Manner(students.get(name)).train()
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm1d):
@@ -130,11 +133,11 @@ class _Comparison:
 
 def _ways() -> Mapping[str, Callable[[Maps], tuple[float, Maps]]]:
     ways: dict[str, Callable[[Maps], tuple[float, Maps]]] = {
-        "fp32": lambda maps: _stored(maps, "fp32", lessoncodec.COARSENESS),
-        "fp16": lambda maps: _stored(maps, "fp16", lessoncodec.COARSENESS),
+        "fp32": lambda maps: _stored(maps, "fp32", target_codec.COARSENESS),
+        "fp16": lambda maps: _stored(maps, "fp16", target_codec.COARSENESS),
     }
     for coarseness in COARSENESS:
-        name = f"compact, step {coarseness}" + (" (ours)" if coarseness == lessoncodec.COARSENESS else "")
+        name = f"compact, step {coarseness}" + (" (ours)" if coarseness == target_codec.COARSENESS else "")
         ways[name] = lambda maps, coarseness=coarseness: _stored(maps, "compact", coarseness)  # type: ignore[misc]
     ways |= {"8-bit logarithm": _logarithmic}
     for frames in POOLED:
@@ -142,7 +145,7 @@ def _ways() -> Mapping[str, Callable[[Maps], tuple[float, Maps]]]:
     return ways
 
 
-def _stored(maps: Maps, codec: lessoncodec.Codec, coarseness: float) -> tuple[float, Maps]:
+def _stored(maps: Maps, codec: target_codec.Codec, coarseness: float) -> tuple[float, Maps]:
     """Mean bytes of a segment, and the maps as they come back."""
     contents = [encode(LessonArrays(one, None), codec, coarseness) for one in _items(maps)]
     frames = {key: values.shape[1] for key, values in maps.items()}

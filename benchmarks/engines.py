@@ -25,12 +25,12 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from benchmarks.processes import measured_by
-from mvat_dist import students
-from mvat_dist.config import SAMPLE_RATE, EngineConfig, OptimConfig
-from mvat_dist.engine import StudentEngine, deepspeed_config, init_distributed
-from mvat_dist.models import Manner
-from mvat_dist.ranks import export, read
-from mvat_dist.schedule import Hyperparameters
+from mvat_dist.config import sizes
+from mvat_dist.config.schema import SAMPLE_RATE, EngineConfig, OptimConfig
+from mvat_dist.distributed.ranks import export, read
+from mvat_dist.models.manner import Manner
+from mvat_dist.training.engine import StudentEngine, deepspeed_config, init_distributed
+from mvat_dist.training.schedule import Hyperparameters
 
 CPU = torch.device("cpu")
 NOW = Hyperparameters(lr=1e-3, beta1=0.9)
@@ -63,7 +63,7 @@ def _ways(processes: int) -> list[str]:
 
 def _report(arguments: argparse.Namespace, processes: int, rows: dict[str, dict[str, float]]) -> None:
     base = rows["plain (no reduction)"]
-    parameters = students.parameters(students.get(arguments.student))
+    parameters = sizes.parameters(sizes.get(arguments.student))
     print(f"\n{processes} processes, {arguments.student} ({parameters / 1e6:.2f} M parameters)")
     table = [
         {
@@ -99,7 +99,7 @@ def _measured(arguments: argparse.Namespace) -> None:
     init_distributed(CPU, timedelta(minutes=5))
     torch.manual_seed(0)
     noisy = 0.1 * torch.randn(arguments.batch, round(arguments.seconds * SAMPLE_RATE))
-    network = Manner(students.get(arguments.student)).train()
+    network = Manner(sizes.get(arguments.student)).train()
     before = _peak()
     step = _stepper(arguments.way, network, noisy)
     step()

@@ -24,15 +24,16 @@ import torch
 from tabulate import tabulate
 
 from benchmarks.plain import PlainJob, enhance
-from mvat_dist import modelfile, students
-from mvat_dist.config import SAMPLE_RATE, Config, DistilConfig, EngineConfig
-from mvat_dist.data.stream import Batch
-from mvat_dist.engine import StudentEngine, deepspeed_config, init_distributed
-from mvat_dist.fleet import Fleet, Student
-from mvat_dist.losses import Lesson, Objective
-from mvat_dist.models import Manner
-from mvat_dist.ranks import export, read
-from mvat_dist.teacher import LiveTeacher
+from mvat_dist.config import sizes
+from mvat_dist.config.schema import SAMPLE_RATE, Config, DistilConfig, EngineConfig
+from mvat_dist.data.loader import Batch
+from mvat_dist.distributed.ranks import export, read
+from mvat_dist.losses.objective import Lesson, Objective
+from mvat_dist.models import weights
+from mvat_dist.models.manner import Manner
+from mvat_dist.training.engine import StudentEngine, deepspeed_config, init_distributed
+from mvat_dist.training.students import Fleet, Student
+from mvat_dist.training.teacher import LiveTeacher
 
 CPU = torch.device("cpu")
 SEGMENTS = 1_000_000
@@ -64,11 +65,11 @@ def build_fleet(names: list[str], teacher: LiveTeacher) -> Fleet:
     config = Config(distil=DistilConfig(), engine=EngineConfig())
     fleet = []
     for name in names:
-        size = students.get(name)
+        size = sizes.get(name)
         engine_config = deepspeed_config(
             config.engine,
             config.optim,
-            parameters=students.parameters(size),
+            parameters=sizes.parameters(size),
             micro_batch=1,
             accumulation=1,
             precision="fp32",
@@ -95,20 +96,20 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     export(read({}))
     init_distributed(CPU, timedelta(minutes=5))
-    names = list(students.select(arguments.students))
+    names = list(sizes.select(arguments.students))
     samples = round(arguments.seconds * SAMPLE_RATE)
     generator = torch.Generator().manual_seed(0)
     clean = 0.05 * torch.randn(arguments.batch, samples, generator=generator)
     noisy = clean + 0.05 * torch.randn(arguments.batch, samples, generator=generator)
     batch = Batch(noisy, clean, [])
     with tempfile.TemporaryDirectory(prefix="fleet benchmark ") as place:
-        size = students.get(arguments.teacher)
+        size = sizes.get(arguments.teacher)
         file = Path(place) / "model.safetensors"
-        modelfile.save(file, Manner(size).state_dict(), name=arguments.teacher, size=size, step=0)
+        weights.save(file, Manner(size).state_dict(), name=arguments.teacher, size=size, step=0)
         teacher = LiveTeacher(file, CPU, "fp32")
     jobs = {}
     for name in names:
-        model = Manner(students.get(name))
+        model = Manner(sizes.get(name))
         jobs[name] = PlainJob(model, teacher.model)
         check_plain(jobs[name], model, noisy[:1])
     counts = sorted({1, min(3, len(names)), len(names)})

@@ -28,19 +28,20 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from mvat_dist import modelfile, students
-from mvat_dist.config import SAMPLE_RATE, Config
-from mvat_dist.data.stream import Batch
-from mvat_dist.devices import Precision
-from mvat_dist.engine import StudentEngine, deepspeed_config, init_distributed
+from mvat_dist.config import sizes
+from mvat_dist.config.schema import SAMPLE_RATE, Config
+from mvat_dist.config.sizes import Size
+from mvat_dist.data.loader import Batch
+from mvat_dist.distributed.device import Precision
+from mvat_dist.distributed.ranks import export, read
 from mvat_dist.errors import EXIT_USER_ERROR
-from mvat_dist.files import write_text
-from mvat_dist.fleet import Fleet, Student
-from mvat_dist.losses import Objective
-from mvat_dist.models import Manner
-from mvat_dist.ranks import export, read
-from mvat_dist.students import Size
-from mvat_dist.teacher import LiveTeacher
+from mvat_dist.io import write_text
+from mvat_dist.losses.objective import Objective
+from mvat_dist.models import weights
+from mvat_dist.models.manner import Manner
+from mvat_dist.training.engine import StudentEngine, deepspeed_config, init_distributed
+from mvat_dist.training.students import Fleet, Student
+from mvat_dist.training.teacher import LiveTeacher
 
 TINY = {"one": Size("base", 6, depth=2), "two": Size("small", 4, depth=3)}
 KINDS = {  # in this order: the first that matches
@@ -62,8 +63,8 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.device = torch.device(arguments.device)
         self.tiny: bool = arguments.tiny
-        self.sizes = TINY if self.tiny else students.select("all")
-        self.teacher = Size("base", 8, depth=2) if self.tiny else students.get("manner-b")
+        self.sizes = TINY if self.tiny else sizes.select("all")
+        self.teacher = Size("base", 8, depth=2) if self.tiny else sizes.get("manner-b")
         self.samples = 8000 if self.tiny else 4 * SAMPLE_RATE
         self.batch = 1 if self.tiny else arguments.batch
         self.repeats = 2 if self.tiny else 10
@@ -167,14 +168,14 @@ def build(bench: Bench, precision: Precision) -> Fleet:
     config = Config()
     with tempfile.TemporaryDirectory() as place:
         file = Path(place) / "model.safetensors"
-        modelfile.save(file, bench.network(bench.teacher).state_dict(), name="t", size=bench.teacher, step=0)
+        weights.save(file, bench.network(bench.teacher).state_dict(), name="t", size=bench.teacher, step=0)
         teacher = LiveTeacher(file, bench.device, precision)
     fleet = []
     for name, size in bench.sizes.items():
         made = deepspeed_config(
             config.engine,
             config.optim,
-            parameters=students.parameters(size),
+            parameters=sizes.parameters(size),
             micro_batch=bench.batch,
             accumulation=1,
             precision=precision,

@@ -23,10 +23,10 @@ import webdataset
 from tabulate import tabulate
 
 from mvat_dist import pack
-from mvat_dist.config import DataConfig
-from mvat_dist.data.mix import mixing
-from mvat_dist.data.mix.training import TrainingData
-from mvat_dist.data.store.shards import ShardSet
+from mvat_dist.config.schema import DataConfig
+from mvat_dist.data.mixing import mix
+from mvat_dist.data.mixing.dataset import TrainingData
+from mvat_dist.data.shards.reader import ShardSet
 from mvat_dist.errors import exit_code
 
 RATE = 16_000
@@ -129,7 +129,7 @@ def _mixing(subset: ShardSet, long: np.ndarray) -> Way:
 
     def read(random: np.random.Generator, clips: int) -> None:
         for _ in range(clips):
-            _check(mixing.mix(speech, noise, float(random.uniform(0, 20)), -25.0).noisy)
+            _check(mix.mix(speech, noise, float(random.uniform(0, 20)), -25.0).noisy)
 
     return read
 

@@ -19,9 +19,11 @@ from tabulate import tabulate
 from torch import Tensor
 
 from benchmarks.plain import enhancement_loss
-from mvat_dist.config import SAMPLE_RATE
-from mvat_dist.losses import CompressedLoss, EnhancementLoss, PesqLoss, WaveformLoss
-from mvat_dist.models import build
+from mvat_dist.config.schema import SAMPLE_RATE
+from mvat_dist.losses.compressed import CompressedLoss
+from mvat_dist.losses.enhancement import EnhancementLoss, WaveformLoss
+from mvat_dist.losses.pesq import PesqLoss
+from mvat_dist.models.manner import build
 
 Loss = Callable[[Tensor], Tensor]
 PLAIN, OURS = "authors' formula", "authors', ours"

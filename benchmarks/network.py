@@ -32,11 +32,12 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from benchmarks.plain import enhance
-from mvat_dist.config import SAMPLE_RATE
-from mvat_dist.models import Manner, build, multiview
+from mvat_dist.config.schema import SAMPLE_RATE
+from mvat_dist.config.sizes import STUDENTS
+from mvat_dist.models import attention as multiview
 from mvat_dist.models import layers as layers_module
-from mvat_dist.models.inference import folded
-from mvat_dist.students import STUDENTS
+from mvat_dist.models.fold import folded
+from mvat_dist.models.manner import Manner, build
 
 TEACHER = "manner-b"
 COMPARED = ("manner-s-5.3gf", "manner-s-8.1gf", TEACHER)

@@ -29,11 +29,11 @@ import soundfile
 import soxr
 from tabulate import tabulate
 
-from mvat_dist.data.pack.corpora import Listing, Source
-from mvat_dist.data.pack.inspection import Inspection
-from mvat_dist.data.pack.inspectionlog import inspect_all
-from mvat_dist.data.pack.planning import make_plan
-from mvat_dist.data.pack.recipes import DnsRecipe
+from mvat_dist.data.prepare.corpora import Listing, Source
+from mvat_dist.data.prepare.inspection import Inspection
+from mvat_dist.data.prepare.inspection_log import inspect_all
+from mvat_dist.data.prepare.plan import make_plan
+from mvat_dist.data.prepare.recipes import DnsRecipe
 
 RATE = 16_000
 

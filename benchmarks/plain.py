@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvat_dist.models import Manner
-from mvat_dist.students import Side, Size, View, ViewKey
+from mvat_dist.config.sizes import Side, Size, View, ViewKey
+from mvat_dist.models.manner import Manner
 
 _VIEWS: tuple[View, ...] = ("channel", "global", "local")
 _RESOLUTIONS = ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240))

@@ -17,16 +17,17 @@ import numpy as np
 import torch
 from tabulate import tabulate
 
-from mvat_dist import modelfile, weightsfile
-from mvat_dist.config import SAMPLE_RATE
-from mvat_dist.data.testsets import held_out
-from mvat_dist.data.validation import Clip
-from mvat_dist.deploy import onnxfile
-from mvat_dist.deploy.enhancer import Enhancer
-from mvat_dist.deploy.exporting import Run
-from mvat_dist.deploy.windows import Audio
-from mvat_dist.modelfile import LoadedModel
-from mvat_dist.scoring.children import Pair, score_pairs
+from mvat_dist.config.schema import SAMPLE_RATE
+from mvat_dist.data.clips import Clip
+from mvat_dist.data.test_sets import held_out
+from mvat_dist.evaluation.scorer import Pair, score_pairs
+from mvat_dist.inference import onnx_file
+from mvat_dist.inference.enhancer import Enhancer
+from mvat_dist.inference.export import Run
+from mvat_dist.inference.overlap_add import Audio
+from mvat_dist.models import weights
+from mvat_dist.models.weights import LoadedModel
+from mvat_dist.runs import weights as weightsfile
 
 RANGES = 8
 """Clips whose activations give int8 its ranges."""
@@ -39,13 +40,13 @@ def torch_run(loaded: LoadedModel, precision: str) -> Run:
 
 
 def runs(loaded: LoadedModel, folder: Path, ranges: Sequence[Audio]) -> dict[str, Run]:
-    onnxfile.save(loaded.model, folder / "full.onnx", {})
-    onnxfile.save_int8(folder / "full.onnx", folder / "int8.onnx", ranges, {})
+    onnx_file.save(loaded.model, folder / "full.onnx", {})
+    onnx_file.save_int8(folder / "full.onnx", folder / "int8.onnx", ranges, {})
     return {
         "fp32": torch_run(loaded, "fp32"),
         "bf16": torch_run(loaded, "bf16"),
-        "fp32, ONNX": onnxfile.runner(folder / "full.onnx"),
-        "int8, ONNX": onnxfile.runner(folder / "int8.onnx"),
+        "fp32, ONNX": onnx_file.runner(folder / "full.onnx"),
+        "int8, ONNX": onnx_file.runner(folder / "int8.onnx"),
     }
 
 
@@ -89,7 +90,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=40, help="clips to score (default: 40)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    loaded = modelfile.load(weightsfile.resolve(arguments.model, "best"))
+    loaded = weights.load(weightsfile.resolve(arguments.model, "best"))
     (clips, *_) = held_out(arguments.data, arguments.clips + RANGES, 8.0).values()
     chosen = list(clips)
     with tempfile.TemporaryDirectory() as folder:

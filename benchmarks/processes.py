@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from mvat_dist.cluster import launch
-from mvat_dist.ranks import free_port
+from mvat_dist.distributed.ranks import free_port
+from mvat_dist.launch import processes as launch
 
 
 def measured_by(command: Sequence[str], processes: int, seconds: float = 3600) -> dict[str, Any]:

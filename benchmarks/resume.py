@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from mvat_dist.config import SAMPLE_RATE, DataConfig
-from mvat_dist.data.store.codecs import encode
-from mvat_dist.data.store.shardfile import Sample, index_path, shard_name, write_shard
-from mvat_dist.data.store.shards import FORMAT, MANIFEST
-from mvat_dist.data.stream import BatchStream, TrainingData, batches
-from mvat_dist.files import sha256
+from mvat_dist.config.schema import SAMPLE_RATE, DataConfig
+from mvat_dist.data.loader import BatchStream, TrainingData, batches
+from mvat_dist.data.shards.codecs import encode
+from mvat_dist.data.shards.format import Sample, index_path, shard_name, write_shard
+from mvat_dist.data.shards.reader import FORMAT, MANIFEST
+from mvat_dist.io import sha256
 
 SHARDS, STORED = 32, 4
 BATCH, MICRO_BATCH = 32, 4

@@ -1,4 +1,4 @@
-"""Fits `mvat_dist.costmodel` to this machine, checks it on what it has not seen, and looks ahead.
+"""Fits `mvat_dist.launch.cost_model` to this machine, checks it on what it has not seen, and looks ahead.
 
     python -m benchmarks.scaling
     python -m benchmarks.scaling --write machine.json      # for `submit --dry-run --machine machine.json`
@@ -31,16 +31,18 @@ from tabulate import tabulate
 
 from benchmarks.fleet import CPU, build_fleet
 from benchmarks.processes import measured_by
-from mvat_dist import costmodel, forecast, modelfile, students
-from mvat_dist.cluster import launch
-from mvat_dist.config import SAMPLE_RATE, Config
-from mvat_dist.costmodel import Machine, Rate, Work
-from mvat_dist.data.stream import Batch
-from mvat_dist.engine import init_distributed
-from mvat_dist.files import write_text
-from mvat_dist.models import Manner
-from mvat_dist.ranks import export, read
-from mvat_dist.teacher import LiveTeacher
+from mvat_dist.config import sizes as students
+from mvat_dist.config.schema import SAMPLE_RATE, Config
+from mvat_dist.data.loader import Batch
+from mvat_dist.distributed.ranks import export, read
+from mvat_dist.io import write_text
+from mvat_dist.launch import cost_model, forecast
+from mvat_dist.launch import processes as launch
+from mvat_dist.launch.cost_model import Machine, Rate, Work
+from mvat_dist.models import weights
+from mvat_dist.models.manner import Manner
+from mvat_dist.training.engine import init_distributed
+from mvat_dist.training.teacher import LiveTeacher
 
 FITTED, HELD_OUT = (1, 2, 4), 3
 OTHER: dict[str, Any] = {"students": "manner-s-8.1gf,manner-s-0.6gf", "batch": 3, "seconds": 2.0}
@@ -149,7 +151,7 @@ def _compared(
     arguments: argparse.Namespace, machine: Machine, processes: int, found: dict[str, Any], what: str
 ) -> dict[str, Any]:
     """A row: the step that was measured, and its forecast."""
-    forecasted = costmodel.step(_work(arguments, processes), machine, processes, processes).seconds
+    forecasted = cost_model.step(_work(arguments, processes), machine, processes, processes).seconds
     error = 100 * (forecasted / found["step"] - 1)
     return {
         "processes": processes,
@@ -193,7 +195,7 @@ def _measured(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="scaling ") as place:
         file, size = Path(place) / "model.safetensors", students.get(arguments.teacher)
         torch.manual_seed(0)
-        modelfile.save(file, Manner(size).state_dict(), name=arguments.teacher, size=size, step=0)
+        weights.save(file, Manner(size).state_dict(), name=arguments.teacher, size=size, step=0)
         fleet = build_fleet(list(students.select(arguments.students)), LiveTeacher(file, CPU, "fp32"))
         fleet.step([batch], 0)
         fleet.stopwatch.lap()

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mvat_dist.config import SAMPLE_RATE
-from mvat_dist.scoring.children import Pair, available_processes, score_pairs
+from mvat_dist.config.schema import SAMPLE_RATE
+from mvat_dist.evaluation.scorer import Pair, available_processes, score_pairs
 
 METRICS = ["pesq_wb", "segsnr", "csig"]
 SECONDS = 8.0

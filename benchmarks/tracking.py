@@ -19,14 +19,15 @@ from pathlib import Path
 
 import torch
 
-from mvat_dist import students
-from mvat_dist.config import DistilConfig, OptimConfig, TrackConfig
-from mvat_dist.history import Row
-from mvat_dist.losses import Lesson, Objective, energy_map
-from mvat_dist.models import Manner
-from mvat_dist.rundir import RunDir
-from mvat_dist.runstate import RunState
-from mvat_dist.tracking.tracker import Tracker
+from mvat_dist.config import sizes
+from mvat_dist.config.schema import DistilConfig, OptimConfig, TrackConfig
+from mvat_dist.losses.mvat import energy_map
+from mvat_dist.losses.objective import Lesson, Objective
+from mvat_dist.models.manner import Manner
+from mvat_dist.runs.folder import RunDir
+from mvat_dist.runs.history import Row
+from mvat_dist.runs.status import RunState
+from mvat_dist.runs.tracker import Tracker
 
 NAME = "manner-s-0.6gf"
 SEGMENT = 16_000
@@ -98,7 +99,7 @@ def _cpu() -> float:
 
 
 def _training(batch: int):  # type: ignore[no-untyped-def]
-    size = students.get(NAME)
+    size = sizes.get(NAME)
     torch.manual_seed(0)
     student, teacher = Manner(size), Manner(size).eval()
     objective = Objective(DistilConfig(), size, size)

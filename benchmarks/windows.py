@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from tabulate import tabulate
 
-from mvat_dist import modelfile
-from mvat_dist.config import SAMPLE_RATE
-from mvat_dist.data.validation import Clip, ValidationClips
-from mvat_dist.deploy import enhancer
-from mvat_dist.deploy.windows import Audio
-from mvat_dist.metrics import si_sdr
-from mvat_dist.scoring.children import Pair, score_pairs
+from mvat_dist.config.schema import SAMPLE_RATE
+from mvat_dist.data.clips import Clip, ValidationClips
+from mvat_dist.evaluation.metrics.registry import si_sdr
+from mvat_dist.evaluation.scorer import Pair, score_pairs
+from mvat_dist.inference import enhancer
+from mvat_dist.inference.overlap_add import Audio
+from mvat_dist.models import weights
 
 QUIETER = 10 ** (-12 / 20)
 HEADS = ["window s", "overlap s", "SI-SDR to one pass dB", "SI-SDR dB", "PESQ-WB", "time / one pass"]
@@ -46,7 +46,7 @@ def main() -> None:
     noisy = np.concatenate([clip.noisy for clip in clips])
     print(f"{len(clips)} clips, {noisy.size / SAMPLE_RATE:.0f} s, of {arguments.data}")
     for path in arguments.models:
-        model = enhancer.Enhancer(modelfile.load(path))
+        model = enhancer.Enhancer(weights.load(path))
         whole, whole_time = _enhanced(model, noisy, noisy.size / SAMPLE_RATE, 1)
         rows = [["one pass", "-", "-", *_scores(whole, clips), 1.0]]
         for window in arguments.windows:

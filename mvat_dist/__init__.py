@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mvat_dist.deploy.enhancer import Enhancer
-    from mvat_dist.devices import Precision
+    from mvat_dist.distributed.device import Precision
+    from mvat_dist.inference.enhancer import Enhancer
 
 __all__ = ["load"]
 
@@ -15,9 +15,9 @@ __all__ = ["load"]
 def load(path: str | Path, device: str = "auto", batch: int = 1, precision: Precision = "fp32") -> Enhancer:
     """A model to enhance with: ``mvat_dist.load("best.safetensors").enhance(audio, sample_rate)``.
 
-    Args and errors: `mvat_dist.deploy.enhancer.load`.
+    Args and errors: `mvat_dist.inference.enhancer.load`.
     """
     # Here, for the package must be importable at once and without torch.
-    from mvat_dist.deploy import enhancer
+    from mvat_dist.inference import enhancer
 
     return enhancer.load(path, device, batch, precision)

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mvat_dist import configfile, locations
-from mvat_dist.commandline import CommandParser, place
-from mvat_dist.config import Config
-from mvat_dist.data.store.lessoncodec import COARSENESS, CODECS
+from mvat_dist.config import locations
+from mvat_dist.config import parser as configfile
+from mvat_dist.config.cli import CommandParser, place
+from mvat_dist.config.schema import Config
+from mvat_dist.data.shards.target_codec import COARSENESS, CODECS
 from mvat_dist.errors import UserError, exit_code
 
 PROG = "python -m mvat_dist.cache"
@@ -97,22 +98,22 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(options.out).absolute()
 
     # Imported late: --help and a refused option answer at once.
-    from mvat_dist import cachecheck, caching
-    from mvat_dist.logs import quieten
+    from mvat_dist.distributed.logs import quieten
+    from mvat_dist.training import cache_check, teacher_cache
 
     quieten(0)
     output = options.output or "output" in config.distil.method
-    workers = options.workers or caching.default_workers(config)
-    order = caching.Order(
+    workers = options.workers or teacher_cache.default_workers(config)
+    order = teacher_cache.Order(
         uuid.uuid4().hex, config, options.codec, output, options.coarseness, threads=1 if workers > 1 else 0
     )
     if options.verify:
-        print(cachecheck.verify(order, out))
+        print(cache_check.verify(order, out))
         return
     if options.dry_run:
-        print(cachecheck.compare(order))
+        print(cache_check.compare(order))
         return
-    header = caching.make(order, out, workers=workers, part=part)
+    header = teacher_cache.make(order, out, workers=workers, part=part)
     print(_said(header, out))
 
 

@@ -23,11 +23,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from mvat_dist.commandline import CommandParser
-from mvat_dist.deploy import enhancer
-from mvat_dist.deploy.ending import SIGNALS, TIDY_SECONDS, Ended, clean_end, handler
-from mvat_dist.deploy.enhancer import BLOCK, Enhancer
-from mvat_dist.deploy.soundfiles import (
+from mvat_dist.config.cli import CommandParser
+from mvat_dist.errors import UserError, exit_code
+from mvat_dist.inference import enhancer
+from mvat_dist.inference.audio_files import (
     Enhanced,
     Job,
     Progress,
@@ -37,9 +36,10 @@ from mvat_dist.deploy.soundfiles import (
     remove_abandoned,
     seconds,
 )
-from mvat_dist.deploy.windows import Audio
-from mvat_dist.errors import UserError, exit_code
-from mvat_dist.files import make_folder
+from mvat_dist.inference.endings import SIGNALS, TIDY_SECONDS, Ended, clean_end, handler
+from mvat_dist.inference.enhancer import BLOCK, Enhancer
+from mvat_dist.inference.overlap_add import Audio
+from mvat_dist.io import make_folder
 
 STANDARD = Path("-")
 """Standard input and output."""

@@ -11,20 +11,23 @@ from typing import Any
 
 import torch
 
-from mvat_dist import devices, locations, ranks
-from mvat_dist import metrics as metric_table
-from mvat_dist.commandline import CommandParser, place
-from mvat_dist.config import SAMPLE_RATE
-from mvat_dist.data.store.shardcache import Cache
-from mvat_dist.data.testsets import TestSets, folder_pair, held_out, pair_name
+from mvat_dist.config import locations
+from mvat_dist.config.cli import CommandParser, place
+from mvat_dist.config.schema import SAMPLE_RATE
+from mvat_dist.data.shards.remote_cache import Cache
+from mvat_dist.data.test_sets import TestSets, folder_pair, held_out, pair_name
+from mvat_dist.distributed import device as devices
+from mvat_dist.distributed import ranks
+from mvat_dist.distributed.ranks import Ranks
 from mvat_dist.errors import UserError, exit_code
-from mvat_dist.files import make_folder
-from mvat_dist.metrics import GROUPS, METRICS, dnsmos
-from mvat_dist.ranks import Ranks
-from mvat_dist.scoring.candidates import networks_of, split_name
-from mvat_dist.scoring.evaluation import Evaluation, finish, measure_costs, score
-from mvat_dist.scoring.rowlog import RowLog
-from mvat_dist.summary import NOISY
+from mvat_dist.evaluation.evaluation import Evaluation, finish, measure_costs, score
+from mvat_dist.evaluation.metrics import dnsmos
+from mvat_dist.evaluation.metrics import registry as metric_table
+from mvat_dist.evaluation.metrics.registry import GROUPS, METRICS
+from mvat_dist.evaluation.row_log import RowLog
+from mvat_dist.evaluation.statistics import NOISY
+from mvat_dist.evaluation.systems import networks_of, split_name
+from mvat_dist.io import make_folder
 
 DEFAULT_METRICS = "pesq_wb,stoi,si_sdr"
 

@@ -16,14 +16,17 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from mvat_dist import configfile, evaluate, locations, metrics, report, students, submit
-from mvat_dist.cluster.plan import check_teacher_file
-from mvat_dist.commandline import CommandParser
-from mvat_dist.config import Config
-from mvat_dist.data.testsets import held_out
+from mvat_dist import evaluate, report, submit
+from mvat_dist.config import locations, sizes
+from mvat_dist.config import parser as configfile
+from mvat_dist.config.cli import CommandParser
+from mvat_dist.config.schema import Config
+from mvat_dist.data.test_sets import held_out
 from mvat_dist.errors import EXIT_BUSY, UserError, exit_code
-from mvat_dist.rundir import RunDir, run_folder
-from mvat_dist.scoring.candidates import CLASSICAL, TEACHER, networks_of, split_name
+from mvat_dist.evaluation.metrics import registry
+from mvat_dist.evaluation.systems import CLASSICAL, TEACHER, networks_of, split_name
+from mvat_dist.launch.preflight import check_teacher_file
+from mvat_dist.runs.folder import RunDir, run_folder
 
 _SIGNALLED = 128
 """Exit codes above it say which signal ended a process."""
@@ -147,9 +150,9 @@ def _check(grid: Grid, todo: list[Cell]) -> None:
     Raises:
         UserError: no such teacher, metric, baseline or test set, or a baseline of a name that is taken.
     """
-    metrics.select(grid.metrics)
+    registry.select(grid.metrics)
     named = {split_name(baseline)[0] for baseline in grid.baselines}
-    own = {TEACHER, *(name for cell in todo for name in students.select(grid.students, cell.config.sizes))}
+    own = {TEACHER, *(name for cell in todo for name in sizes.select(grid.students, cell.config.sizes))}
     if taken := sorted(named & own):
         raise UserError(f"baselines: {', '.join(taken)} is a network of the grid: choose another NAME")
     for config in (cell.config for cell in todo):

@@ -15,21 +15,23 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from mvat_dist import modelfile, weightsfile
-from mvat_dist.commandline import CommandParser
-from mvat_dist.config import SAMPLE_RATE
-from mvat_dist.data.pack.inspection import SILENCE
-from mvat_dist.data.testsets import held_out
-from mvat_dist.data.validation import Clip, UnusableClipError
-from mvat_dist.deploy import exporting, leftovers, lineage
-from mvat_dist.deploy.ending import clean_end
-from mvat_dist.deploy.exporting import Run, largest_error, probes, run_torch
-from mvat_dist.deploy.modelcard import Exported, card
+from mvat_dist.config.cli import CommandParser
+from mvat_dist.config.schema import SAMPLE_RATE
+from mvat_dist.data.clips import Clip, UnusableClipError
+from mvat_dist.data.prepare.inspection import SILENCE
+from mvat_dist.data.test_sets import held_out
 from mvat_dist.errors import UserError, exit_code, nearest
-from mvat_dist.files import atomic_file, fsync, make_folder, scratch_directory, write_text
-from mvat_dist.modelfile import LoadedModel
-from mvat_dist.scoring.children import Pair, score_pairs
-from mvat_dist.summary import mean_interval
+from mvat_dist.evaluation.scorer import Pair, score_pairs
+from mvat_dist.evaluation.statistics import mean_interval
+from mvat_dist.inference import export as exporting
+from mvat_dist.inference import leftovers, provenance
+from mvat_dist.inference.endings import clean_end
+from mvat_dist.inference.export import Run, largest_error, probes, run_torch
+from mvat_dist.inference.model_card import Exported, card
+from mvat_dist.io import atomic_file, fsync, make_folder, scratch_directory, write_text
+from mvat_dist.models import weights as modelfile
+from mvat_dist.models.weights import LoadedModel
+from mvat_dist.runs import weights as weightsfile
 
 FP32_BOUND = 1e-4
 """Largest difference from the network, relative to the peak of its output: -80 dB."""
@@ -109,23 +111,23 @@ def _torchscript(subject: Subject, file: Path) -> str:
 
 
 def _onnx(subject: Subject, file: Path) -> str:
-    onnxfile = _onnxfile()
-    onnxfile.save(subject.loaded.model, file, _onnx_about(subject))
-    return subject.difference(onnxfile.runner(file), FP32_BOUND)
+    onnx_file = _onnxfile()
+    onnx_file.save(subject.loaded.model, file, _onnx_about(subject))
+    return subject.difference(onnx_file.runner(file), FP32_BOUND)
 
 
 def _int8(subject: Subject, file: Path) -> str:
     """Ranges of the activations from every second clip, the cost from the others."""
-    onnxfile = _onnxfile()
+    onnx_file = _onnxfile()
     if len(subject.clips[1::2]) < SCORED_CLIPS:
         raise UserError(
             f"8 bits need at least {2 * SCORED_CLIPS} clips, every second one for ranges and the others to "
             f"score, and there are {len(subject.clips)}: give more with --clips and --data"
         )
     full = file.with_suffix(".fp32.onnx")
-    onnxfile.save(subject.loaded.model, full, {})
-    onnxfile.save_int8(full, file, [clip.noisy for clip in subject.clips[::2]], _onnx_about(subject))
-    runs, scored = (onnxfile.runner(full), onnxfile.runner(file)), subject.clips[1::2]
+    onnx_file.save(subject.loaded.model, full, {})
+    onnx_file.save_int8(full, file, [clip.noisy for clip in subject.clips[::2]], _onnx_about(subject))
+    runs, scored = (onnx_file.runner(full), onnx_file.runner(file)), subject.clips[1::2]
     fp32, int8 = _pesq(runs, scored)
     cost, low, high = mean_interval((fp32 - int8).tolist())  # of the same clips for both: paired
     time_share = _time_share(runs[1], runs[0], scored[0])
@@ -154,10 +156,10 @@ DEFAULT_FORMATS = "safetensors,fp16,torchscript,onnx"
 
 def _onnxfile() -> ModuleType:
     try:
-        from mvat_dist.deploy import onnxfile
+        from mvat_dist.inference import onnx_file
     except ModuleNotFoundError as error:
         raise UserError(f"needs the package {error.name}: pip install 'mvat_dist[export]'") from error
-    return onnxfile
+    return onnx_file
 
 
 def _onnx_about(subject: Subject) -> dict[str, str]:
@@ -321,7 +323,7 @@ def main(argv: list[str] | None = None) -> None:
     file = weightsfile.resolve(arguments.model, arguments.weights)
     loaded = modelfile.load(file)
     clips = _clips(arguments.data, arguments.clips)
-    about = lineage.describe(file, loaded, arguments.licence)
+    about = provenance.describe(file, loaded, arguments.licence)
     subject = Subject(loaded, about, clips, arguments.max_pesq_loss)
     with clean_end():
         made = export(subject, names, arguments.out)

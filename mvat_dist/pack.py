@@ -11,14 +11,14 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from tabulate import tabulate
 
-from mvat_dist.commandline import ConfigHelpFormatter, place
-from mvat_dist.data.pack.corpora import list_dns, list_valentini
-from mvat_dist.data.pack.histograms import check_picture, draw
-from mvat_dist.data.pack.inspection import REASONS
-from mvat_dist.data.pack.packing import REJECTED, pack
-from mvat_dist.data.pack.recipes import DnsRecipe, Recipe, ValentiniRecipe
-from mvat_dist.data.pack.statistics import collect, source_table, subset_table
-from mvat_dist.data.pack.verification import verify
+from mvat_dist.config.cli import ConfigHelpFormatter, place
+from mvat_dist.data.prepare.corpora import list_dns, list_valentini
+from mvat_dist.data.prepare.histograms import check_picture, draw
+from mvat_dist.data.prepare.inspection import REASONS
+from mvat_dist.data.prepare.recipes import DnsRecipe, Recipe, ValentiniRecipe
+from mvat_dist.data.prepare.statistics import collect, source_table, subset_table
+from mvat_dist.data.prepare.verify import verify
+from mvat_dist.data.prepare.write import REJECTED, pack
 from mvat_dist.errors import UserError, exit_code, nearest
 
 EXAMPLE = """example:

@@ -12,13 +12,15 @@ import sys
 import time
 from pathlib import Path
 
-from mvat_dist import configfile, evaluate, pack, students, submit
-from mvat_dist.commandline import CommandParser
-from mvat_dist.data.demo import synthetic
+from mvat_dist import evaluate, pack, submit
+from mvat_dist.config import parser as configfile
+from mvat_dist.config import sizes
+from mvat_dist.config.cli import CommandParser
+from mvat_dist.data.synthetic import corpus as synthetic
 from mvat_dist.errors import UserError, exit_code
-from mvat_dist.files import read_json
-from mvat_dist.rundir import run_folder
-from mvat_dist.summary import NOISY
+from mvat_dist.evaluation.statistics import NOISY
+from mvat_dist.io import read_json
+from mvat_dist.runs.folder import run_folder
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 TEACHER = "demo-teacher"
@@ -60,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     _headline(5, "scores on clips that no training has seen")
     evaluate.main([str(run), "--data", str(shards), "--out", str(out / "scores")])
 
-    _check(out / "scores", list(students.select(config.student, config.sizes)))
+    _check(out / "scores", list(sizes.select(config.student, config.sizes)))
     minutes = (time.monotonic() - started) / 60
     print(
         f"\nDone in {minutes:.1f} minutes.\nCorpus:   {corpus}\nShards:   {shards}\nTeacher:  {teacher}\n"

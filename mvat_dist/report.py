@@ -9,11 +9,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mvat_dist.commandline import CommandParser
+from mvat_dist.config.cli import CommandParser
 from mvat_dist.errors import UserError, exit_code
-from mvat_dist.files import make_folder, write_text
-from mvat_dist.reporting import compose, markdown, page
-from mvat_dist.reporting.runs import Reader
+from mvat_dist.evaluation.report import compose, markdown, page
+from mvat_dist.evaluation.report.runs import Reader
+from mvat_dist.io import make_folder, write_text
 
 PAGE, TWIN = "report.html", "report.md"
 

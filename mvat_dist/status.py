@@ -17,14 +17,15 @@ from typing import Any
 
 from tabulate import tabulate
 
-from mvat_dist import heartbeat, lock, squeue
-from mvat_dist.commandline import CommandParser
+from mvat_dist.config.cli import CommandParser
+from mvat_dist.distributed import slurm
 from mvat_dist.errors import UserError, exit_code, nearest
-from mvat_dist.files import read_json
-from mvat_dist.heartbeat import Beat
-from mvat_dist.lock import Owner
-from mvat_dist.rundir import RunDir
-from mvat_dist.timing import in_words
+from mvat_dist.io import read_json
+from mvat_dist.runs import heartbeat, lock
+from mvat_dist.runs.folder import RunDir
+from mvat_dist.runs.heartbeat import Beat
+from mvat_dist.runs.lock import Owner
+from mvat_dist.training.throughput import in_words
 
 _WATCH_SECONDS = 2.0
 _SQUEUE_SECONDS = 5.0
@@ -167,15 +168,15 @@ def _ask_slurm(run: RunDir, made: Report) -> None:
     if not made.job or made.state == "finished":
         return
     try:
-        rows = squeue.queued(made.job, seconds=_SQUEUE_SECONDS)
+        rows = slurm.queued(made.job, seconds=_SQUEUE_SECONDS)
     except UserError as error:
         made.queue = str(error)
         return
     for row in rows:
         if name in {None, row.name}:
             made.queue = row.state + (f" ({row.reason})" if row.reason != "None" else "")
-            made.comes_back = row.state in squeue.ACTIVE
-            if row.state in squeue.WAITING:
+            made.comes_back = row.state in slurm.ACTIVE
+            if row.state in slurm.WAITING:
                 made.state = "queued"
 
 

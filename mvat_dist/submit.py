@@ -12,12 +12,14 @@ import shlex
 import sys
 from pathlib import Path
 
-from mvat_dist import cache, configfile
-from mvat_dist.cluster import cachejob, launch, placing, plan, slurmjob
-from mvat_dist.commandline import CommandParser
-from mvat_dist.config import Config
+from mvat_dist import cache
+from mvat_dist.config import parser as configfile
+from mvat_dist.config.cli import CommandParser
+from mvat_dist.config.schema import Config
 from mvat_dist.errors import UserError, exit_code
-from mvat_dist.sweeps import sweepjob
+from mvat_dist.launch import cache_job, placing, preflight, sweep_jobs
+from mvat_dist.launch import processes as launch
+from mvat_dist.launch import slurm as slurmjob
 
 _SLURM_ONLY = ("partition", "account", "qos", "mem", "constraint", "exclude", "wckey", "time")
 
@@ -133,19 +135,19 @@ def main(argv: list[str] | None = None) -> None:
         return
     config = configfile.parse(rest, prog="python -m mvat_dist.submit")
     resources = _resources(options, config)
-    plan.check_inputs(config)
-    machine = plan.machine_of(options.machine, resources)
+    preflight.check_inputs(config)
+    machine = preflight.machine_of(options.machine, resources)
     reason = _why_local(options)
     asked = None if options.placement == "auto" else options.placement
-    placed, config, forecasts = plan.place(
+    placed, config, forecasts = preflight.place(
         asked, config, resources, machine, measured=options.machine is not None, one_machine=bool(reason)
     )
-    plan.check_shares(placed, config, resources)
-    print(plan.text(config, resources, placed))
+    preflight.check_shares(placed, config, resources)
+    print(preflight.text(config, resources, placed))
     if reason:
         _say_local(reason, resources, options)
     if options.dry_run:
-        print(plan.forecast_text(forecasts, machine, resources))
+        print(preflight.forecast_text(forecasts, machine, resources))
         for script in [] if reason else placing.job_scripts(placed, config, resources):
             print(f"\n{script}")
         return
@@ -169,22 +171,22 @@ def _fill_cache(options: argparse.Namespace, rest: list[str]) -> None:
         raise UserError("--wait is for training; watch the array with squeue")
     asked, config = cache.parse(rest)
     resources = _resources(options, config)
-    plan.check_teacher_file(config.teacher.file)
+    preflight.check_teacher_file(config.teacher.file)
     if reason := _why_local(options):
         print(f"local    {reason}: the cache is filled by this machine's cores")
         cache.main([*rest, "--dry-run"] if options.dry_run else rest)
         return
     out = Path(asked.out).absolute()
-    cachejob.on_slurm(out, config, rest, options.cache, resources, dry_run=options.dry_run)
+    cache_job.on_slurm(out, config, rest, options.cache, resources, dry_run=options.dry_run)
 
 
 def _start_sweep(options: argparse.Namespace, rest: list[str]) -> None:
     resources = _resources(options, Config())
     reason = _why_local(options)
-    target = sweepjob.checked(options.sweep, rest, resources)
+    target = sweep_jobs.checked(options.sweep, rest, resources)
     if reason:
         _say_local(reason, resources, options)
-    start = sweepjob.locally if reason else sweepjob.on_slurm
+    start = sweep_jobs.locally if reason else sweep_jobs.on_slurm
     start(target, options.count, resources, rest, dry_run=options.dry_run)
 
 
@@ -285,7 +287,7 @@ def _why_local(options: argparse.Namespace) -> str | None:
 def _say_local(reason: str, resources: slurmjob.Resources, options: argparse.Namespace) -> None:
     processes = resources.nodes * resources.tasks_per_node
     what = "1 local process" if processes == 1 else f"{processes} local processes"
-    print(f"local    {reason}: {plan.shape(resources)} run as {what}")
+    print(f"local    {reason}: {preflight.shape(resources)} run as {what}")
     if processes > launch.cores():
         print(f"         they share {launch.cores()} cores: expect it to be slow")
     defaults = parser().parse_args([])

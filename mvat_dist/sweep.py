@@ -20,15 +20,15 @@ from types import FrameType
 from tabulate import tabulate
 
 from mvat_dist import submit, trial
-from mvat_dist.cluster.slurmjob import Resources
-from mvat_dist.commandline import CommandParser
+from mvat_dist.config.cli import CommandParser
 from mvat_dist.errors import EXIT_BUSY, UserError, exit_code
-from mvat_dist.files import write_json
-from mvat_dist.history import History
-from mvat_dist.rundir import RunDir
-from mvat_dist.sweeps import sweepfile, sweepjob, trialcommand, trialrecord
-from mvat_dist.sweeps.sweepfile import Point, Sweep
-from mvat_dist.sweeps.trialrecord import TrialRecord
+from mvat_dist.io import write_json
+from mvat_dist.launch import sweep_file, sweep_jobs, trial_command, trial_record
+from mvat_dist.launch.slurm import Resources
+from mvat_dist.launch.sweep_file import Point, Sweep
+from mvat_dist.launch.trial_record import TrialRecord
+from mvat_dist.runs.folder import RunDir
+from mvat_dist.runs.history import History
 
 PROG = "python -m mvat_dist.sweep"
 
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
         value = getattr(options, name)
         if value is not None and value < least:
             raise UserError(f"--{name} {value}: give at least {least}")
-    sweep = sweepfile.read(options.file)
+    sweep = sweep_file.read(options.file)
     if options.cluster == "slurm" and not options.ranking:
         _as_array(options, rest)
         return
@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(
             f"unknown option {rest[0]}: training options belong into the command of {options.file}"
         )
-    plan = Plan(sweep, options.seed, sweepjob.folder(sweep, options.seed, options.runs))
+    plan = Plan(sweep, options.seed, sweep_jobs.folder(sweep, options.seed, options.runs))
     if options.ranking:
         _print_ranking(plan, sweep.points(options.count))
         return
@@ -143,13 +143,13 @@ def _run(plan: Plan, options: argparse.Namespace) -> int:
     os.environ[trial.PROCESSES] = str(options.processes)
     if (first := next((n for n in numbers if _state(plan, n) != "finished"), None)) is not None:
         one_node = Resources(1, options.processes, cpus_per_task=1, minutes=0, reader_processes=0)
-        trialcommand.check(sweep, plan.point(first), plan.run_id(first), plan.folder.name, one_node)
+        trial_command.check(sweep, plan.point(first), plan.run_id(first), plan.folder.name, one_node)
     code, failed_in_row, stop = 0, 0, _Stop()
     with stop.listening():
         for number in numbers:
             if _state(plan, number) == "finished":
                 continue
-            print(f"trial {number}: {sweepfile.in_words(plan.point(number))}", flush=True)
+            print(f"trial {number}: {sweep_file.in_words(plan.point(number))}", flush=True)
             ended = _start(plan, number, stop)
             if stop.told:
                 code = 128 + stop.told[0]
@@ -194,8 +194,8 @@ def _say_what_is_ignored(sweep: Sweep) -> None:
 def _start(plan: Plan, number: int, stop: _Stop) -> int:
     """Run one trial to its end, as W&B's agent would; a shell's exit code."""
     point = plan.point(number)
-    trialrecord.write_parameters(plan.parameters(number), point)
-    line = trialcommand.command_line(plan.sweep, point)
+    trial_record.write_parameters(plan.parameters(number), point)
+    line = trial_command.command_line(plan.sweep, point)
     # In a session of its own, so that Ctrl-C reaches it once, through us.
     child = subprocess.Popen(line, env=_environment(plan, number), start_new_session=True)
     code = stop.wait_for(child)
@@ -207,12 +207,12 @@ def _start(plan: Plan, number: int, stop: _Stop) -> int:
 
 def _environment(plan: Plan, number: int) -> dict[str, str]:
     """What a trial hears; without WANDB_SWEEP_ID, for no server knows this sweep."""
-    environment = {name: value for name, value in os.environ.items() if name not in trialrecord.VARIABLES}
+    environment = {name: value for name, value in os.environ.items() if name not in trial_record.VARIABLES}
     environment |= {
         "WANDB_RUN_ID": plan.run_id(number),
         "WANDB_SWEEP_PARAM_PATH": str(plan.parameters(number)),
         "WANDB_RUN_GROUP": plan.folder.name,
-        trialrecord.RECORD: str(plan.record(number)),
+        trial_record.RECORD: str(plan.record(number)),
     }
     environment.setdefault("WANDB_MODE", "offline")
     return environment
@@ -254,7 +254,7 @@ class _Stop:
 
 def _state(plan: Plan, number: int) -> str:
     """`new`, or the state of the trial's run; `failed` too where it did not get so far as to make one."""
-    if (found := trialrecord.read(plan.record(number))) is None:
+    if (found := trial_record.read(plan.record(number))) is None:
         return "new"
     return str(RunDir(Path(found.run)).read_status().get("state", "failed" if found.exit_code else "new"))
 
@@ -266,7 +266,7 @@ def _print_ranking(plan: Plan, count: int) -> None:
     scores = {number: _score(plan, number) for number in range(count)}
     order = sorted(scores, key=lambda number: (scores[number][0] is None, sign * (scores[number][0] or 0.0)))
     states = {number: _state(plan, number) for number in order}
-    rows = [[n, *scores[n], states[n], sweepfile.in_words(plan.point(n))] for n in order]
+    rows = [[n, *scores[n], states[n], sweep_file.in_words(plan.point(n))] for n in order]
     headers = ["trial", f"{sweep.metric} {'↑' if sign < 0 else '↓'}", "step", "state", "parameters"]
     print(tabulate(rows, headers, floatfmt=".4g", missingval="-", tablefmt="github"))
     if scores[order[0]][0] is None:
@@ -275,13 +275,13 @@ def _print_ranking(plan: Plan, count: int) -> None:
                 f"no finished trial has logged {sweep.metric!r}: is it the name of a score in history.jsonl?",
                 file=sys.stderr,
             )
-    elif best := trialrecord.read(plan.record(order[0])):
+    elif best := trial_record.read(plan.record(order[0])):
         print(f"best: {RunDir(Path(best.run)).weights(best.student, 'best')}")
 
 
 def _score(plan: Plan, number: int) -> tuple[float | None, int | None]:
     """The last value of the metric, and its step."""
-    found = trialrecord.read(plan.record(number))
+    found = trial_record.read(plan.record(number))
     if found:
         for row in reversed(History(RunDir(Path(found.run)).history(found.student)).rows()):
             if isinstance(value := row.get(plan.sweep.metric), (int, float)):

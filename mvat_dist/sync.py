@@ -18,15 +18,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mvat_dist import configfile
-from mvat_dist.commandline import CommandParser
+from mvat_dist.config import parser as configfile
+from mvat_dist.config.cli import CommandParser
 from mvat_dist.errors import BusyError, UserError, exit_code
-from mvat_dist.history import History
-from mvat_dist.lock import RunLock
-from mvat_dist.rundir import RunDir
-from mvat_dist.tracking import wandbmode
-from mvat_dist.tracking.mirror import Mirror
-from mvat_dist.tracking.tracker import described
+from mvat_dist.runs import wandb_mode
+from mvat_dist.runs.folder import RunDir
+from mvat_dist.runs.history import History
+from mvat_dist.runs.lock import RunLock
+from mvat_dist.runs.tracker import described
+from mvat_dist.runs.wandb_sync import Mirror
 
 PROG = "python -m mvat_dist.sync"
 
@@ -82,7 +82,7 @@ def _check(run: RunDir) -> None:
             f"{run.path} was offline all the time: `wandb sync --yes {place}/offline-run-*` sends it with "
             "its sounds and pictures"
         )
-    if not wandbmode.has_credentials():
+    if not wandb_mode.has_credentials():
         raise UserError("there is no key for W&B: type `wandb login`, or set WANDB_API_KEY")
 
 
@@ -113,7 +113,7 @@ def _send(run: RunDir) -> None:
         mirror.send_missing(_ended(run.read_status()))
     except Exception as error:
         raise UserError(
-            f"W&B has not taken all of {run.path} ({wandbmode.in_words(error)}): nothing is lost, and the "
+            f"W&B has not taken all of {run.path} ({wandb_mode.in_words(error)}): nothing is lost, and the "
             "same command goes on from what it has"
         ) from error
 

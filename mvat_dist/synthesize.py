@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from mvat_dist.commandline import CommandParser
-from mvat_dist.data.demo.synthetic import make_corpus
+from mvat_dist.config.cli import CommandParser
+from mvat_dist.data.synthetic.corpus import make_corpus
 from mvat_dist.errors import exit_code
 
 

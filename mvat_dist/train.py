@@ -2,8 +2,8 @@
 
     python -m mvat_dist.train --config configs/distil.yaml --teacher runs/teacher --student all
 
-Started by ``srun``, by `mvat_dist.cluster.launch` or alone; the ranks find each other through
-`mvat_dist.ranks`.
+Started by ``srun``, by `mvat_dist.launch.processes` or alone; the ranks find each other through
+`mvat_dist.distributed.ranks`.
 """
 
 from __future__ import annotations
@@ -15,14 +15,19 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from mvat_dist import configfile, placement, ranks, rundir, runstate, stopping
-from mvat_dist.config import Config
+from mvat_dist.config import parser
+from mvat_dist.config.schema import Config
+from mvat_dist.distributed import ranks
 from mvat_dist.errors import PortTakenError, UserError, exit_code
+from mvat_dist.launch import placement
+from mvat_dist.runs import folder
+from mvat_dist.runs import status as runstate
+from mvat_dist.training import stopping
 
 if TYPE_CHECKING:
     import torch
 
-    from mvat_dist.devices import Precision
+    from mvat_dist.distributed.device import Precision
 
 _PORT_SECONDS = 30.0
 
@@ -36,12 +41,12 @@ def main(argv: list[str] | None = None) -> None:
             saved, and the same command goes on. `errors.EXIT_HUNG` ends it at once, without this.
     """
     try:
-        whole = configfile.parse(argv)
+        whole = parser.parse(argv)
         config, here = placement.mine(whole, ranks.read())
     except UserError as error:
         # Every rank finds the same mistake; one says it.
         raise UserError(str(error), say=ranks.read().rank == 0) from error
-    run = rundir.RunDir(rundir.run_folder(config))
+    run = folder.RunDir(folder.run_folder(config))
     if _is_finished(run, config):
         if here.rank == 0:
             print(f"{run.path} is finished ({config.train.steps} steps): nothing to do")
@@ -54,12 +59,12 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(code)
 
 
-def _is_finished(run: rundir.RunDir, config: Config) -> bool:
+def _is_finished(run: folder.RunDir, config: Config) -> bool:
     run.check_config(config)
     return run.finished(config)
 
 
-def _say_how_it_ended(run: rundir.RunDir, config: Config) -> None:
+def _say_how_it_ended(run: folder.RunDir, config: Config) -> None:
     status = run.read_status()
     if status["state"] == "finished":
         print(
@@ -71,7 +76,7 @@ def _say_how_it_ended(run: rundir.RunDir, config: Config) -> None:
         print(f"stopped and saved after step {status['step']}: the same command goes on from there")
 
 
-def _train(config: Config, here: ranks.Ranks, run: rundir.RunDir, whole: Config) -> int:
+def _train(config: Config, here: ranks.Ranks, run: folder.RunDir, whole: Config) -> int:
     """Run the trainer, of the `whole` run or of a part of it, inside a process group; the exit code."""
     # Before torch is imported, which may take a minute from a cold disk; a signal would end the process.
     stop = stopping.StopRequest()
@@ -79,10 +84,10 @@ def _train(config: Config, here: ranks.Ranks, run: rundir.RunDir, whole: Config)
     device, precision = _device(config, here)
     import torch
 
-    from mvat_dist import engine
-    from mvat_dist.guard import Guard
-    from mvat_dist.logs import quieten
-    from mvat_dist.trainer import Trainer
+    from mvat_dist.distributed.logs import quieten
+    from mvat_dist.training import engine
+    from mvat_dist.training.fault_tolerance import Guard
+    from mvat_dist.training.trainer import Trainer
 
     quieten(here.rank)
     guard = Guard(run, here, config.train.watchdog_seconds)
@@ -112,7 +117,7 @@ def _train(config: Config, here: ranks.Ranks, run: rundir.RunDir, whole: Config)
         if torch.distributed.is_initialized() and (orderly or device.type == "cpu"):
             torch.distributed.destroy_process_group()
         guard.leave()
-    if reason and not whole.parts:  # a job of several parts: `mvat_dist.requeue`, when all have saved
+    if reason and not whole.parts:  # a job of several parts: `mvat_dist.launch.requeue`, when all have saved
         stopping.requeue(reason, here, progressed=trainer.step > first)
     return code
 
@@ -120,7 +125,7 @@ def _train(config: Config, here: ranks.Ranks, run: rundir.RunDir, whole: Config)
 def _device(config: Config, here: ranks.Ranks) -> tuple[torch.device, Precision]:
     """Choose the device, and tell DeepSpeed, which asks the environment when it is imported."""
     # Imported late: --help and a refused option answer at once.
-    from mvat_dist import devices
+    from mvat_dist.distributed import device as devices
 
     device, precision = devices.choose(config.engine, here.local_rank)
     if device.type == "cuda":

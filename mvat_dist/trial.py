@@ -23,14 +23,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mvat_dist import configfile, ranks, requeue, students
-from mvat_dist.cluster.launch import without_ranks
-from mvat_dist.commandline import CommandParser
-from mvat_dist.config import Config
+from mvat_dist.config import parser as configfile
+from mvat_dist.config import sizes
+from mvat_dist.config.cli import CommandParser
+from mvat_dist.config.schema import Config
+from mvat_dist.distributed import ranks
 from mvat_dist.errors import UserError, exit_code
-from mvat_dist.rundir import run_folder
-from mvat_dist.sweeps import trialrecord
-from mvat_dist.sweeps.trialrecord import TrialRecord
+from mvat_dist.launch import requeue, trial_record
+from mvat_dist.launch.processes import without_ranks
+from mvat_dist.launch.trial_record import TrialRecord
+from mvat_dist.runs.folder import run_folder
 
 PROG = "python -m mvat_dist.trial"
 PROCESSES = "MVAT_PROCESSES"
@@ -81,12 +83,12 @@ def main(argv: list[str] | None = None) -> None:
     arguments, config = trial.arguments(rest)
     folder = run_folder(config)
     record = TrialRecord(str(folder), config.track.objective, given, trial.environment)
-    trialrecord.write(record)
+    trial_record.write(record)
     code = _as_agent_reads_it(_run(_command(arguments, folder.parent, options.processes)))
     if code and _allocation():
         # A killed rank cannot have the job queued again, nor say how it ended.
         requeue.main([str(code), *arguments])
-    trialrecord.write(replace(record, exit_code=code))
+    trial_record.write(replace(record, exit_code=code))
     if code:
         raise SystemExit(code)
 
@@ -122,8 +124,8 @@ class Trial:
             if not re.fullmatch(r"[\w-][\w.-]*", name):
                 raise UserError(f"{name!r} cannot name a folder: a sweep and its runs have plain ids")
         file = environ.get("WANDB_SWEEP_PARAM_PATH")
-        parameters = trialrecord.read_parameters(Path(file)) if file else None
-        names = [name for name in trialrecord.VARIABLES if name in environ]
+        parameters = trial_record.read_parameters(Path(file)) if file else None
+        names = [name for name in trial_record.VARIABLES if name in environ]
         return cls(run_id, sweep, parameters, {name: environ[name] for name in names})
 
     def arguments(self, given: Sequence[str]) -> tuple[list[str], Config]:
@@ -153,7 +155,7 @@ class Trial:
             )
         config.runs, config.name = str(Path(config.runs) / self.sweep), self.run_id
         config.track.objective = config.track.objective or next(
-            iter(students.select(config.student, config.sizes))
+            iter(sizes.select(config.student, config.sizes))
         )
         ours = {"runs": config.runs, "name": config.name, "track.objective": config.track.objective}
         # Where the sweep is: also for what is sent later, when no agent says it.

@@ -56,7 +56,7 @@ wait_as_asked=${SLURM_WAIT:-}
 source "$project/slurm/environment.sh" || exit
 # Groups of students that are trained apart, by --parts or by the configuration, do not end together. A mistake
 # in the options is for the trainer to tell.
-parts=$(python -c 'import sys; from mvat_dist import configfile; print(configfile.parse(sys.argv[1:]).parts)' \
+parts=$(python -c 'import sys; from mvat_dist.config import parser; print(parser.parse(sys.argv[1:]).parts)' \
     "$@" 2>/dev/null) || parts=
 [[ -n $parts && -z $wait_as_asked ]] && SLURM_WAIT=0
 
@@ -74,6 +74,6 @@ if ((code)); then
     printf '%s ended with exit code %s; the end of %s-0.log:\n' "$(date '+%F %T')" "$code" "$log"
     tail -n 15 "$log-0.log"
     # A killed rank cannot have the job queued again, nor say how it ended.
-    python -m mvat_dist.requeue "$code" "$@"
+    python -m mvat_dist.launch.requeue "$code" "$@"
 fi
 exit "$code"

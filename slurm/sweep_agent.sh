@@ -54,4 +54,4 @@ if [[ -f $1 ]]; then
     fi
     exec python -m mvat_dist.sweep "$@" --point "$SLURM_ARRAY_TASK_ID"
 fi
-exec python -m mvat_dist.sweeps.sweepjob "$@"
+exec python -m mvat_dist.launch.sweep_jobs "$@"

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from mvat_dist import cache, configfile, modelfile
-from mvat_dist.data.mix.training import TrainingData
-from mvat_dist.data.store.lessons import Lessons
-from mvat_dist.models import Manner
-from mvat_dist.students import Size
+from mvat_dist import cache
+from mvat_dist.config import parser
+from mvat_dist.config.sizes import Size
+from mvat_dist.data.mixing.dataset import TrainingData
+from mvat_dist.data.shards.targets import Lessons
+from mvat_dist.models import weights as modelfile
+from mvat_dist.models.manner import Manner
 from tests.tiny_corpus import write_pairs, write_sources
 
 RATE = 16_000
@@ -62,7 +64,7 @@ def write_teacher(file: Path, seed: int, scale: float = 1.0) -> Path:
 def opened(corpus: Path, *more: str, lessons: Lessons | None = None) -> TrainingData:
     """The segments that the caches here are of."""
     fixed = (f"--data.train={corpus}", f"--data.variants={VARIANTS}", *SEGMENTS, "--distil.method=none")
-    config = configfile.parse([*fixed, *more])
+    config = parser.parse([*fixed, *more])
     return TrainingData(config.data, config.seed, lessons)
 
 

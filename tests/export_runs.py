@@ -6,9 +6,9 @@ from pathlib import Path
 
 import soundfile
 
-from mvat_dist import modelfile
-from mvat_dist.files import write_json
-from mvat_dist.rundir import RunDir
+from mvat_dist.io import write_json
+from mvat_dist.models import weights
+from mvat_dist.runs.folder import RunDir
 from tests.networks import TINY, loud
 from tests.signals import noise_at, syllables
 
@@ -17,7 +17,7 @@ def a_run(path: Path) -> Path:
     """A run's folder with one student, a record of its teacher and data, and scores."""
     folder = RunDir(path)
     made = loud(TINY)
-    modelfile.save(folder.weights("tiny", "best"), made.state_dict(), name="tiny", size=TINY, step=70)
+    weights.save(folder.weights("tiny", "best"), made.state_dict(), name="tiny", size=TINY, step=70)
     folder.config.write_text(
         "seed: 5\ndata: {train: '{/secret/en,/secret/de}', valid: 's3://ours/valid', segment_seconds: 4.0}\n"
         "distil: {method: mvat}\ntrain: {steps: 90, batch: 8}\nloss: {waveform: 1.0, pesq: 0.0}\n"
@@ -40,7 +40,7 @@ def a_run(path: Path) -> Path:
             }
         }
     }
-    identity = {"networks": {"tiny": modelfile.fingerprint(made)}}
+    identity = {"networks": {"tiny": weights.fingerprint(made)}}
     scores = {"weights": "best", "data": "/secret/shards", "identity": identity, "sections": sections}
     write_json(folder.path / "evaluate" / "shards-best" / "scores.json", scores)
     return folder.path

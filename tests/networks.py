@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from mvat_dist import modelfile
-from mvat_dist.models import Manner, build
-from mvat_dist.students import Size
+from mvat_dist.config.sizes import Size
+from mvat_dist.models import weights
+from mvat_dist.models.manner import Manner, build
 
 TINY = Size("small", 6, depth=2, chunk=16)
 
@@ -27,5 +27,5 @@ def loud(size: Size) -> Manner:
 def tiny_file(folder: Path) -> Path:
     """A model file of a `loud` network of size `TINY`."""
     file = folder / "tiny.safetensors"
-    modelfile.save(file, loud(TINY).state_dict(), name="tiny", size=TINY, step=1)
+    weights.save(file, loud(TINY).state_dict(), name="tiny", size=TINY, step=1)
     return file

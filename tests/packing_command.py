@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mvat_dist import pack
-from mvat_dist.data.store.shards import ShardSet
+from mvat_dist.data.shards.reader import ShardSet
 from mvat_dist.errors import exit_code
 from tests.dns_corpus import write
 

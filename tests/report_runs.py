@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from mvat_dist import configfile, students
-from mvat_dist.config import Config
-from mvat_dist.files import write_json
-from mvat_dist.history import History
-from mvat_dist.rundir import RunDir
-from mvat_dist.summary import Row
+from mvat_dist.config import parser
+from mvat_dist.config import sizes as students
+from mvat_dist.config.schema import Config
+from mvat_dist.evaluation.statistics import Row
+from mvat_dist.io import write_json
+from mvat_dist.runs.folder import RunDir
+from mvat_dist.runs.history import History
 
 TEACHER = {"file": "/teachers/t.safetensors", "name": "tiny-teacher", "sha256": "ab" * 32}
 GAINS = {"none": 0.5, "output": 0.55, "mvat": 0.6, "mvat+output": 0.62}
@@ -26,7 +27,7 @@ def config_of(method: str, seed: int, *more: str) -> Config:
     options = ["--student", "manner-s-0.6gf,manner-s-2.0gf", "--distil.method", method, "--seed", str(seed)]
     options += ["--train.steps", "40", "--data.train", "/shards/dns", "--engine.device", "cpu"]
     options += [] if method == "none" else ["--teacher.file", TEACHER["file"]]
-    return configfile.parse([*options, *more])
+    return parser.parse([*options, *more])
 
 
 def make_run(

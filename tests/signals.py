@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from mvat_dist.config import SAMPLE_RATE
+from mvat_dist.config.schema import SAMPLE_RATE
 
 Audio = npt.NDArray[np.float32]
 

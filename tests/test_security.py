@@ -17,11 +17,14 @@ import numpy as np
 import pytest
 import torch
 
-from mvat_dist import checkpoint, configfile, modelfile, submit
-from mvat_dist.data.store.shards import ShardSet
+from mvat_dist import submit
+from mvat_dist.config import parser
+from mvat_dist.data.shards.reader import ShardSet
 from mvat_dist.errors import UserError
-from mvat_dist.files import sha256
-from mvat_dist.rundir import RunDir
+from mvat_dist.io import sha256
+from mvat_dist.models import weights
+from mvat_dist.runs.folder import RunDir
+from mvat_dist.training import checkpoint
 from tests.conftest import REPOSITORY
 from tests.faults.fleet import Bench
 from tests.tiny_corpus import _write, write_pairs, write_sources
@@ -63,7 +66,7 @@ def poison(request: pytest.FixtureRequest, canary: Path) -> bytes:
 def test_a_model_file_runs_no_code(tmp_path: Path, poison: bytes, canary: Path, name: str) -> None:
     (tmp_path / name).write_bytes(poison)
     with pytest.raises(UserError, match=name):
-        modelfile.load(tmp_path / name)
+        weights.load(tmp_path / name)
     assert not canary.exists()
 
 
@@ -120,7 +123,7 @@ def test_nothing_in_the_package_reads_what_may_run() -> None:
 def test_a_configuration_runs_no_code(tmp_path: Path, canary: Path) -> None:
     (tmp_path / "run.yaml").write_text(f"seed: !!python/object/apply:os.mkdir ['{canary}']\n")
     with pytest.raises(UserError):
-        configfile.parse(["--config", str(tmp_path / "run.yaml")])
+        parser.parse(["--config", str(tmp_path / "run.yaml")])
     assert not canary.exists()
 
 

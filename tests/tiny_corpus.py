@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mvat_dist.data.store.codecs import Codec, encode
-from mvat_dist.data.store.shardfile import Kind, Sample, extension, index_path, shard_name, write_shard
-from mvat_dist.data.store.shards import FORMAT, MANIFEST
-from mvat_dist.files import sha256
+from mvat_dist.data.shards.codecs import Codec, encode
+from mvat_dist.data.shards.format import Kind, Sample, extension, index_path, shard_name, write_shard
+from mvat_dist.data.shards.reader import FORMAT, MANIFEST
+from mvat_dist.io import sha256
 
 Waveform = np.ndarray
 

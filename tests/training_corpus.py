@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from mvat_dist.config import DataConfig
-from mvat_dist.data.stream import TrainingData, batches
+from mvat_dist.config.schema import DataConfig
+from mvat_dist.data.loader import TrainingData, batches
 from tests.tiny_corpus import write_pairs, write_sources
 
 LENGTH = 8000

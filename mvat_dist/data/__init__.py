@@ -1,1 +1,0 @@
-"""Corpora, shards, and the stream of training segments made from them."""

@@ -7,7 +7,7 @@ interpreter that imports this package once; a reader then costs milliseconds and
 
 Slurm sends a job's signals (the warning before the time limit, preemption) to all its processes. Only
 the rank may act on them: it still needs its readers on the way to the checkpoint. The same holds for the
-workers of `mvat_dist.data.pack.pool`, which shares what is said here of signals.
+workers of `mvat_dist.data.prepare.pool`, which shares what is said here of signals.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def starting() -> Iterator[None]:
 
 def _start_server() -> None:
     """Start the fork server unless it runs."""
-    multiprocessing.set_forkserver_preload(["mvat_dist.data.stream"])
+    multiprocessing.set_forkserver_preload(["mvat_dist.data.loader"])
     with signals_blocked():
         forkserver.ensure_running()
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mvat_dist.losses.distance import check_shape, check_shapes, rms
 from mvat_dist.losses.enhancement import LEAST_LEVEL
-from mvat_dist.losses.spectrum import full_precision, hann, power, stft
+from mvat_dist.losses.stft import full_precision, hann, power, stft
 
 EXPONENT = 0.3
 """Of magnitudes (the paper's value)."""

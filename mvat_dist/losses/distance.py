@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mvat_dist.losses.spectrum import full_precision, hann, plain_power, stft
+from mvat_dist.losses.stft import full_precision, hann, plain_power, stft
 
 POWER_FLOOR = 1e-7
 """Least squared magnitude: keeps the logarithm and its gradient finite in silence."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mvat_dist.losses.distance import Reference, check_shapes, distance, reference, spectra
-from mvat_dist.losses.spectrum import full_precision
+from mvat_dist.losses.stft import full_precision
 
 WEIGHT_EPS = 2e-7
 """Added to the energy of speech plus noise (the authors' value)."""

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mvat_dist.config.sizes import Side, Size, View, ViewKey
 from mvat_dist.errors import UserError
-from mvat_dist.losses.spectrum import full_precision
-from mvat_dist.students import Side, Size, View, ViewKey
+from mvat_dist.losses.stft import full_precision
 
 Maps = dict[ViewKey, Tensor]
 """Energy maps (B, T_b) by (side, level, view)."""

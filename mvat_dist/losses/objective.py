@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mvat_dist.config import DistilConfig, LossConfig
+from mvat_dist.config.schema import DistilConfig, LossConfig
+from mvat_dist.config.sizes import Size, ViewKey
 from mvat_dist.losses.compressed import CompressedLoss, CompressedTargets
 from mvat_dist.losses.enhancement import (
     EnhancementLoss,
@@ -22,7 +23,6 @@ from mvat_dist.losses.enhancement import (
 )
 from mvat_dist.losses.mvat import Maps, energy_map, mvat_loss, shared_blocks
 from mvat_dist.losses.pesq import PesqLoss, PesqTargets
-from mvat_dist.students import Size, ViewKey
 
 
 @dataclass(frozen=True)

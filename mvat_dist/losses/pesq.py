@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvat_dist.config import SAMPLE_RATE
+from mvat_dist.config.schema import SAMPLE_RATE
 from mvat_dist.losses.distance import check_shape, check_shapes, rms
 from mvat_dist.losses.enhancement import LEAST_LEVEL
-from mvat_dist.losses.spectrum import full_precision, hann, power, stft
+from mvat_dist.losses.stft import full_precision, hann, power, stft
 
 SPEECH_DB_SPL = 79.0
 """Level at which both signals are heard (P.862)."""

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvat_dist.students import DEPTHWISE_KERNEL
+from mvat_dist.config.sizes import DEPTHWISE_KERNEL
 
 TILE = 8192
 """Frames at a time of what is computed frame by frame on CPU: its intermediates stay in the cache."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvat_dist import students
+from mvat_dist.config import sizes
+from mvat_dist.config.sizes import VIEWS, Side, Size, ViewKey
+from mvat_dist.models.attention import MultiViewBlock
 from mvat_dist.models.layers import (
     BatchNorm,
     FromMonoConv1d,
@@ -15,8 +17,6 @@ from mvat_dist.models.layers import (
     UpConv1d,
     rescale,
 )
-from mvat_dist.models.multiview import MultiViewBlock
-from mvat_dist.students import VIEWS, Side, Size, ViewKey
 
 Views = dict[ViewKey, Tensor]
 """View features (B, n, T_b) by (side, level, view), in the order of computation."""
@@ -161,4 +161,4 @@ def build(name_or_size: str | Size) -> Manner:
     Raises:
         UserError: no such name.
     """
-    return Manner(students.get(name_or_size) if isinstance(name_or_size, str) else name_or_size)
+    return Manner(sizes.get(name_or_size) if isinstance(name_or_size, str) else name_or_size)

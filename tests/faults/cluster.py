@@ -10,8 +10,9 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from mvat_dist.cluster import dispatch, slurmjob
-from mvat_dist.rundir import RunDir
+from mvat_dist.launch import slurm as slurmjob
+from mvat_dist.launch import submission
+from mvat_dist.runs.folder import RunDir
 from tests.conftest import REPOSITORY
 from tests.faults.fleet import STUDENTS, TIMING, Bench, assert_same
 from tests.faults.matrix import Moment, Outcome, cannot, fault
@@ -48,7 +49,7 @@ class Job:
         self.ranks: dict[int, int] = {}
 
     def alive(self) -> bool:
-        return slurmjob.job_state(self.number, dispatch.job_name(self.run)).active
+        return slurmjob.job_state(self.number, submission.job_name(self.run)).active
 
     def hold_after(self, step: int) -> None:
         """Stop all ranks when `step` steps are recorded and the next one is not."""

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from mvat_dist import lock
-from mvat_dist.rundir import RunDir
+from mvat_dist.runs import lock
+from mvat_dist.runs.folder import RunDir
 from tests.faults.processes import Training
 from tests.tiny_corpus import write_pairs, write_sources
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from mvat_dist.rundir import RunDir
+from mvat_dist.runs.folder import RunDir
 from tests.faults.fleet import SAVE_EVERY, STEPS, Bench, assert_same, checkpoints
 from tests.faults.matrix import Moment, Outcome, cannot, fault
 from tests.waiting import until

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from mvat_dist.rundir import RunDir
+from mvat_dist.runs.folder import RunDir
 from tests.faults.fleet import STEPS, Bench
 from tests.faults.processes import MissedError
 

@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mvat_dist.cluster import launch
-from mvat_dist.rundir import RunDir
+from mvat_dist.launch import processes as launch
+from mvat_dist.runs.folder import RunDir
 from tests import waiting
 
 DEADLINE = 150.0

@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from mvat_dist.rundir import RunDir
+from mvat_dist.runs.folder import RunDir
 from tests.faults.fleet import OPTIONS, Bench, assert_same
 from tests.faults.processes import Training, rows, send, until
 

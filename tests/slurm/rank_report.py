@@ -7,7 +7,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from mvat_dist import ranks
+from mvat_dist.distributed import ranks
 
 
 class RankReport:

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from mvat_dist import ranks
-from mvat_dist.cluster import slurmjob
-from mvat_dist.cluster.slurmjob import Resources
-from mvat_dist.rundir import RunDir
+from mvat_dist.distributed import ranks
+from mvat_dist.launch import slurm as slurmjob
+from mvat_dist.launch.slurm import Resources
+from mvat_dist.runs.folder import RunDir
 from tests.conftest import REPOSITORY
 from tests.slurm.conftest import accounting, slurm, submit, until
 from tests.slurm.rank_report import RankReport
@@ -29,7 +29,7 @@ STAND_IN = """
 import json, os, sys, time
 from dataclasses import asdict
 from pathlib import Path
-from mvat_dist import ranks
+from mvat_dist.distributed import ranks
 here = ranks.read()
 restart = os.environ.get("SLURM_RESTART_COUNT", "0")
 told = {"argv": sys.argv[1:], "python": sys.prefix, "node": os.environ["SLURMD_NODENAME"]}
@@ -246,7 +246,7 @@ def test_a_requeued_job_meets_again_elsewhere(project: Path) -> None:
 
 
 def test_interactive_shells_of_slurm_wait_for_nobody() -> None:
-    code = "from mvat_dist import ranks; print(ranks.read().world_size)"
+    code = "from mvat_dist.distributed import ranks; print(ranks.read().world_size)"
     assert slurm("salloc", "--quiet", "--nodes=2", sys.executable, "-c", code).strip() == "1"
     inside = f"srun --nodes=2 {shlex.quote(sys.executable)} -c '{code}'"
     assert slurm("salloc", "--quiet", "--nodes=2", "bash", "-c", inside).split() == ["2", "2"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from mvat_dist.rundir import RunDir
+from mvat_dist.runs.folder import RunDir
 from tests.slurm.conftest import submit
 
 pytestmark = pytest.mark.slurm

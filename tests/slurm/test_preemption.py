@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from mvat_dist.cluster import slurmjob
-from mvat_dist.rundir import RunDir
+from mvat_dist.launch import slurm as slurmjob
+from mvat_dist.runs.folder import RunDir
 from tests.faults.cluster import ranks_of
 from tests.slurm.conftest import accounting, slurm, submit, until
 

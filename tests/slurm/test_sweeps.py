@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from mvat_dist import sweep
-from mvat_dist.rundir import RunDir
+from mvat_dist.runs.folder import RunDir
 from tests.slurm.conftest import accounting, our_jobs, slurm, until
 from tests.sweep_place import OBJECTIVE, environment, sweep_file, write_place
 from tests.wandb_server import serving

@@ -1,1 +1,0 @@
-"""How a run gets its processes: what is to start, where, and once."""

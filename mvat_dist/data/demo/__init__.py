@@ -1,1 +1,0 @@
-"""The synthetic corpus of the demonstration: voices, noises, rooms."""

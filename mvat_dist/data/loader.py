@@ -1,0 +1,235 @@
+"""Packed shards to training batches: the same global batches on any number of ranks and workers.
+
+What comes when is arithmetic (`data.mixing.sampler`), so that a stream's whole state is the number of
+its next step: a run that goes on from step k, on whatever number of ranks, gets what it would have got.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from mvat_dist.data import workers as readers
+from mvat_dist.data.mixing.bad_samples import DamageLog
+from mvat_dist.data.mixing.dataset import TrainingData as TrainingData
+from mvat_dist.data.mixing.fingerprint import differences, with_newer_fields
+from mvat_dist.data.mixing.sampler import RankSlices
+from mvat_dist.data.mixing.segments import Segment
+from mvat_dist.data.shards.target_codec import LessonArrays
+from mvat_dist.errors import UserError
+from mvat_dist.losses.objective import Lesson
+from mvat_dist.training import schedule
+
+PREFETCH = 4
+"""Micro-batches that each worker keeps ready: reverberation, tempo and long files make their cost uneven."""
+
+
+def check_batch(data: TrainingData, batch: int) -> None:
+    """Refuse an optimiser step that is longer than an epoch: it would hold the same utterance twice.
+
+    Raises:
+        UserError: with the largest batch.
+    """
+    if batch > len(data):
+        raise UserError(
+            f"--train.batch {batch} is more than an epoch of {data.iterated.where} has: use at most "
+            f"{len(data)}, or more data"
+        )
+
+
+def split_batch(batch: int, world_size: int, micro_batch: int) -> tuple[int, int]:
+    """(segments of a rank's micro-batch, accumulation steps) for `batch` segments an optimiser step.
+
+    The micro-batch is the largest one that is at most `micro_batch` and divides the rank's share.
+
+    Raises:
+        UserError: the ranks cannot share the batch evenly.
+    """
+    if batch < 1 or micro_batch < 1:
+        raise UserError(f"--train.batch {batch}, --train.micro_batch {micro_batch}: both must be at least 1")
+    if batch % world_size:
+        near = [
+            size for size in (batch - batch % world_size, batch - batch % world_size + world_size) if size
+        ]
+        raise UserError(
+            f"--train.batch {batch} does not divide by {world_size} ranks: use --train.batch "
+            f"{' or '.join(map(str, near))}, or a number of ranks that divides {batch}"
+        )
+    share = batch // world_size
+    micro = schedule.micro_batch(share, micro_batch)
+    return micro, share // micro
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A rank's micro-batch."""
+
+    noisy: torch.Tensor
+    """(b, T) float32: the network's input."""
+    clean: torch.Tensor
+    """(b, T) float32: the target."""
+    recipes: list[dict[str, Any]]
+    """How each segment was made."""
+    lesson: Lesson | None = None
+    """What the teacher says of the segments, where a cache was opened."""
+
+    @property
+    def damaged(self) -> int:
+        """Segments that took the place of damaged ones."""
+        return sum(bool(recipe["damage"]) for recipe in self.recipes)
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory; DataLoader calls this where there is a GPU."""
+        return self._moved(torch.Tensor.pin_memory)
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on `device`, copied without waiting where its memory is page-locked."""
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        lesson = self.lesson and self.lesson.moved(move)
+        return Batch(move(self.noisy), move(self.clean), self.recipes, lesson)
+
+
+def stacked(segments: Sequence[Segment]) -> Batch:
+    """The segments, (T,) each, as one micro-batch."""
+    noisy = torch.from_numpy(np.stack([segment.noisy for segment in segments]))
+    clean = torch.from_numpy(np.stack([segment.clean for segment in segments]))
+    lessons = [segment.lesson for segment in segments if segment.lesson is not None]
+    assert len(lessons) in (0, len(segments)), "a segment without its lesson"
+    return Batch(noisy, clean, [segment.recipe for segment in segments], _joined(lessons))
+
+
+def _joined(lessons: Sequence[LessonArrays]) -> Lesson | None:
+    """The lessons of a batch's segments as one, or None where there are none."""
+    if not lessons:
+        return None
+    maps = {key: torch.from_numpy(np.stack([one.maps[key] for one in lessons])) for key in lessons[0].maps}
+    outputs = [one.output for one in lessons if one.output is not None]
+    assert len(outputs) in (0, len(lessons)), "a lesson without its output"
+    return Lesson(maps, torch.from_numpy(np.stack(outputs)) if outputs else None)
+
+
+class _MicroBatches(Dataset["Batch | UserError"]):
+    """Map from a range of global sample numbers to their micro-batch."""
+
+    def __init__(self, data: TrainingData) -> None:
+        self._data = data
+
+    def __getitem__(self, numbers: range) -> Batch | UserError:
+        try:
+            segments = [self._data.item(*divmod(number, len(self._data))) for number in numbers]
+        except UserError as error:
+            # A damaged shard. Returned, for DataLoader would wrap its one clear line in a worker's traceback.
+            return error
+        return stacked(segments)
+
+
+class BatchStream(Iterator[list[Batch]]):
+    """A rank's micro-batches, one list per optimiser step; see `batches`."""
+
+    def __init__(
+        self, data: TrainingData, slices: RankSlices, workers: int, damage_log: DamageLog | None = None
+    ) -> None:
+        self._data = data
+        self._slices = slices
+        self._workers = workers
+        self._damage_log = damage_log or DamageLog()
+        self._identity: dict[str, Any] | None = None
+        self._micro_batches: Iterator[Batch | UserError] | None = None
+
+    def __next__(self) -> list[Batch]:
+        if not self._slices.steps:
+            raise StopIteration
+        if self._micro_batches is None:
+            self._micro_batches = self._start()
+        step: list[Batch] = []
+        for _ in range(self._slices.accumulation):
+            made = next(self._micro_batches)
+            if isinstance(made, UserError):
+                self._micro_batches = None  # whoever asks again gets this step again, from its start
+                raise made
+            step.append(made)
+            self._damage_log.tell(line for recipe in made.recipes for line in recipe["damage"])
+        self._go_to(self._slices.first_step + 1)
+        return step
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values: the next step, and what the stream is a stream of. The same on every rank."""
+        return {"step": self._slices.first_step, **self._subject()}
+
+    def _subject(self) -> dict[str, Any]:
+        if self._identity is None:
+            self._identity = self._data.identity()
+        # The identity leaves the seed out where no segment depends on it; the order always does.
+        return {**self._identity, "batch": self._slices.batch, "seed": self._data.seed}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another stream of the same data was, on whatever ranks, micro-batches and workers.
+
+        The last step stays the one that this stream was made for.
+
+        Raises:
+            UserError: the state of a stream of other data, with what differs.
+        """
+        saved = with_newer_fields({name: value for name, value in state.items() if name != "step"})
+        if differing := list(differences(saved, self._subject())):
+            raise UserError(
+                f"the saved stream is of other data ({'; '.join(differing)}): give it what it began with, or "
+                "begin a new run"
+            )
+        self._micro_batches = None
+        self._go_to(state["step"])
+
+    def _go_to(self, step: int) -> None:
+        last = self._slices.first_step + self._slices.steps
+        self._slices = replace(self._slices, first_step=step, steps=max(0, last - step))
+
+    def _start(self) -> Iterator[Batch | UserError]:
+        workers = self._workers
+        loader = DataLoader(
+            _MicroBatches(self._data),
+            sampler=self._slices,
+            batch_size=None,
+            num_workers=workers,
+            multiprocessing_context=readers.START_METHOD if workers else None,
+            worker_init_fn=readers.initialise if workers else None,
+            prefetch_factor=PREFETCH if workers else None,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # DataLoader draws a number; not from the generator of the run
+        )
+        if workers == 0:
+            return iter(loader)
+        with readers.starting():
+            return iter(loader)
+
+
+def batches(
+    data: TrainingData,
+    *,
+    batch: int,
+    micro_batch: int,
+    rank: int,
+    world_size: int,
+    first_step: int,
+    steps: int,
+    workers: int,
+) -> BatchStream:
+    """This rank's micro-batches of `steps` optimiser steps from `first_step`, one list per step.
+
+    Workers start with the first step and end with the iterator; they serve all epochs. `workers` 0 reads in
+    this process. A micro-batch on a machine with CUDA lies in page-locked memory.
+
+    Raises:
+        UserError: at once where `batch` cannot be shared or is larger than an epoch.
+        ShardError: while iterating, for a damaged shard that is not borne; it names the shard and the key.
+    """
+    micro, accumulation = split_batch(batch, world_size, micro_batch)
+    check_batch(data, batch)
+    slices = RankSlices(batch, micro, accumulation, rank, world_size, first_step, steps)
+    return BatchStream(data, slices, workers)

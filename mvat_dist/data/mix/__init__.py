@@ -1,1 +1,0 @@
-"""From shards to segments: what comes when, and how speech, noise and rooms become a mixture."""

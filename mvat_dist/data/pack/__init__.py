@@ -1,1 +1,0 @@
-"""From corpora to shards: find, inspect, plan, write, verify, sum up."""

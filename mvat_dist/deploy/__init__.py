@@ -1,1 +1,0 @@
-"""A trained network outside of training: whole recordings, other formats, model cards."""

@@ -1,0 +1,173 @@
+"""Score networks on held-out clips: one row per clip and network.
+
+Used by the trainer between steps and by `mvat_dist.evaluate`. The clips are dealt out over the ranks,
+because one rank that scores alone keeps the others waiting until their collective times out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from mvat_dist.config.schema import SAMPLE_RATE
+from mvat_dist.data.clips import UnusableClipError
+from mvat_dist.evaluation.metrics.registry import Score
+from mvat_dist.evaluation.metrics.score import NO_SAMPLES, SILENCE
+from mvat_dist.evaluation.scorer import Pair, score_as_done
+from mvat_dist.evaluation.statistics import NOISY, Row
+
+Audio = npt.NDArray[np.float32]
+Clip = tuple[str, Audio, Audio]
+"""Key, noisy (T,), clean (T,), as `mvat_dist.data.clips` has them."""
+Gather = Callable[[list[Row]], list[list[Row]]]
+"""Collects every rank's rows on every rank, as ``torch.distributed.all_gather_object`` does."""
+
+
+class Clips(Protocol):
+    """Held-out pairs by position."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Clip: ...
+
+
+def validate(
+    models: Mapping[str, nn.Module],
+    clips: Clips,
+    metrics: Sequence[str],
+    *,
+    device: torch.device,
+    noisy: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+    gather: Gather = lambda rows: [rows],
+) -> list[Row]:
+    """One row per clip and model, in the order of `clips` and `models`, equal on every rank.
+
+    Args:
+        models: networks on `device` that map (1, T) to (1, T), outside any engine: ranks run them for
+            different numbers of clips. They are put into eval mode for the while and get back the mode
+            of each of their modules.
+        clips: the same on every rank; rank r takes clips r, r + world_size, ...
+        metrics: names from `mvat_dist.evaluation.metrics.registry.METRICS`.
+        device: where the networks are.
+        noisy: score the noisy input too, as the first model, called `NOISY`.
+        rank, world_size: this process and their number.
+        gather: needed with more than one rank; called once, by all of them.
+    """
+    own = rows_as_scored(
+        models, clips, metrics, device=device, noisy=noisy, wanted=lambda at, _: at % world_size == rank
+    )
+    names = [NOISY, *models]
+    gathered = [row for one_rank in gather(list(own)) for row in one_rank]
+    return sorted(gathered, key=lambda row: (row["index"], names.index(row["model"])))
+
+
+def rows_as_scored(
+    models: Mapping[str, nn.Module],
+    clips: Clips,
+    metrics: Sequence[str],
+    *,
+    device: torch.device,
+    noisy: bool = False,
+    processes: int = 1,
+    wanted: Callable[[int, str], bool],
+) -> Iterator[Row]:
+    """The row of each clip and model as soon as it is scored, in any order; the rest is as in `validate`.
+
+    Args:
+        processes: scoring children of this rank; 0 takes one per available CPU.
+        wanted: whether the model of a name is to be scored on the clip at a position.
+    """
+    begun: list[Row] = []
+    with _evaluating(models.values()):
+        estimates = _estimates(models, clips, device, noisy=noisy, wanted=wanted)
+        for number, scores in score_as_done(_pairs(estimates, begun), metrics, processes=processes):
+            _fill(begun[number], scores)
+            yield begun[number]
+
+
+def _pairs(estimates: Iterator[tuple[Row, Pair]], rows: list[Row]) -> Iterator[Pair]:
+    """The pairs alone; their rows are put into `rows` on the way."""
+    for row, pair in estimates:
+        rows.append(row)
+        yield pair
+
+
+def _estimates(
+    models: Mapping[str, nn.Module],
+    clips: Clips,
+    device: torch.device,
+    *,
+    noisy: bool,
+    wanted: Callable[[int, str], bool],
+) -> Iterator[tuple[Row, Pair]]:
+    """The wanted clips through every wanted model."""
+    for index in range(len(clips)):
+        names = [name for name in ([NOISY] if noisy else []) + [*models] if wanted(index, name)]
+        if not names:
+            continue
+        try:
+            key, mixture, clean = clips[index]
+        except UnusableClipError as error:
+            about: Row = {"index": index, "key": error.key, "duration_s": None, "snr_db": None}
+            nothing = np.zeros(0, np.float32)
+            for name in names:
+                yield {**about, "model": name, "problem": str(error)}, Pair(nothing, nothing, error.reason)
+            continue
+        about = {
+            "index": index,
+            "key": key,
+            "duration_s": round(len(clean) / SAMPLE_RATE, 4),
+            "snr_db": _snr(mixture, clean),
+        }
+        for name in names:
+            # No network takes a clip of no samples, and no metric: that is told without asking either.
+            nothing_there = None if len(mixture) else NO_SAMPLES
+            plain = name == NOISY or nothing_there is not None
+            estimate = mixture if plain else enhance(models[name], mixture, device)
+            yield {**about, "model": name}, Pair(estimate, clean, nothing_there)
+
+
+@torch.no_grad()
+def enhance(model: nn.Module, noisy: Audio, device: torch.device) -> Audio:
+    """One pass of `model` over one whole clip (T,); the estimate (T,) in fp32 on the CPU."""
+    estimate = model(torch.from_numpy(noisy)[None].to(device))[0]
+    array: Audio = estimate.float().cpu().numpy()
+    return array
+
+
+@contextmanager
+def _evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Eval mode inside; afterwards every module's own mode, for parts may be frozen in eval mode."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _snr(noisy: Audio, clean: Audio) -> float | None:
+    """10 log10(sum clean^2 / sum (noisy - clean)^2) in dB; None where either sum is zero.
+
+    None, too, for a silent noisy half: of one that has lost its speech and its noise it would say 0 dB.
+    """
+    if np.abs(noisy).max(initial=0) < SILENCE:
+        return None
+    speech, noise = (float(np.square(signal, dtype=np.float64).sum()) for signal in (clean, noisy - clean))
+    return round(10 * math.log10(speech / noise), 2) if speech and noise else None
+
+
+def _fill(row: Row, scores: Mapping[str, Score]) -> None:
+    row.update({name: score.value for name, score in scores.items()})
+    row["failure"] = {name: score.failure for name, score in scores.items() if score.failure} or None

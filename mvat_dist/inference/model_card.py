@@ -1,0 +1,173 @@
+"""The model card beside an export: what it is, where it comes from, how good it is, how to use it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import yaml
+from tabulate import tabulate
+
+from mvat_dist.config import sizes
+from mvat_dist.config.schema import SAMPLE_RATE
+from mvat_dist.config.sizes import COST_SECONDS
+from mvat_dist.evaluation.metrics.registry import METRICS
+from mvat_dist.inference import provenance
+from mvat_dist.models.weights import LoadedModel
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One file of an export, or why it was not kept."""
+
+    file: str
+    kind: str
+    bytes: int
+    check: str
+    """How far it is from the network, or the reason of its refusal."""
+    kept: bool = True
+
+
+_USE = """\
+```python
+import mvat_dist, soundfile
+audio, rate = soundfile.read("noisy.wav")
+enhanced = mvat_dist.load("{weights}").enhance(audio, rate)
+```
+
+or `python -m mvat_dist.enhance --model {weights} noisy.wav --out enhanced`."""
+
+_USE_GRAPH = """\
+{graphs} map float32 (batch, time) at 16 kHz, full scale 1, to the same shape, for any batch and time;
+normalisation and padding are inside."""
+
+_USE_ONNX = "`docs/examples/enhance_onnx.py` in the repository of mvat_dist runs `{onnx}` without torch."
+
+_LIMITS = """\
+- 16 kHz mono inside: nothing above 8 kHz is left, and channels are enhanced one by one.
+- Not for live streams: it normalises by, and attends over, its whole input. Long recordings are cut into
+  windows.
+- Speech in noises, rooms and languages unlike its training data may be damaged. Music is not speech."""
+
+
+def card(loaded: LoadedModel, about: Mapping[str, str], exported: Sequence[Exported]) -> str:
+    """Markdown."""
+    size = loaded.model.size
+    gmac = sizes.macs(size, round(COST_SECONDS * SAMPLE_RATE)) / 1e9
+    facts = [
+        ("network", f"MANNER (arXiv 2203.02181), {', '.join(f'{k} {v}' for k, v in asdict(size).items())}"),
+        ("parameters", f"{sizes.parameters(size):,}"),
+        (f"GMAC at {COST_SECONDS:g} s", f"{gmac:.2f}"),
+        ("steps of training", "unknown" if loaded.step is None else f"{loaded.step:,}"),
+        ("weights", f"SHA-256 {about['sha256']}"),
+        ("licence", about["licence"]),
+        ("exported with", about["exported_with"]),
+    ]
+    kept = [one.file for one in exported if one.kept]
+    files = [
+        (
+            f"`{one.file}`" if one.kept else f"{one.file} (not kept)",
+            one.kind,
+            f"{one.bytes / 1e6:.2f}" if one.kept else "-",
+            one.check,
+        )
+        for one in exported
+    ]
+    return "\n\n".join(
+        [
+            f"# {loaded.name}",
+            "Speech enhancement: noisy speech in, the estimate of the clean speech out.",
+            tabulate(facts, ["", ""], tablefmt="github", disable_numparse=True),
+            "## Files",
+            tabulate(files, ["file", "what", "MB", "checked"], tablefmt="github", disable_numparse=True),
+            "## Use",
+            *_use(kept),
+            "## Training",
+            _legible(lambda: _training(about, kept)),
+            "## Scores",
+            _legible(lambda: _scores(about)),
+            "## Limits",
+            _LIMITS,
+        ]
+    ) + "\n"  # fmt: skip
+
+
+def _use(kept: Sequence[str]) -> list[str]:
+    """How to use the files that are there."""
+    weights = [file for file in kept if file.endswith(".safetensors")]
+    onnx = [file for file in kept if file.endswith(".onnx")]
+    graphs = [f"`{file}`" for file in kept if file not in weights]
+    said = [_USE.format(weights=weights[0])] if weights else []
+    if graphs:
+        said.append(_USE_GRAPH.format(graphs=" and ".join(graphs)))
+    if onnx:
+        said.append(_USE_ONNX.format(onnx=onnx[0]))
+    return said or ["No file was kept."]
+
+
+def _legible(section: Callable[[], str], of: str = "it") -> str:
+    """A section; another sentence where a file that was exported elsewhere says what it should not."""
+    try:
+        return section()
+    except provenance.DAMAGE:
+        return f"What the file that was exported says of {of} cannot be read."
+
+
+def _training(about: Mapping[str, str], kept: Sequence[str]) -> str:
+    if "config" not in about:
+        return "The file that was exported does not say."
+    inputs = provenance.read(about, "inputs") or {}
+    method, *data = provenance.training(yaml.safe_load(about["config"]))
+    lines = [method]
+    if teacher := inputs.get("teacher"):
+        lines.append(provenance.origin("teacher", teacher))
+    if began := inputs.get("init"):
+        lines.append(provenance.origin("began as", began))
+    lines.extend(data)
+    if environment := provenance.read(about, "environment"):
+        lines.append(f"mvat_dist at commit {environment['commit']}")
+    listed = "\n".join(f"- {line}" for line in lines)
+    # TorchScript files say nothing of their training.
+    speaking = [f"`{file}`" for file in kept if not file.endswith(".pt")]
+    inside = (
+        f"\n\nThe whole configuration is in the metadata of {' and '.join(speaking)}." if speaking else ""
+    )
+    return listed + inside
+
+
+def _scores(about: Mapping[str, str]) -> str:
+    found = provenance.read(about, "scores")
+    if not found:
+        return "Not evaluated yet: `python -m mvat_dist.evaluate RUN --data DATA`, then export again."
+    blocks = [_legible(partial(_tables, data, sections), data) for data, sections in found.items()]
+    how = "Higher is better; 95 % bootstrap intervals over clips in brackets, of two clips or more."
+    return "\n\n".join([*blocks, how])
+
+
+def _tables(data: str, sections: Mapping[str, Any]) -> str:
+    """One table for each section; a damaged one does not hide the others."""
+    titles = {f"{section} of {data}": by_model for section, by_model in sections.items()}
+    return "\n\n".join(
+        _legible(partial(_table, title, by_model), title) for title, by_model in titles.items()
+    )
+
+
+def _table(title: str, by_model: Mapping[str, Any]) -> str:
+    metrics = [name for name in next(iter(by_model.values())) if name in METRICS]
+    rows = [[model, *(_cell(scored[name], name) for name in metrics)] for model, scored in by_model.items()]
+    heads = ["", *(f"{METRICS[name].label} {METRICS[name].unit}".strip() for name in metrics)]
+    # Not parsed: tabulate would take the last zero of a mean without an interval.
+    return f"{title}\n\n" + tabulate(rows, heads, tablefmt="github", disable_numparse=True)
+
+
+def _cell(score: Mapping[str, Any], metric: str) -> str:
+    """Of one clip, a mean without an interval; of none, a dash."""
+    mean, low, high = (
+        None if score[key] is None else f"{score[key]:.{METRICS[metric].decimals}f}"
+        for key in ("mean", "low", "high")
+    )
+    if mean is None:
+        return "-"
+    return mean if low is None or high is None else f"{mean} [{low}, {high}]"

@@ -1,0 +1,148 @@
+"""What a job's script runs after its ranks: note how they ended, and have the job queued again if that helps.
+
+    python -m mvat_dist.launch.requeue EXIT_CODE TRAINING_OPTIONS...
+
+Signals that ask to stop are the trainer's matter (`stopping.requeue`), once it has begun. This is for ends
+of which the trainer cannot speak: a rank killed or out of memory, a hang that its watchdog ended, a crash. A
+job comes back while it gets on, and a few times, ever later, while it does not. No torch.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+from mvat_dist.config import parser
+from mvat_dist.errors import EXIT_BUSY, EXIT_USER_ERROR, UserError, exit_code
+from mvat_dist.runs import lock
+from mvat_dist.runs import status as runstate
+from mvat_dist.runs.folder import RunDir, run_folder
+from mvat_dist.training.stopping import allowed_restarts, requeue_job, scontrol
+
+FRUITLESS = 3
+"""Restarts in a row that may begin where the one before began."""
+
+_BACK_OFF_SECONDS = (0.0, 20.0, 60.0)
+"""Waiting by fruitless restarts: the nodes stay ours, so it is short."""
+
+# 0: finished. 2 and 3: a restart would meet the same mistake, or the same owner.
+_SETTLED = {0, EXIT_USER_ERROR, EXIT_BUSY}
+_ASKED = {128 + number for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)}
+
+_USAGE = """usage: python -m mvat_dist.launch.requeue EXIT_CODE TRAINING_OPTIONS...
+
+A job's script calls it when the ranks have ended with EXIT_CODE.
+
+example:
+  python -m mvat_dist.launch.requeue 137 --config runs/fleet/config.yaml"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Decide for the job in whose script this runs.
+
+    Raises:
+        UserError: no exit code, or options that the trainer does not know.
+    """
+    given = sys.argv[1:] if argv is None else argv
+    if given[:1] in (["-h"], ["--help"]):
+        print(_USAGE)
+        return
+    if not given or not given[0].isdecimal():
+        raise UserError("give the exit code of the ranks first: python -m mvat_dist.launch.requeue --help")
+    code = int(given[0])
+    if code in _SETTLED:
+        return
+    config = parser.parse(given[1:], prog="python -m mvat_dist.launch.requeue")
+    whole = RunDir(run_folder(config))
+    runs = [RunDir(part) for part in whole.part_folders()] if config.parts else [whole]
+    if code in _ASKED and (config.parts or any(_begun(run.read_status()) for run in runs)):
+        if config.parts:  # only now have all of them saved
+            progressed = any(_progressed(run.read_status()) for run in runs)
+            requeue_job(code - 128, progressed=progressed)
+        return
+    if _superseded():
+        print(f"the ranks ended with exit code {code}: the job was started again in the meantime")
+        return
+    decisions = [_settle(run, code) for run in runs]
+    told, wait = min(decisions, key=lambda one: one[0] is not None) if decisions else ("nothing began", 0.0)
+    if told is None and "SLURM_JOB_ID" in os.environ:
+        told = _again(os.environ["SLURM_JOB_ID"], wait)
+    print(f"the ranks ended with exit code {code}: {told or 'this is no job, start it again yourself'}")
+
+
+def _settle(run: RunDir, code: int) -> tuple[str | None, float]:
+    """Note how the run, or a part of one, ended; what `decide` says of it."""
+    owner = lock.holder(run.path)
+    if owner and owner.job != os.environ.get("SLURM_JOB_ID", "") and not lock.why_gone(owner):
+        return f"{run.path} is trained by {owner}", 0.0
+    runstate.record_end(run, runstate.why(code))
+    status = run.read_status()
+    if run.path.is_dir() and not _begun(status):
+        status = {"step": 0, **status, "state": "failed", "reason": runstate.why(code)}
+        run.replace_status({**status, "fruitless": _fruitless(status)})
+    return decide(status)
+
+
+def _progressed(status: dict[str, Any]) -> bool:
+    """Whether this life of the job has made a step."""
+    return _begun(status) and int(status["step"]) > int(status["starts"][-1]["step"])
+
+
+def _superseded() -> bool:
+    """Whether this is a former life of the job: on a node that Slurm has given up, its script lives on."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return False
+    try:
+        told = re.search(r"\bRestarts=(\d+)", scontrol("show", "job", os.environ["SLURM_JOB_ID"]))
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return told is not None and int(told[1]) > allowed_restarts()[0]
+
+
+def decide(status: dict[str, Any]) -> tuple[str | None, float]:
+    """(why the job is not queued again, or None where it is; seconds to wait before)."""
+    restarts, allowed = allowed_restarts()
+    if status.get("state") == "finished":
+        return "the run is finished", 0.0
+    if restarts >= allowed:
+        return f"not queued again after {restarts} restarts of {allowed}", 0.0
+    fruitless = _fruitless(status)
+    if fruitless > FRUITLESS:
+        return f"not queued again: {fruitless} starts in a row ended without a new checkpoint", 0.0
+    return None, _BACK_OFF_SECONDS[max(0, fruitless - 1)]
+
+
+def _begun(status: dict[str, Any]) -> bool:
+    """Whether this life of the job came as far as to note its start."""
+    starts: list[dict[str, Any]] = status.get("starts", [])
+    return bool(starts) and runstate.life().items() <= starts[-1].items()
+
+
+def _fruitless(status: dict[str, Any]) -> int:
+    """Starts in a row, the last one among them, that left no later checkpoint than they began with."""
+    saved = status.get("checkpoint")
+    if _begun(status) and saved and saved["step"] > status["starts"][-1]["step"]:
+        return 0
+    return int(status.get("fruitless", 0)) + 1
+
+
+def _again(job: str, wait: float) -> str:
+    """Have the job queued again unless it is being cancelled; what came of it."""
+    time.sleep(wait)
+    try:
+        state = re.search(r"\bJobState=(\w+)", scontrol("show", "job", job))
+        if state is None or state[1] != "RUNNING":
+            return f"job {job} is {state[1] if state else 'unknown'} and is not queued again"
+        scontrol("requeue", job)
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"job {job} could not be queued again: {error}"
+    return f"job {job} is queued again"
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

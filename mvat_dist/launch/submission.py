@@ -1,0 +1,262 @@
+"""Start a run once: a second start of the same run finds the first one and does nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from submitit.slurm.slurm import SlurmExecutor
+
+from mvat_dist.config import parser
+from mvat_dist.config.schema import Config
+from mvat_dist.errors import EXIT_BUSY, EXIT_USER_ERROR, UserError
+from mvat_dist.io import read_json, write_json
+from mvat_dist.launch import processes as launch
+from mvat_dist.launch import slurm
+from mvat_dist.launch.slurm import JobState, Resources
+from mvat_dist.runs import clock, status
+from mvat_dist.runs import folder as rundir
+from mvat_dist.runs.folder import RunDir
+from mvat_dist.runs.lock import INHERITED, Purpose, RunLock
+
+_LOCK_SECONDS = 10.0
+"""A submission holds the lock for a moment."""
+
+_ACCOUNTING_SECONDS = 15.0
+"""How long accounting may lag behind the controller."""
+
+_SILENCES = 20
+"""Questions in a row that Slurm may leave unanswered while somebody waits for a job."""
+
+
+def job_name(run: RunDir) -> str:
+    """What squeue shows; in characters that sacct gives back unchanged."""
+    return re.sub(r"[^\w.+-]", "_", f"mvat-{run.path.name}", flags=re.ASCII)
+
+
+def locally(run: RunDir, config: Config, argv: list[str], resources: Resources) -> int:
+    """Train in processes of this machine, in the foreground; the exit code, 0 only for a finished run."""
+    if _finished(run, config):
+        return 0
+    if job := _active_job(run):
+        print(f"a job trains this run: nothing new was started\n{_follow(run, job)}")
+        return EXIT_BUSY
+    with _alone_in(run, "train") as (lock, is_new):
+        if lock is None:
+            return EXIT_BUSY
+        if _finished(run, config):  # by the one before us
+            return 0
+        _record(run, argv, resources, cluster="local", pid=os.getpid())
+        sys.stdout.flush()
+        command = [sys.executable, "-m", "mvat_dist.train", *argv]
+        os.environ[INHERITED] = lock.token
+        try:
+            processes = resources.nodes * resources.tasks_per_node
+            code = launch.run(command, processes, run.logs, apart=bool(config.parts))
+        finally:
+            del os.environ[INHERITED]
+        if code not in {0, EXIT_BUSY}:
+            status.record_end(run, status.why(code))
+        if is_new and code == EXIT_USER_ERROR and not (run.status.exists() or run.parts.exists()):
+            # Nothing was trained: leave nothing that looks like a run.
+            for file in [run.job, *run.logs.glob("rank-*.log")]:
+                file.unlink()
+            with contextlib.suppress(OSError):
+                run.logs.rmdir()
+        return code
+
+
+def on_slurm(run: RunDir, config: Config, resources: Resources) -> tuple[int, str | None]:
+    """Submit the run, unless it is finished, queued or running; (exit code, its job where it has one).
+
+    `EXIT_BUSY` where a process of some machine trains the run: no job will.
+    """
+    if _finished(run, config):
+        return 0, None
+    submitted = False
+    job = _active_job(run)
+    if job is None:
+        with _alone_in(run, "start") as (lock, _):
+            if _finished(run, config):
+                return 0, None
+            # The one before us may have submitted it, and its job may train already.
+            job = _active_job(run)
+            if job is None:
+                if lock is None:
+                    return EXIT_BUSY, None
+                job = _submit(run, config, resources)
+                submitted = True
+    if not submitted:
+        _same_experiment(run, config, job)
+        print("this run is in the queue already; nothing new was submitted")
+    print(_follow(run, job))
+    return 0, job
+
+
+def _same_experiment(run: RunDir, config: Config, job: str) -> None:
+    """Refuse to take a job for the one that was asked for where its configuration is another.
+
+    Raises:
+        UserError: with every key that differs.
+    """
+    differing = rundir.changed_keys(parser.parse(["--config", str(run.config)]), config)
+    if differing:
+        raise UserError(
+            f"job {job} has {run.path} with another configuration ({', '.join(differing)}): "
+            f"scancel {job} first, or choose another --name"
+        )
+
+
+def _executor(run: RunDir, resources: Resources) -> tuple[SlurmExecutor, list[str]]:
+    """What submits the run's job, and the arguments of the training in it."""
+    argv = ["--config", str(run.config)]
+    return slurm.executor(run.submitit, job_name(run), resources, argv), argv
+
+
+def job_script(run: RunDir, resources: Resources) -> str:
+    """The text that sbatch would get."""
+    return slurm.script(_executor(run, resources)[0])
+
+
+def _submit(run: RunDir, config: Config, resources: Resources) -> str:
+    """Submit the job; what a refused one would leave behind is removed again."""
+    executor, argv = _executor(run, resources)
+    before = set(run.path.iterdir())
+    # The job reads the resolved configuration: the user may edit the original while the job waits.
+    run.create(config)
+    try:
+        [job] = slurm.submit(executor, slurm.TrainJob(argv))
+    except UserError:
+        for path in set(run.path.iterdir()) - before:
+            if path.is_file():
+                path.unlink()
+        raise
+    _record(run, argv, resources, cluster="slurm", job_id=job, job_name=job_name(run))
+    return job
+
+
+def _record(run: RunDir, argv: list[str], resources: Resources, **where: Any) -> None:
+    """Note how the run was started last."""
+    start = {
+        **where,
+        "host": socket.gethostname(),
+        "time": clock.now(),
+        "nodes": resources.nodes,
+        "tasks_per_node": resources.tasks_per_node,
+        "argv": argv,
+        "code": slurm.code_fingerprint(),
+    }
+    write_json(run.job, start)
+
+
+def _finished(run: RunDir, config: Config) -> bool:
+    """Whether the run has done all its steps; says so."""
+    if not run.finished(config):
+        return False
+    print(f"this run is finished ({config.train.steps} steps): nothing to do")
+    return True
+
+
+def _active_job(run: RunDir) -> str | None:
+    """Number of the Slurm job that waits for this run or trains it, if there is one.
+
+    Raises:
+        UserError: there may be one, but its cluster does not answer here.
+    """
+    start = read_json(run.job) if run.job.exists() else {}
+    if start.get("cluster") != "slurm":
+        return None
+    try:
+        return start["job_id"] if slurm.job_state(start["job_id"], start["job_name"]).active else None
+    except UserError as error:
+        if run.read_status().get("state") in {"stopped", "failed"}:
+            return None
+        raise UserError(f"{error}; if that job is gone for good, delete {run.job}") from error
+
+
+def _log(run: RunDir, job: str) -> Path:
+    return run.submitit / f"{job}_0_log.out"
+
+
+def _follow(run: RunDir, job: str) -> str:
+    """What to type to watch and to cancel a job."""
+    return "\n".join(
+        [
+            f"job      {job}",
+            f"follow   tail -F {shlex.quote(str(_log(run, job)))}",
+            f"         squeue -j {job}",
+            f"cancel   scancel {job}",
+        ]
+    )
+
+
+def wait_for(run: RunDir, job: str) -> int:
+    """Wait until the job of a run has left the queue for good; its exit code."""
+    print("waiting for the job; Ctrl-C stops the waiting, not the job", flush=True)
+    try:
+        state = _last_state(job, job_name(run))
+    except KeyboardInterrupt:
+        print(f"job {job} goes on; cancel it with: scancel {job}", file=sys.stderr)
+        raise
+    # Without accounting Slurm forgets a job after some minutes; the run's own record does not.
+    folders = run.part_folders() or [run.path]
+    finished = all(RunDir(folder).read_status().get("state") == "finished" for folder in folders)
+    if state.state == "COMPLETED" or (state.state == "UNKNOWN" and finished):
+        return 0
+    print(f"job {job} ended as {state.state}", file=sys.stderr)
+    if _log(run, job).exists():
+        lines = _log(run, job).read_text(encoding="utf-8", errors="replace").splitlines()
+        print(f"the end of {_log(run, job)}:", *lines[-15:], sep="\n", file=sys.stderr)
+    return state.exit_code or 1
+
+
+def _last_state(job: str, name: str) -> JobState:
+    """Ask Slurm, ever less often, until the job is no longer active; say what changes."""
+    began = time.monotonic()
+    said = ""
+    silences = 0
+    late: float | None = None
+    while True:
+        try:
+            state = slurm.job_state(job, name)
+            silences = 0
+        except UserError:
+            silences += 1
+            if silences == _SILENCES:
+                raise
+        else:
+            now = state.state + (f" ({state.reason})" if state.active and state.reason != "None" else "")
+            if now != said:
+                print(f"{time.strftime('%H:%M:%S')} job {job}: {now}", file=sys.stderr)
+            said = now
+            late = late or (None if state.active else time.monotonic() + _ACCOUNTING_SECONDS)
+            # The controller knows that a job has failed before accounting knows its exit code.
+            known = state.state == "COMPLETED" or state.exit_code
+            if not state.active and (known or (late and time.monotonic() > late)):
+                return state
+        time.sleep(min(30.0, 1.0 + (time.monotonic() - began) / 20))
+
+
+@contextlib.contextmanager
+def _alone_in(run: RunDir, purpose: Purpose) -> Iterator[tuple[RunLock | None, bool]]:
+    """Make the run's folder and hold its lock: (the lock where it was to be had, whether the folder is new).
+
+    Folders made here that are still empty at the end are removed again.
+    """
+    is_new = not run.path.exists()
+    lock = RunLock(run.path, purpose)
+    owner = lock.acquire(patience=_LOCK_SECONDS)
+    if owner:
+        print(f"this run is being started or trained by {owner}: nothing new was started")
+    try:
+        yield None if owner else lock, is_new
+    finally:
+        lock.release()

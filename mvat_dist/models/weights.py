@@ -1,0 +1,83 @@
+"""Weights on disk: one safetensors file that names its own architecture.
+
+Written at every save as ``students/NAME/{best,last}/model.safetensors``; read as a teacher, for
+scoring and by anyone else. Checkpoints of the authors (``.pth``) are read too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import save as serialise
+
+from mvat_dist.config.schema import SAMPLE_RATE
+from mvat_dist.config.sizes import Size
+from mvat_dist.io import atomic_file
+from mvat_dist.models.manner import Manner
+from mvat_dist.models.pretrained import load_manner_checkpoint
+from mvat_dist.runs import weights as weightsfile
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A network in eval mode and where it came from."""
+
+    name: str
+    model: Manner
+    step: int | None
+    """Optimiser steps behind it; None where the file does not say."""
+    about: Mapping[str, str] = field(default_factory=dict)
+    """What an exported file says of its origin (`mvat_dist.inference.provenance`); empty for other files."""
+
+
+def save(
+    path: Path,
+    weights: Mapping[str, torch.Tensor],
+    *,
+    name: str,
+    size: Size,
+    step: int | None,
+    about: Mapping[str, str] | None = None,
+) -> None:
+    """Write weights and BatchNorm buffers atomically to `path`, and `about` them what else is to be said."""
+    metadata = {
+        **(about or {}),
+        "format": weightsfile.FORMAT,
+        "name": name,
+        "size": json.dumps(asdict(size)),
+        "sample_rate": str(SAMPLE_RATE),
+    }
+    if step is not None:
+        metadata["step"] = str(step)
+    with atomic_file(path) as temporary:
+        # As bytes: a file that safetensors makes itself is for its owner alone.
+        temporary.write_bytes(
+            serialise({key: value.contiguous().cpu() for key, value in weights.items()}, metadata)
+        )
+
+
+def load(path: Path) -> LoadedModel:
+    """The network in a model file, a student's folder or the folder of a run with one student.
+
+    Raises:
+        UserError: nothing there, several students to choose from, or a file that is something else.
+    """
+    file = weightsfile.resolve(path)
+    said = weightsfile.description(file)
+    if said is None:
+        return LoadedModel(file.stem, load_manner_checkpoint(file), None)
+    return LoadedModel(said.name, load_manner_checkpoint(file, said.size), said.step, said.about)
+
+
+def fingerprint(model: Manner) -> str:
+    """Hexadecimal SHA-256 of a network's weights and BatchNorm statistics."""
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

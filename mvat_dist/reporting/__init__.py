@@ -1,1 +1,0 @@
-"""From the records of runs to one page: read, compare, draw, write. Needs neither torch nor a network."""

@@ -1,1 +1,0 @@
-"""Networks on clips: estimates, scores in child processes, rows and tables."""

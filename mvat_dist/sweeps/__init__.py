@@ -1,1 +1,0 @@
-"""What a sweep file says, what a trial has recorded, and the Slurm jobs of a sweep."""

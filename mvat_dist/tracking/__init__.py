@@ -1,1 +1,0 @@
-"""The record of a run and W&B's copy of it."""

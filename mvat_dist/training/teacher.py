@@ -1,0 +1,125 @@
+"""The teacher behind one interface: run on every batch, or read from a cache. Asked once for all students."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mvat_dist.config.sizes import Size, ViewKey
+from mvat_dist.data.loader import Batch
+from mvat_dist.data.shards.targets import Lessons
+from mvat_dist.distributed.device import Precision
+from mvat_dist.losses.mvat import energy_map
+from mvat_dist.losses.objective import Lesson
+from mvat_dist.models import weights
+from mvat_dist.models.manner import Manner
+
+
+class Teacher(Protocol):
+    """What the students need of a teacher."""
+
+    @property
+    def size(self) -> Size:
+        """Its architecture."""
+
+    def want(self, maps: Collection[ViewKey], output: bool) -> None:
+        """Choose what its lessons hold: energy maps by (side, level, view), and whether its output."""
+
+    def __call__(self, batch: Batch) -> Lesson:
+        """What it says of a micro-batch, on the batch's device."""
+
+    def enhance(self, noisy: Tensor) -> Tensor | None:
+        """What it makes of `noisy` (B, T); None where it cannot be asked."""
+
+    def describe(self) -> dict[str, Any]:
+        """What a run records of it, as JSON values."""
+
+
+class LiveTeacher:
+    """Runs the teacher network on every batch; it is frozen, and outside every engine."""
+
+    def __init__(self, file: Path, device: torch.device, precision: Precision) -> None:
+        loaded = weights.load(file)
+        self.file = file
+        self.name = loaded.name
+        self.model: Manner = loaded.model.to(device).eval().requires_grad_(False)
+        self._maps: set[ViewKey] = set()
+        self._output = False
+        self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+    @property
+    def size(self) -> Size:
+        """Its architecture."""
+        return self.model.size
+
+    def want(self, maps: Collection[ViewKey], output: bool) -> None:
+        """Choose what its lessons hold."""
+        self._maps, self._output = set(maps), output
+
+    def __call__(self, batch: Batch) -> Lesson:
+        """What it makes of the batch's noisy side."""
+        return self.hear(batch.noisy)
+
+    @torch.no_grad()
+    def hear(self, noisy: Tensor) -> Lesson:
+        """What it makes of `noisy` (B, T): maps (B, T_b) and, where wanted, output (B, T)."""
+        with self._autocast:
+            output, views = self.model(noisy, return_views=True)
+        maps = {key: energy_map(feature) for key, feature in views.items() if key in self._maps}
+        return Lesson(maps, output.float() if self._output else None)
+
+    @torch.no_grad()
+    def enhance(self, noisy: Tensor) -> Tensor:
+        """Its output (B, T)."""
+        with self._autocast:
+            output: Tensor = self.model(noisy)
+        return output.float()
+
+    def describe(self) -> dict[str, Any]:
+        """What a run records of its teacher, as JSON values."""
+        size = asdict(self.model.size)
+        return {
+            "file": str(self.file.resolve()),
+            "name": self.name,
+            "size": size,
+            "sha256": weights.fingerprint(self.model),
+        }
+
+
+class CachedTeacher:
+    """Hands on what the readers found in a teacher cache."""
+
+    def __init__(self, lessons: Lessons) -> None:
+        self._lessons = lessons
+
+    @property
+    def size(self) -> Size:
+        """Architecture of the teacher that filled the cache."""
+        return self._lessons.size
+
+    def want(self, maps: Collection[ViewKey], output: bool) -> None:
+        """Choose what its lessons hold, before the readers start.
+
+        Raises:
+            UserError: the cache does not hold it.
+        """
+        self._lessons.want(maps, output)
+
+    def __call__(self, batch: Batch) -> Lesson:
+        """What came with the batch."""
+        assert batch.lesson is not None, "the stream was opened with the cache"
+        return batch.lesson
+
+    def enhance(self, noisy: Tensor) -> None:
+        """Nothing: a cache holds no network."""
+        del noisy
+
+    def describe(self) -> dict[str, Any]:
+        """The teacher that filled the cache, and which cache it was."""
+        header = self._lessons.header
+        return {**header["teacher"], "cache": str(self._lessons.folder), "codec": header["codec"]}

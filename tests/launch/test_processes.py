@@ -1,0 +1,182 @@
+"""Local processes: each knows its rank, one failure ends all, and nothing outlives the launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mvat_dist.distributed import ranks
+from mvat_dist.launch import processes as launch
+from tests.waiting import until
+
+REPORT = """
+import json, os, sys
+from dataclasses import asdict
+from mvat_dist.distributed import ranks
+here = ranks.read()
+kept = {"threads": os.environ.get("OMP_NUM_THREADS"), "left": os.environ.get("GROUP_RANK")}
+print(json.dumps({**asdict(here), **kept}))
+"""
+
+# Says that it lives, then waits to be ended. Rank 0 has a child of its own, as a trainer has readers.
+STAY = """
+import os, pathlib, subprocess, sys, time
+folder, rank = pathlib.Path(sys.argv[1]), os.environ["RANK"]
+if rank == "0":
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    (folder / "child.pid").write_text(str(child.pid))
+(folder / f"{rank}.tmp").write_text(str(os.getpid()))
+os.rename(folder / f"{rank}.tmp", folder / f"{rank}.pid")
+time.sleep(600)
+"""
+
+
+def python(code: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-c", code, *arguments]
+
+
+def launcher(command: list[str], processes: int, logs: Path) -> list[str]:
+    """A process that launches, as `mvat_dist.submit` does."""
+    code = "import json, sys; from pathlib import Path; from mvat_dist.launch import processes as launch; "
+    code += "sys.exit(launch.run(json.loads(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])))"
+    return python(code, json.dumps(command), str(processes), str(logs))
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and waits to be collected does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def pids(folder: Path) -> list[int]:
+    return [int(file.read_text()) for file in folder.glob("*.pid")]
+
+
+def test_every_rank_knows_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name, value in {"RANK": "7", "WORLD_SIZE": "9", "GROUP_RANK": "3"}.items():
+        monkeypatch.setenv(name, value)  # left over from torchrun
+    assert launch.run(python(REPORT), 3, tmp_path) == 0
+    logs = [(tmp_path / f"rank-{rank}.log").read_text().splitlines()[-1] for rank in (1, 2)]
+    found = [json.loads(line) for line in [capfd.readouterr().out, *logs]]
+    assert [(one["rank"], one["local_rank"], one["world_size"], one["launcher"]) for one in found] == [
+        (rank, rank, 3, "local") for rank in range(3)
+    ]
+    assert len({(one["master_address"], one["master_port"]) for one in found}) == 1
+    assert {one["threads"] for one in found} == {str(max(1, launch.cores() // 3))}
+    assert {one["left"] for one in found} == {None}
+
+
+def test_one_process_is_a_process_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch.run(python(REPORT), 1, tmp_path / "logs") == 0
+    assert json.loads(capfd.readouterr().out)["launcher"] == "single"
+    assert not (tmp_path / "logs").exists()
+
+
+def test_the_users_own_thread_count_is_kept() -> None:
+    assert launch.environment(0, 4, 1, {"OMP_NUM_THREADS": "5"})["OMP_NUM_THREADS"] == "5"
+
+
+def test_a_launched_environment_reads_back() -> None:
+    for rank in range(4):
+        read = ranks.read(launch.environment(rank, 4, 1234, {}))
+        assert read == ranks.Ranks(rank, 4, rank, 4, 0, 1, "127.0.0.1", 1234, "local")
+
+
+def test_one_failure_ends_all_and_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launch, "_GRACE_SECONDS", 0.5)
+    code = "import os, sys; os.environ['RANK'] == '2' and sys.exit('bad luck');" + STAY
+    assert launch.run(python(code, str(tmp_path)), 4, tmp_path) == 1
+    said = capfd.readouterr().err
+    assert "rank 2 failed with exit code 1" in said
+    assert "bad luck" in said
+    assert not [pid for pid in pids(tmp_path) if alive(pid)]
+
+
+def test_a_killed_rank_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launch, "_GRACE_SECONDS", 0.5)
+    code = "import os; os.environ['RANK'] == '0' and os.kill(os.getpid(), 9);" + STAY
+    assert launch.run(python(code, str(tmp_path)), 2, tmp_path) == 128 + signal.SIGKILL
+    assert "rank 0 was ended: Killed (out of memory?)" in capfd.readouterr().err
+
+
+def test_a_mistake_that_all_ranks_found_is_said_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code = "import os, sys; os.environ['RANK'] == '0' and print('error: no', file=sys.stderr); sys.exit(2)"
+    assert launch.run(python(code), 3, tmp_path) == 2
+    assert capfd.readouterr().err == "error: no\n"
+
+
+@pytest.mark.parametrize(
+    ("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 143)]
+)
+def test_signals_reach_every_rank(tmp_path: Path, sent: signal.Signals, code: int) -> None:
+    # Each rank saves its state on the signal, which takes a moment, and leaves as the trainer does.
+    stay = """
+import os, pathlib, signal, sys, time
+folder, rank = pathlib.Path(sys.argv[1]), os.environ["RANK"]
+def stop(number, frame):
+    (folder / f"{rank}.saved").touch()
+    sys.exit(128 + number)
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, stop)
+(folder / f"{rank}.pid").write_text(str(os.getpid()))
+time.sleep(600)
+"""
+    process = subprocess.Popen(
+        launcher(python(stay, str(tmp_path)), 2, tmp_path), stderr=subprocess.PIPE, text=True
+    )
+    until(lambda: len(list(tmp_path.glob("*.pid"))) == 2, 20)
+    process.send_signal(sent)
+    _, said = process.communicate(timeout=20)
+    assert (process.returncode, said) == (code, "")
+    assert len(list(tmp_path.glob("*.saved"))) == 2
+
+
+def test_killing_the_launcher_leaves_no_rank(tmp_path: Path) -> None:
+    process = subprocess.Popen(launcher(python(STAY, str(tmp_path)), 2, tmp_path))
+    until(lambda: {"0.pid", "1.pid"} <= {file.name for file in tmp_path.glob("*.pid")}, 20)
+    members = [int((tmp_path / f"{rank}.pid").read_text()) for rank in (0, 1)]
+    process.kill()
+    process.wait()
+    until(lambda: not any(alive(pid) for pid in members), 20)
+    os.kill(int((tmp_path / "child.pid").read_text()), signal.SIGKILL)
+
+
+def test_a_port_that_another_program_took_is_exchanged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # What every rank does first: rank 0 looks at the port, the others would wait for it.
+    meet = """
+import os, sys, time
+from mvat_dist import errors, ranks, train
+code = errors.exit_code(lambda _: train._await_port(ranks.read()))
+if os.environ["RANK"] == "1" and os.environ["MASTER_PORT"] == sys.argv[1]:
+    time.sleep(600)
+sys.exit(code)
+"""
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        taken = other.getsockname()[1]
+        ports = iter([taken, ranks.free_port()])
+        monkeypatch.setattr(launch, "free_port", lambda: next(ports))
+        assert launch.run(python(meet, str(taken)), 2, tmp_path) == 0
+    assert next(ports, None) is None
+    assert "starting again" in capfd.readouterr().err

@@ -1,0 +1,326 @@
+"""W&B online, with its real SDK and service against a stand-in for its server: whole, or gone, or ill."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+from mvat_dist.config.schema import TrackConfig
+from mvat_dist.evaluation.report.spectrogram import picture
+from mvat_dist.runs import wandb_sync
+from mvat_dist.runs.history import History
+from mvat_dist.runs.tracker import Tracker
+from mvat_dist.runs.wandb_rows import Extras
+from tests.waiting import until
+from tests.wandb_runs import rows_of, same_rows
+from tests.wandb_server import Server, Variables, listening, serving
+
+NAMES = ("manner-s-0.9gf", "manner-s-0.6gf")
+
+
+def account(monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", server.url)
+
+
+@pytest.fixture(autouse=True)
+def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    with listening() as server:
+        account(monkeypatch, server)
+        yield server
+
+
+def start(folder: Path, done: int = 0, restarts: int = 0, **config: Any) -> Tracker:
+    """A start of a run of two students that have done some steps."""
+    folder.mkdir(exist_ok=True)
+    tracker = Tracker(folder, {name: folder / f"{name}.jsonl" for name in NAMES})
+    tracker.rewind(dict.fromkeys(NAMES, done))
+    tracker.connect(TrackConfig(**config), {name: {"seed": 7} for name in NAMES}, restarts)
+    return tracker
+
+
+def log(tracker: Tracker, steps: range) -> None:
+    for step in steps:
+        for name in NAMES:
+            tracker.log(name, step, **{"loss": 1 / step, "mvat/encoder/1/global": step / 8})
+            if step % 5 == 0:
+                tracker.log(name, step, **{"valid/stoi": 1 - 1 / step, "valid/pesq_wb": None})
+
+
+def assert_whole(server: Server, folder: Path) -> None:
+    """The server has what the record has, every row once."""
+    for name in NAMES:
+        rows = server.run(name).history
+        truth = folder / f"{name}.without-null"
+        kept = [
+            {k: v for k, v in row.items() if v is not None}
+            for row in History(folder / f"{name}.jsonl").rows()
+        ]
+        truth.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        same_rows(rows, truth)
+
+
+def opened(server: Server) -> bool:
+    return len(server.runs) == len(NAMES)
+
+
+def test_all_of_it_arrives(tmp_path: Path, server: Server) -> None:
+    folder = tmp_path / "my fleet"
+    tracker = start(folder)
+    sound, seen = tmp_path / "heard.flac", tmp_path / "seen.png"
+    tone = np.sin(np.arange(1600) / 5).astype(np.float32)
+    soundfile.write(sound, tone, 16_000)
+    seen.write_bytes(picture(tone))
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(bytes(range(256)))
+    log(tracker, range(1, 8))
+    extras = Extras(
+        {"examples/00/student": sound, "examples/00/seen": seen}, {}, {"fleet": [{"a": 1, "b": "x"}]}
+    )
+    tracker.log(NAMES[0], 8, extras, loss=0.125)
+    sent = weights.read_bytes()
+    tracker.artifact(NAMES[0], weights, {"step": 8})
+    (tmp_path / "next").write_bytes(b"of step 9")
+    (tmp_path / "next").replace(weights)  # before W&B's thread comes to read it, or after
+    tracker.finish()
+    assert_whole(server, folder)
+    first, second = (server.run(name) for name in NAMES)
+    assert {first.group, second.group} == {"my fleet"}
+    assert (first.config["seed"]["value"], first.complete, first.exit_code) == (7, True, 0)
+    last = first.history[-1]
+    for key, file in {"examples/00/student": sound, "examples/00/seen": seen}.items():
+        assert first.files[last[key]["path"]] == file.read_bytes()
+    table = json.loads(first.files[last["fleet"]["path"]])
+    assert (table["columns"], table["data"]) == (["a", "b"], [[1, "x"]])
+    (best,) = [one for one in server.artifacts if one.kind == "model"]
+    assert best.committed
+    assert best.files["model.safetensors"] == sent
+    assert not list(tmp_path.glob(".*.tmp"))
+    assert {"best", "step-8"} <= set(best.aliases)
+    # Nothing outside the run's folder: homes are small on clusters.
+    assert not [place for place in (".cache/wandb", ".local/share/wandb") if (tmp_path / place).exists()]
+
+
+_KILLED = """
+import os, sys
+from pathlib import Path
+from tests.runs.test_tracking_online import log, start
+from tests.waiting import until
+
+tracker = start(Path(sys.argv[1]))
+log(tracker, range(1, 13))
+until(lambda: Path(sys.argv[2]).exists(), 60)
+os.killpg(0, 9)
+"""
+
+
+def test_a_killed_run_goes_on_where_the_server_is(tmp_path: Path, server: Server) -> None:
+    """It may have more than the checkpoint, and less than the record; it gets every row once."""
+    folder, go = tmp_path / "fleet", tmp_path / "go"
+    process = subprocess.Popen(
+        [sys.executable, "-c", _KILLED, str(folder), str(go)],
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
+    )
+    until(lambda: opened(server) and all(len(run.history) > 5 for run in server.runs.values()), 90)
+    go.touch()
+    process.wait(60)
+    tracker = start(folder, done=9, restarts=1)
+    log(tracker, range(10, 16))
+    tracker.finish(128 + signal.SIGUSR2)
+    tracker = start(folder, done=15, restarts=2)
+    log(tracker, range(16, 21))
+    tracker.finish()
+    assert_whole(server, folder)
+    for name in NAMES:
+        run = server.run(name)
+        assert (run.preempting, run.exit_code, set(run.tags)) == (True, 0, {"preempted", "requeued"})
+
+
+def test_a_server_that_is_not_there_costs_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.end()
+    monkeypatch.setattr(wandb_sync, "_CONNECT_SECONDS", 2)
+    began = time.monotonic()
+    tracker = start(tmp_path / "fleet")
+    log(tracker, range(1, 6))
+    assert time.monotonic() - began < 2  # nobody waits
+    tracker.finish()
+    assert_offline(tmp_path / "fleet")
+    assert [record.levelname for record in caplog.records if record.name.startswith("mvat_dist")] == [
+        "WARNING"
+    ]
+    assert "offline" in caplog.text
+
+
+def assert_offline(folder: Path) -> None:
+    for name in NAMES:
+        slug = name.replace(".", "-")
+        (segment,) = folder.glob(f"wandb/offline-run-*-{slug}-*/*.wandb")
+        kept = [row["global_step"] for row in rows_of(segment)]
+        assert kept == [row["step"] for row in History(folder / f"{name}.jsonl").rows()]
+
+
+class _Full(Server):
+    """Opens one run and refuses every other."""
+
+    def _upsert_bucket(self, variables: Variables) -> dict[str, Any]:
+        if self.runs and variables["name"] not in self.runs:
+            raise ConnectionAbortedError
+        return super()._upsert_bucket(variables)
+
+
+def test_a_fleet_is_online_or_offline_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(wandb_sync, "_CONNECT_SECONDS", 3)
+    with serving(_Full()) as server:
+        account(monkeypatch, server)
+        tracker = start(tmp_path / "fleet")
+        log(tracker, range(1, 6))
+        tracker.finish()
+        assert not any(run.history for run in server.runs.values())
+    assert_offline(tmp_path / "fleet")
+    assert caplog.text.count("W&B cannot be used") == 1
+
+
+def test_a_server_that_dies_gets_the_rest_at_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wandb_sync, "_UPLOAD_SECONDS", 3)
+    folder = tmp_path / "fleet"
+    with listening() as dying:
+        account(monkeypatch, dying)
+        tracker = start(folder)
+        log(tracker, range(1, 6))
+        until(lambda: opened(dying) and all(run.history for run in dying.runs.values()), 60)
+    began = time.monotonic()
+    log(tracker, range(6, 400))
+    assert time.monotonic() - began < 5
+    began = time.monotonic()
+    tracker.finish()
+    assert time.monotonic() - began < 20
+    with serving(Server()) as reborn:
+        reborn.runs = dying.runs
+        account(monkeypatch, reborn)
+        monkeypatch.setattr(wandb_sync, "_UPLOAD_SECONDS", 40)
+        tracker = start(folder, done=399, restarts=1)
+        log(tracker, range(400, 411))
+        tracker.finish()
+        assert_whole(reborn, folder)
+        # `wandb sync` of what lies there from before would send rows twice: it is marked as sent.
+        logs = sorted(folder.glob("wandb/run-*/*.wandb"))
+        assert [Path(f"{one}.synced").exists() for one in logs] == [True, True, False, False]
+
+
+def test_errors_for_a_while_lose_nothing(tmp_path: Path, server: Server) -> None:
+    tracker = start(tmp_path / "fleet")
+    until(lambda: opened(server), 60)
+    server.status = 500
+    log(tracker, range(1, 40))
+    threading.Timer(4, setattr, (server, "status", 200)).start()
+    tracker.finish()
+    assert_whole(server, tmp_path / "fleet")
+
+
+def test_a_slow_server_delays_nobody(tmp_path: Path, server: Server) -> None:
+    server.delay = 0.5
+    began = time.monotonic()
+    tracker = start(tmp_path / "fleet")
+    log(tracker, range(1, 200))
+    assert time.monotonic() - began < 3
+    tracker.finish()
+    assert_whole(server, tmp_path / "fleet")
+
+
+def test_a_hanging_server_cannot_hold_a_run_that_slurm_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = start(tmp_path / "fleet", artifacts=True)
+    until(lambda: opened(server), 60)
+    server.hanging.set()
+    monkeypatch.setattr(wandb_sync, "_STOP_SECONDS", 3)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(bytes(100))
+    began = time.monotonic()
+    tracker.artifact(NAMES[0], weights, {"step": 1})  # W&B's own call asks the server, and waits
+    log(tracker, range(1, 100))
+    assert time.monotonic() - began < 3
+    began = time.monotonic()
+    tracker.finish(128 + signal.SIGTERM)
+    assert time.monotonic() - began < 15
+    assert caplog.text.count("Nothing is lost") == 1
+
+
+_STOPPED = """
+import sys
+from pathlib import Path
+from mvat_dist.training.stopping import StopRequest
+from tests.runs.test_tracking_online import log, start
+from tests.waiting import until
+
+stop = StopRequest()
+stop.listen()
+tracker = start(Path(sys.argv[1]))
+log(tracker, range(1, 4))
+until(lambda: bool(stop.signal), 60)
+tracker.finish(128 + stop.signal)
+sys.exit(128 + stop.signal)
+"""
+
+
+def test_a_run_that_is_stopped_in_the_browser_hears_of_it(tmp_path: Path, server: Server) -> None:
+    folder = tmp_path / "fleet"
+    process = subprocess.Popen([sys.executable, "-c", _STOPPED, str(folder)])
+    until(lambda: opened(server), 60)
+    server.stopping = set(server.runs)
+    assert process.wait(90) == 128 + signal.SIGINT
+    assert_whole(server, folder)
+    assert {run.exit_code for run in server.runs.values()} == {130}
+    assert not any(run.preempting for run in server.runs.values())
+
+
+@pytest.mark.usefixtures("server")
+def test_a_refused_key_is_not_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "my-secret-that-is-too-short")
+    tracker = start(tmp_path / "fleet")
+    log(tracker, range(1, 3))
+    tracker.finish()
+    assert_offline(tmp_path / "fleet")
+    assert "cannot be used" in caplog.text
+    told = [caplog.text.encode(), *(one.read_bytes() for one in tmp_path.rglob("*") if one.is_file())]
+    assert not any(b"my-secret" in one for one in told)
+
+
+def test_the_run_that_a_sweep_looks_at_is_the_one_its_agent_has_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server
+) -> None:
+    monkeypatch.setenv("WANDB_RUN_ID", "trial1")
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
+    tracker = start(tmp_path / "fleet", objective=NAMES[1])
+    log(tracker, range(1, 3))
+    tracker.finish()
+    assert server.runs["trial1"].display_name == f"fleet/{NAMES[1]}"
+    assert server.runs["trial1"].sweep == "sweep1"
+    assert server.run(NAMES[0]).name != "trial1"
+    assert server.run(NAMES[0]).sweep is None

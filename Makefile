@@ -23,7 +23,7 @@ $(READY): pyproject.toml constraints.txt
 	    index="--extra-index-url $(TORCH_CPU)"; \
 	fi; \
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt $$index torch
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[synthetic,plots,remote,export,dev]'
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[synthetic,sweeps,remote,export,dev]'
 	touch $@
 
 setup: $(READY) ## Make the virtual environment with the pinned dependencies
@@ -50,6 +50,7 @@ lint: $(READY) ## Style, types and shell scripts
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(VENV)/bin/lint-imports
 	$(VENV)/bin/shellcheck slurm/*.sh .ci/run
 
 format: $(READY) ## Rewrite the code in the house's style

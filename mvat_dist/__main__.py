@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: no command {arguments[0]!r}; did you mean {near}?", file=sys.stderr)
         return EXIT_USER_ERROR
     # A new process image, so that the command sees what `python -m mvat_dist.COMMAND` sees.
-    os.execv(sys.executable, [sys.executable, "-m", f"mvat_dist.{arguments[0]}", *arguments[1:]])
+    return os.execv(sys.executable, [sys.executable, "-m", f"mvat_dist.{arguments[0]}", *arguments[1:]])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,153 @@
+"""Where weights lie in a run, and what their files say of themselves: read on a login node, without torch."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mvat_dist.errors import UserError
+from mvat_dist.io import read_json
+from mvat_dist.runs.folder import RunDir
+from mvat_dist.config.sizes import Size
+
+FORMAT = "mvat_dist.model.1"
+Which = Literal["best", "last"]
+_OWN = ("format", "name", "size", "sample_rate", "step")
+_LONGEST = 100_000_000
+"""Bytes of a safetensors header, as its own readers have it."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a file of `FORMAT` says of the network in it."""
+
+    name: str
+    size: Size
+    step: int | None
+    """Optimiser steps behind it; None where it does not say."""
+    about: Mapping[str, str]
+    """Whatever else it says."""
+
+
+def description(file: Path) -> Description | None:
+    """What `file` says of itself; None for a file of another origin, of whatever kind.
+
+    Raises:
+        UserError: it is of `FORMAT`, and its description is damaged.
+    """
+    metadata = _metadata(file)
+    if metadata.get("format") != FORMAT:
+        return None
+    try:
+        name, size = metadata["name"], Size(**json.loads(metadata["size"]))
+        if Path(name).name != name:  # an export is written to a file of this name
+            raise ValueError(f"its name {name!r} cannot be that of a file")
+        step = int(metadata["step"]) if "step" in metadata else None
+    except (KeyError, TypeError, ValueError, UserError) as error:
+        raise UserError(f"{file}: its description is damaged ({error}): copy the file again") from error
+    about = {key: value for key, value in metadata.items() if key not in _OWN}
+    return Description(name, size, step, about)
+
+
+def _metadata(file: Path) -> dict[str, Any]:
+    """The free part of a safetensors file's header; empty for any other file."""
+    with file.open("rb") as opened:
+        head = opened.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if not 2 <= length <= _LONGEST or opened.read(1) != b"{":
+            return {}
+        try:
+            found = json.loads(b"{" + opened.read(length - 1)).get("__metadata__")
+        except (ValueError, RecursionError):
+            return {}
+    return found if isinstance(found, dict) else {}
+
+
+def resolve(path: Path, which: Which = "best") -> Path:
+    """The weights file that `path` stands for: itself, or the one in a student's or a run's folder.
+
+    Raises:
+        UserError: nothing there, or several students to choose from.
+    """
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(f"no model at {path}: give a run folder, a student's folder or a checkpoint file")
+    if (own := _weights(path, which)) is not None:
+        return own
+    found = students_of(path, which)
+    if not found:
+        raise UserError(f"{path} holds no weights: a run has students/NAME/best/model.safetensors")
+    if len(found) > 1:
+        names, one = ", ".join(found), next(iter(found.values())).parents[1]
+        raise UserError(f"{path} holds several students ({names}): give one's folder, such as {one}")
+    return next(iter(found.values()))
+
+
+def first_weights(init: str, name: str, size: Size) -> Path:
+    """The file that `train.init` stands for, of a student called `name` and of `size`.
+
+    Raises:
+        UserError: there is none, or it says that it is of another size.
+    """
+    place = Path(init)
+    of_run = students_of(place) if place.is_dir() and _weights(place, "best") is None else {}
+    if len(of_run) > 1 and name not in of_run:
+        raise UserError(f"--train.init {place} has no weights of {name}, but of {', '.join(of_run)}")
+    try:
+        file = of_run.get(name) or resolve(place)
+        said = description(file)
+    except UserError as error:
+        raise UserError(f"--train.init: {error}") from error
+    if said and said.size != size:
+        raise UserError(
+            f"--train.init {file} is {said.size}, but the student {name} is {size}: give weights of its "
+            "size, or declare the student's size so"
+        )
+    return file
+
+
+def _weights(student_folder: Path, which: Which) -> Path | None:
+    """`which` weights of one student, or the others where those do not exist yet."""
+    others: Which = "last" if which == "best" else "best"
+    for choice in (which, others):
+        file = student_folder / choice / "model.safetensors"
+        if file.is_file():
+            return file
+    return None
+
+
+def students_of(run: Path, which: Which = "best") -> dict[str, Path]:
+    """Weights file of every student in a run folder, or in those of its parts, that has one, by name."""
+    places = [one.students for one in _runs(run)]
+    folders = sorted(
+        (folder for place in places if place.is_dir() for folder in place.iterdir()), key=lambda one: one.name
+    )
+    found = {folder.name: _weights(folder, which) for folder in folders}
+    return {name: file for name, file in found.items() if file is not None}
+
+
+def _runs(run: Path) -> list[RunDir]:
+    """The run, and those that it was divided into."""
+    return [RunDir(run), *(RunDir(part) for part in RunDir(run).part_folders())]
+
+
+def teacher_of(run: Path) -> tuple[Path, str] | None:
+    """File and fingerprint of the weights that a run learnt from; None for a run without a teacher.
+
+    Raises:
+        UserError: the run's record of it is damaged.
+    """
+    records = [one.inputs for one in _runs(run) if one.inputs.is_file()]
+    try:
+        teacher = read_json(records[0])["teacher"] if records else None
+        return (Path(teacher["file"]), str(teacher["sha256"])) if teacher else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{records[0]} is damaged ({type(error).__name__}: {error}): copy it again, or score the "
+            "students' folders"
+        ) from error

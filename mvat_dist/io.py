@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -13,9 +15,14 @@ import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mvat_dist.errors import UserError, machine_refusal
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+T = TypeVar("T")
 
 TEMPORARY_SUFFIX = ".tmp"
 _LOCK = ".lock"
@@ -252,6 +259,69 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """The JSON value in `path`."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_record(path: Path, record: type[T]) -> T:
+    """Read a JSON file into its record: a dataclass, or a container of dataclasses.
+
+    A record with a field ``format``, whose default is the format's version, is read from files of that
+    version only. Keys that the record does not have are passed over.
+
+    Raises:
+        UserError: the file is of another format, or not JSON, or a value is missing or of another type; the
+            message names the file and the key.
+        OSError: the file is not there or cannot be read.
+    """
+    return parse_record(path.read_bytes(), record, path)
+
+
+def parse_record(text: str | bytes, record: type[T], source: object) -> T:
+    """Read a record from JSON text; `source` says in error messages where the text comes from.
+
+    Raises:
+        UserError: as `read_record`.
+    """
+    from pydantic import ValidationError
+
+    _check_format(text, record, source)
+    try:
+        return _adapter(record).validate_json(text, strict=True)
+    except ValidationError as error:
+        problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    where = f"{key}: " if key else ""
+    raise UserError(f"{source} is damaged ({where}{problem['msg']}): copy it again or remove it")
+
+
+def _check_format(text: str | bytes, record: type[Any], source: object) -> None:
+    """Refuse a file of another format version than the default of the record's field ``format``."""
+    fields = dataclasses.fields(record) if dataclasses.is_dataclass(record) else ()
+    version = next((field.default for field in fields if field.name == "format"), None)
+    if version is None:
+        return
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return
+    stored = content.get("format") if isinstance(content, dict) else None
+    if stored != version:
+        raise UserError(
+            f"{source} has the format {stored!r}, but this version of mvat_dist reads {version!r}: "
+            "make the file again, or use the version that wrote it"
+        )
+
+
+def write_record(path: Path, record: Any) -> None:
+    """Write a record, which is a dataclass, atomically as indented JSON."""
+    write_json(path, dataclasses.asdict(record))
+
+
+@functools.cache
+def _adapter(record: type[T]) -> TypeAdapter[T]:
+    """The reader of a record; building one takes milliseconds, and so does importing pydantic."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(record)
 
 
 def sha256(path: Path) -> str:

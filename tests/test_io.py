@@ -10,6 +10,7 @@ import os
 import stat
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -167,3 +168,62 @@ def test_a_place_that_cannot_hold_a_folder_is_refused(tmp_path: Path, place: str
     file.write_text("in the way")
     with pytest.raises(UserError, match="cannot make the folder"):
         make_folder(Path(place.format(file=file)))
+
+
+@dataclass
+class Part:
+    name: str
+    share: float
+
+
+@dataclass
+class Example:
+    """A record with a format version."""
+
+    step: int
+    parts: dict[str, Part] = field(default_factory=dict)
+    place: tuple[int, ...] = ()
+    state: str | None = None
+    format: str = "mvat_dist.example.2"
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
+    example = Example(3, {"base": Part("base", 0.5)}, (1, 2))
+    io.write_record(tmp_path / "example.json", example)
+    assert io.read_record(tmp_path / "example.json", Example) == example
+
+
+def test_a_container_of_records_is_read_too(tmp_path: Path) -> None:
+    (tmp_path / "parts.json").write_text('{"base": {"name": "base", "share": 1}}')
+    assert io.read_record(tmp_path / "parts.json", dict[str, Part]) == {"base": Part("base", 1.0)}
+
+
+@pytest.mark.parametrize(
+    ("content", "names"),
+    [
+        ("{", "damaged"),
+        ("[]", "damaged"),
+        ('{"format": "mvat_dist.example.2"}', "step"),
+        ('{"format": "mvat_dist.example.2", "step": "3"}', "step"),
+        ('{"format": "mvat_dist.example.2", "step": 3, "parts": {"base": {"name": 1}}}', "parts.base.name"),
+        ('{"format": "mvat_dist.example.1", "step": 3}', "'mvat_dist.example.1'"),
+        ('{"step": 3}', "'mvat_dist.example.2'"),
+        ("\udcff", "damaged"),
+    ],
+)
+def test_a_damaged_or_old_record_is_refused_with_its_file_and_key(
+    content: str, names: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "example.json"
+    file.write_bytes(content.encode("utf-8", errors="surrogateescape"))
+    with pytest.raises(UserError) as refusal:
+        io.read_record(file, Example)
+    assert str(file) in str(refusal.value)
+    assert names in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_pydantic_is_not_imported_with_the_module() -> None:
+    subprocess.run(
+        [sys.executable, "-c", "import sys, mvat_dist.io; sys.exit('pydantic' in sys.modules)"], check=True
+    )

@@ -285,7 +285,8 @@ def parse_record(text: str | bytes, record: type[T], source: object) -> T:
 
     _check_format(text, record, source)
     try:
-        return _adapter(record).validate_json(text, strict=True)
+        value: T = _adapter(record).validate_json(text, strict=True)
+        return value
     except ValidationError as error:
         problem = error.errors()[0]
     key = ".".join(str(part) for part in problem["loc"])
@@ -317,7 +318,7 @@ def write_record(path: Path, record: Any) -> None:
 
 
 @functools.cache
-def _adapter(record: type[T]) -> TypeAdapter[T]:
+def _adapter(record: Any) -> TypeAdapter[Any]:
     """The reader of a record; building one takes milliseconds, and so does importing pydantic."""
     from pydantic import TypeAdapter
 

@@ -10,8 +10,8 @@ from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
-from mvat_dist.io import write_json
 from mvat_dist.distributed.ranks import Ranks
+from mvat_dist.io import write_json
 
 _PACKAGES = ("mvat_dist", "torch", "deepspeed", "submitit", "webdataset", "wandb", "pesq", "pystoi", "numpy")
 # Only names that say how a run was started; the rest of the environment may hold secrets.

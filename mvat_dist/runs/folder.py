@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mvat_dist.runs import clock
 from mvat_dist.config import parser, sizes
 from mvat_dist.config.schema import Config
 from mvat_dist.errors import UserError
-from mvat_dist.io import (make_folder, read_json, write_json, write_text)
+from mvat_dist.io import make_folder, read_json, write_json, write_text
+from mvat_dist.runs import clock
 
 State = Literal["running", "stopped", "failed", "finished"]
 

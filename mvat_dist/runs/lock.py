@@ -18,10 +18,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from mvat_dist.runs import clock, heartbeat
 from mvat_dist.distributed import slurm
 from mvat_dist.errors import UserError
 from mvat_dist.io import fsync, make_folder
+from mvat_dist.runs import clock, heartbeat
 
 FOLDER = "lock"
 INHERITED = "MVAT_LOCK"

@@ -14,8 +14,8 @@ import socket
 import time
 from typing import Any
 
-from mvat_dist.runs import clock
 from mvat_dist.errors import EXIT_HUNG, UserError
+from mvat_dist.runs import clock
 from mvat_dist.runs.folder import RunDir, State
 
 logger = logging.getLogger(__name__)

@@ -9,14 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mvat_dist.config import parser, sizes as students
+from mvat_dist.config import parser
+from mvat_dist.config import sizes as students
 from mvat_dist.config.schema import SAMPLE_RATE, Config, TrackConfig
-from mvat_dist.io import read_json
-from mvat_dist.runs.history import History, Row
-from mvat_dist.runs.folder import RunDir
 from mvat_dist.config.sizes import COST_SECONDS, Size
-from mvat_dist.runs.wandb_sync import Mirror
+from mvat_dist.io import read_json
+from mvat_dist.runs.folder import RunDir
+from mvat_dist.runs.history import History, Row
 from mvat_dist.runs.wandb_rows import Extras
+from mvat_dist.runs.wandb_sync import Mirror
 
 
 class Tracker:

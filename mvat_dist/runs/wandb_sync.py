@@ -26,11 +26,20 @@ from typing import Any
 
 from mvat_dist.config.schema import TrackConfig
 from mvat_dist.io import TEMPORARY_SUFFIX, write_text
-from mvat_dist.runs.history import History, Row
-from mvat_dist.runs.folder import RunDir
 from mvat_dist.runs import wandb_mode
-from mvat_dist.runs.wandb_rows import (STEP, VALIDATED, Extras, Mark, copy_of, media)
-from mvat_dist.runs.wandb_service import (END_SECONDS, at_once, contents, end_service, kill_service, newest_values, restore, segments)
+from mvat_dist.runs.folder import RunDir
+from mvat_dist.runs.history import History, Row
+from mvat_dist.runs.wandb_rows import STEP, VALIDATED, Extras, Mark, copy_of, media
+from mvat_dist.runs.wandb_service import (
+    END_SECONDS,
+    at_once,
+    contents,
+    end_service,
+    kill_service,
+    newest_values,
+    restore,
+    segments,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -256,7 +265,9 @@ class Mirror:
         try:
             files = media(extras or Extras())
         except Exception as error:
-            logger.warning("W&B gets only the numbers of step %d: %s", row["step"], wandb_mode.in_words(error))
+            logger.warning(
+                "W&B gets only the numbers of step %d: %s", row["step"], wandb_mode.in_words(error)
+            )
         self._runs[name].log({**copy_of(row), **files})
 
     def _send_artifact(self, name: str, file: Path, called: str, about: dict[str, Any]) -> None:

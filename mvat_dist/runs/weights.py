@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mvat_dist.config.sizes import Size
 from mvat_dist.errors import UserError
 from mvat_dist.io import read_json
 from mvat_dist.runs.folder import RunDir
-from mvat_dist.config.sizes import Size
 
 FORMAT = "mvat_dist.model.1"
 Which = Literal["best", "last"]

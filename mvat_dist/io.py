@@ -285,7 +285,7 @@ def parse_record(text: str | bytes, record: type[T], source: object) -> T:
 
     _check_format(text, record, source)
     try:
-        value: T = _adapter(record).validate_json(text, strict=True)
+        value: T = _adapter(record).validate_json(text, strict=True)  # type: ignore[arg-type]
         return value
     except ValidationError as error:
         problem = error.errors()[0]

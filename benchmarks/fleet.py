@@ -26,9 +26,9 @@ from tabulate import tabulate
 from benchmarks.plain import PlainJob, enhance
 from mvat_dist.config import sizes
 from mvat_dist.config.schema import SAMPLE_RATE, Config, DistilConfig, EngineConfig
-from mvat_dist.data.loader import Batch
+from mvat_dist.data.batch import Batch, TeacherTargets
 from mvat_dist.distributed.ranks import export, read
-from mvat_dist.losses.objective import Lesson, Objective
+from mvat_dist.losses.objective import Objective
 from mvat_dist.models import weights
 from mvat_dist.models.manner import Manner
 from mvat_dist.training.engine import StudentEngine, deepspeed_config, init_distributed
@@ -49,15 +49,15 @@ class Spent:
         self.wall, self.cpu = time.perf_counter() - wall, time.process_time() - processor
 
 
-class Said:
-    """A teacher whose lesson has come with the batch."""
+class FixedTeacher:
+    """A teacher whose targets have come with the batch."""
 
-    def __init__(self, lesson: Lesson) -> None:
-        self.lesson = lesson
+    def __init__(self, targets: TeacherTargets) -> None:
+        self.targets = targets
 
-    def __call__(self, batch: Batch) -> Lesson:
+    def __call__(self, batch: Batch) -> TeacherTargets:
         del batch
-        return self.lesson
+        return self.targets
 
 
 def build_fleet(names: list[str], teacher: LiveTeacher) -> Fleet:
@@ -136,7 +136,7 @@ def _round(jobs: dict[str, PlainJob], fleets: dict[int, Fleet], teacher: LiveTea
     for name, job in jobs.items():
         plain[name] = Spent(lambda job=job: job.learn(noisy, clean, lessons[0]))  # type: ignore[misc]
     fleet: dict[tuple[int, str], Spent] = {}
-    said = Said(teacher.hear(noisy))
+    said = FixedTeacher(teacher.hear(noisy))
     for count, one in fleets.items():
         for source, asked in (("live", teacher), ("cached", said)):
             one.teacher = asked  # type: ignore[assignment]

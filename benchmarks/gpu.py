@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mvat_dist.config import sizes
 from mvat_dist.config.schema import SAMPLE_RATE, Config
 from mvat_dist.config.sizes import Size
-from mvat_dist.data.loader import Batch
+from mvat_dist.data.batch import Batch
 from mvat_dist.distributed.device import Precision
 from mvat_dist.distributed.ranks import export, read
 from mvat_dist.errors import EXIT_USER_ERROR

@@ -33,7 +33,7 @@ from benchmarks.fleet import CPU, build_fleet
 from benchmarks.processes import measured_by
 from mvat_dist.config import sizes as students
 from mvat_dist.config.schema import SAMPLE_RATE, Config
-from mvat_dist.data.loader import Batch
+from mvat_dist.data.batch import Batch
 from mvat_dist.distributed.ranks import export, read
 from mvat_dist.io import write_text
 from mvat_dist.launch import cost_model, forecast

@@ -6,24 +6,20 @@ its next step: a run that goes on from step k, on whatever number of ranks, gets
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mvat_dist.data import workers as readers
+from mvat_dist.data.batch import Batch, collate
 from mvat_dist.data.mixing.bad_samples import DamageLog
 from mvat_dist.data.mixing.dataset import TrainingData as TrainingData
 from mvat_dist.data.mixing.fingerprint import differences, with_newer_fields
-from mvat_dist.data.mixing.sampler import RankSlices
-from mvat_dist.data.mixing.segments import Segment
-from mvat_dist.data.shards.target_codec import LessonArrays
+from mvat_dist.data.mixing.sampler import RankSlices, micro_batch_size
 from mvat_dist.errors import UserError
-from mvat_dist.losses.objective import Lesson
-from mvat_dist.training import schedule
 
 PREFETCH = 4
 """Micro-batches that each worker keeps ready: reverberation, tempo and long files make their cost uneven."""
@@ -45,7 +41,7 @@ def check_batch(data: TrainingData, batch: int) -> None:
 def split_batch(batch: int, world_size: int, micro_batch: int) -> tuple[int, int]:
     """(segments of a rank's micro-batch, accumulation steps) for `batch` segments an optimiser step.
 
-    The micro-batch is the largest one that is at most `micro_batch` and divides the rank's share.
+    The micro-batch is the largest one that is at most `micro_batch` and divides the rank's local batch.
 
     Raises:
         UserError: the ranks cannot share the batch evenly.
@@ -60,59 +56,9 @@ def split_batch(batch: int, world_size: int, micro_batch: int) -> tuple[int, int
             f"--train.batch {batch} does not divide by {world_size} ranks: use --train.batch "
             f"{' or '.join(map(str, near))}, or a number of ranks that divides {batch}"
         )
-    share = batch // world_size
-    micro = schedule.micro_batch(share, micro_batch)
-    return micro, share // micro
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A rank's micro-batch."""
-
-    noisy: torch.Tensor
-    """(b, T) float32: the network's input."""
-    clean: torch.Tensor
-    """(b, T) float32: the target."""
-    recipes: list[dict[str, Any]]
-    """How each segment was made."""
-    lesson: Lesson | None = None
-    """What the teacher says of the segments, where a cache was opened."""
-
-    @property
-    def damaged(self) -> int:
-        """Segments that took the place of damaged ones."""
-        return sum(bool(recipe["damage"]) for recipe in self.recipes)
-
-    def pin_memory(self) -> Batch:
-        """The batch in page-locked memory; DataLoader calls this where there is a GPU."""
-        return self._moved(torch.Tensor.pin_memory)
-
-    def to(self, device: torch.device) -> Batch:
-        """The batch on `device`, copied without waiting where its memory is page-locked."""
-        return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def _moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        lesson = self.lesson and self.lesson.moved(move)
-        return Batch(move(self.noisy), move(self.clean), self.recipes, lesson)
-
-
-def stacked(segments: Sequence[Segment]) -> Batch:
-    """The segments, (T,) each, as one micro-batch."""
-    noisy = torch.from_numpy(np.stack([segment.noisy for segment in segments]))
-    clean = torch.from_numpy(np.stack([segment.clean for segment in segments]))
-    lessons = [segment.lesson for segment in segments if segment.lesson is not None]
-    assert len(lessons) in (0, len(segments)), "a segment without its lesson"
-    return Batch(noisy, clean, [segment.recipe for segment in segments], _joined(lessons))
-
-
-def _joined(lessons: Sequence[LessonArrays]) -> Lesson | None:
-    """The lessons of a batch's segments as one, or None where there are none."""
-    if not lessons:
-        return None
-    maps = {key: torch.from_numpy(np.stack([one.maps[key] for one in lessons])) for key in lessons[0].maps}
-    outputs = [one.output for one in lessons if one.output is not None]
-    assert len(outputs) in (0, len(lessons)), "a lesson without its output"
-    return Lesson(maps, torch.from_numpy(np.stack(outputs)) if outputs else None)
+    local_batch = batch // world_size
+    micro = micro_batch_size(local_batch, micro_batch)
+    return micro, local_batch // micro
 
 
 class _MicroBatches(Dataset["Batch | UserError"]):
@@ -127,7 +73,7 @@ class _MicroBatches(Dataset["Batch | UserError"]):
         except UserError as error:
             # A damaged shard. Returned, for DataLoader would wrap its one clear line in a worker's traceback.
             return error
-        return stacked(segments)
+        return collate(segments)
 
 
 class BatchStream(Iterator[list[Batch]]):

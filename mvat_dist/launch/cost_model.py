@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 from mvat_dist.config import sizes as students
 from mvat_dist.config.schema import SAMPLE_RATE, Config
 from mvat_dist.config.sizes import Size
+from mvat_dist.data.mixing.sampler import micro_batch_size
 from mvat_dist.errors import UserError
 from mvat_dist.io import read_json
-from mvat_dist.training import schedule
 
 FLOAT = 4
 """Bytes of a weight."""
@@ -274,7 +274,7 @@ def step(work: Work, machine: Machine, processes: int, per_node: int) -> Step:
 
 def _micro_batch(work: Work, processes: int) -> int:
     # Of what cannot be shared, as much as nearest could: `impossible` says so.
-    return schedule.micro_batch(max(1, work.batch // processes), work.micro_batch)
+    return micro_batch_size(max(1, work.batch // processes), work.micro_batch)
 
 
 def slowdown(machine: Machine, per_node: int) -> float:

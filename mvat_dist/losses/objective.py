@@ -6,7 +6,7 @@ spectra, of what PESQ hears.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -23,21 +23,6 @@ from mvat_dist.losses.enhancement import (
 )
 from mvat_dist.losses.mvat import Maps, energy_map, mvat_loss, shared_blocks
 from mvat_dist.losses.pesq import PesqLoss, PesqTargets
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """What the teacher says of one batch; carries no gradient."""
-
-    maps: Maps
-    """Energy maps (B, T_b) by (side, level, view)."""
-    output: Tensor | None
-    """Enhanced waveform (B, T), where a method asks for it."""
-
-    def moved(self, move: Callable[[Tensor], Tensor]) -> Lesson:
-        """The lesson with `move` applied to each of its tensors."""
-        maps = {key: move(values) for key, values in self.maps.items()}
-        return Lesson(maps, None if self.output is None else move(self.output))
 
 
 @dataclass(frozen=True)
@@ -87,22 +72,34 @@ class Objective:
         )
         """Names of what a call returns."""
 
-    def prepare(self, noisy: Tensor, clean: Tensor, lesson: Lesson | None, *, pesq: bool = True) -> Prepared:
-        """Targets of one batch (B, T), made once for all students.
+    def prepare(
+        self,
+        noisy: Tensor,
+        clean: Tensor,
+        teacher_maps: Maps | None = None,
+        teacher_output: Tensor | None = None,
+        *,
+        pesq: bool = True,
+    ) -> Prepared:
+        """Compute the targets of one batch, which all students share.
 
-        Without `lesson` or `pesq`, those of the terms that do not count now are left out.
+        Args:
+            noisy: (B, T), full scale 1.
+            clean: (B, T), the speech in it.
+            teacher_maps: energy maps (B, T_b); None where the teacher counts for nothing at this step.
+            teacher_output: (B, T); None where the method does not distil it, or where the maps are None.
+            pesq: whether the differentiable PESQ counts at this step.
         """
-        output = lesson.output if lesson else None
         return Prepared(
             targets=self._enhancement.prepare(noisy, clean),
             compressed=self._compressed.prepare(noisy, clean) if self._own.compressed else None,
             pesq=self._pesq.prepare(noisy, clean) if self._own.pesq and pesq else None,
-            output=None if output is None else self._output.prepare(output),
-            maps=lesson.maps if lesson else None,
+            output=None if teacher_output is None else self._output.prepare(teacher_output),
+            maps=teacher_maps,
         )
 
     def __call__(
-        self, estimate: Tensor, views: Mapping[ViewKey, Tensor], prepared: Prepared, share: float = 1.0
+        self, estimate: Tensor, views: Mapping[ViewKey, Tensor], prepared: Prepared, kd_weight: float = 1.0
     ) -> dict[str, Tensor]:
         """Every term of `terms` that `prepared` has targets for, each (); ``loss`` is the sum to minimise.
 
@@ -110,7 +107,7 @@ class Objective:
             estimate: the student's output (B, T).
             views: its view features (B, n, T_b).
             prepared: from `prepare`, of this or another student's objective of the same fleet.
-            share: of lambda and mu that counts now, 0 to 1; the terms themselves stay as they are.
+            kd_weight: factor of lambda and mu at this step, 0 to 1; the terms themselves stay as they are.
         """
         found = {"enhance": self._enhancement(estimate, prepared.targets)}
         total = found["enhance"]
@@ -125,12 +122,12 @@ class Objective:
             total = total + self._own.pesq * found["pesq"]
         if prepared.output is not None:
             found["output"] = self._output(estimate, prepared.output)
-            total = total + share * self._config.output_weight * found["output"]
+            total = total + kd_weight * self._config.output_weight * found["output"]
         if self.keys and prepared.maps is not None:
             maps = {key: energy_map(views[key]) for key in self.keys}
             found["mvat"], terms = mvat_loss(maps, prepared.maps, self._betas)
             found |= {_term_name(key): term for key, term in terms.items()}
-            total = total + share * self._config.weight * found["mvat"]
+            total = total + kd_weight * self._config.weight * found["mvat"]
         return {"loss": total, **found}
 
 

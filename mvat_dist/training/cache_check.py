@@ -16,12 +16,13 @@ from tqdm import tqdm
 
 from mvat_dist.config import sizes
 from mvat_dist.config.schema import Config
+from mvat_dist.data.batch import TeacherTargets
 from mvat_dist.data.shards import target_shards
 from mvat_dist.data.shards.target_codec import NORM_FLOOR, Codec, encode, map_name, unit_step
 from mvat_dist.data.shards.targets import HEADER, Lessons
 from mvat_dist.errors import UserError
 from mvat_dist.io import sha256, write_json
-from mvat_dist.losses.objective import Lesson, Objective, Prepared
+from mvat_dist.losses.objective import Objective, Prepared
 from mvat_dist.models.manner import Manner
 from mvat_dist.training.teacher_cache import (
     Colleague,
@@ -195,7 +196,7 @@ def _small_cache(here: Colleague, numbers: NDArray[np.int64], folder: Path) -> L
 
 
 def _student_seconds(
-    here: Colleague, config: Config, pair: tuple[torch.Tensor, torch.Tensor], lesson: Lesson
+    here: Colleague, config: Config, pair: tuple[torch.Tensor, torch.Tensor], targets: TeacherTargets
 ) -> float:
     """Forward, loss and backward of every student on one micro-batch."""
     noisy, clean = pair
@@ -203,7 +204,7 @@ def _student_seconds(
     for size in sizes.select(config.student, config.sizes).values():
         network = Manner(size).to(here.device)
         objective = Objective(config.distil, size, here.teacher.size)
-        prepared = objective.prepare(noisy, clean, lesson)
+        prepared = objective.prepare(noisy, clean, targets.maps, targets.output)
 
         def step(
             network: Manner = network, objective: Objective = objective, prepared: Prepared = prepared

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from mvat_dist.config.schema import Config
-from mvat_dist.data.loader import Batch, batches
+from mvat_dist.data.batch import Batch
+from mvat_dist.data.loader import batches
 from mvat_dist.data.mixing.bad_samples import DamageBudget
 from mvat_dist.data.mixing.dataset import TrainingData
 from mvat_dist.distributed import collectives

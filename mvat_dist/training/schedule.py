@@ -20,11 +20,6 @@ class Hyperparameters(NamedTuple):
     beta1: float
 
 
-def micro_batch(share: int, most: int) -> int:
-    """Segments of a rank's micro-batch: as many as divide its share of a batch, `most` at most."""
-    return max(size for size in range(1, min(most, share) + 1) if share % size == 0)
-
-
 def at(step: int, steps: int, config: OptimConfig) -> Hyperparameters:
     """Hyperparameters of optimiser step `step`, counted from 0, of a run of `steps` steps.
 

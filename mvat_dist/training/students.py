@@ -16,7 +16,7 @@ from torch import Tensor
 from mvat_dist.config import sizes
 from mvat_dist.config.schema import Config
 from mvat_dist.config.sizes import Size
-from mvat_dist.data.loader import Batch
+from mvat_dist.data.batch import Batch
 from mvat_dist.distributed.collectives import average_batchnorm
 from mvat_dist.losses.objective import Objective, Prepared
 from mvat_dist.training import schedule
@@ -197,11 +197,12 @@ class Fleet:
         """
         clock = self.stopwatch
         with clock.section("data"):
-            batch = (batch if share else replace(batch, lesson=None)).to(student.engine.device)
-        lesson = None
+            batch = (batch if share else replace(batch, teacher_targets=None)).to(student.engine.device)
+        maps, output = None, None
         if self.teacher and share:
             with clock.section("teacher"):
-                lesson = self.teacher(batch)
+                targets = self.teacher(batch)
+            maps, output = targets.maps, targets.output
         with clock.section("targets"):
             pesq = schedule.pesq_counts(step, self.config.train.steps, self.config.loss)
-            return student.objective.prepare(batch.noisy, batch.clean, lesson, pesq=pesq)
+            return student.objective.prepare(batch.noisy, batch.clean, maps, output, pesq=pesq)

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from mvat_dist.config.sizes import Size, ViewKey
-from mvat_dist.data.loader import Batch
+from mvat_dist.data.batch import Batch, TeacherTargets
 from mvat_dist.data.shards.targets import Lessons
 from mvat_dist.distributed.device import Precision
 from mvat_dist.losses.mvat import energy_map
-from mvat_dist.losses.objective import Lesson
 from mvat_dist.models import weights
 from mvat_dist.models.manner import Manner
 
@@ -30,7 +29,7 @@ class Teacher(Protocol):
     def want(self, maps: Collection[ViewKey], output: bool) -> None:
         """Choose what its lessons hold: energy maps by (side, level, view), and whether its output."""
 
-    def __call__(self, batch: Batch) -> Lesson:
+    def __call__(self, batch: Batch) -> TeacherTargets:
         """What it says of a micro-batch, on the batch's device."""
 
     def enhance(self, noisy: Tensor) -> Tensor | None:
@@ -61,17 +60,17 @@ class LiveTeacher:
         """Choose what its lessons hold."""
         self._maps, self._output = set(maps), output
 
-    def __call__(self, batch: Batch) -> Lesson:
+    def __call__(self, batch: Batch) -> TeacherTargets:
         """What it makes of the batch's noisy side."""
         return self.hear(batch.noisy)
 
     @torch.no_grad()
-    def hear(self, noisy: Tensor) -> Lesson:
+    def hear(self, noisy: Tensor) -> TeacherTargets:
         """What it makes of `noisy` (B, T): maps (B, T_b) and, where wanted, output (B, T)."""
         with self._autocast:
             output, views = self.model(noisy, return_views=True)
         maps = {key: energy_map(feature) for key, feature in views.items() if key in self._maps}
-        return Lesson(maps, output.float() if self._output else None)
+        return TeacherTargets(maps, output.float() if self._output else None)
 
     @torch.no_grad()
     def enhance(self, noisy: Tensor) -> Tensor:
@@ -110,10 +109,10 @@ class CachedTeacher:
         """
         self._lessons.want(maps, output)
 
-    def __call__(self, batch: Batch) -> Lesson:
+    def __call__(self, batch: Batch) -> TeacherTargets:
         """What came with the batch."""
-        assert batch.lesson is not None, "the stream was opened with the cache"
-        return batch.lesson
+        assert batch.teacher_targets is not None, "the stream was opened with the cache"
+        return batch.teacher_targets
 
     def enhance(self, noisy: Tensor) -> None:
         """Nothing: a cache holds no network."""

@@ -15,7 +15,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mvat_dist.data.loader import TrainingData, batches, split_batch, stacked
+from mvat_dist.data.batch import collate
+from mvat_dist.data.loader import TrainingData, batches, split_batch
 from mvat_dist.data.mixing.segments import Segment
 from mvat_dist.data.shards.reader import ShardError
 from mvat_dist.data.shards.target_codec import LessonArrays
@@ -131,9 +132,9 @@ def test_a_batch_of_which_a_segment_lacks_its_lesson_is_none(outputs):
     silence = np.zeros(8, np.float32)
     told = {True: LessonArrays({}, silence), False: LessonArrays({}, None), None: None}
     segments = [Segment(silence, silence, {"damage": []}, told[output]) for output in outputs]
-    assert len(stacked(segments[:1] * 2).lesson.output) == 2
+    assert len(collate(segments[:1] * 2).teacher_targets.output) == 2
     with pytest.raises(AssertionError):
-        stacked(segments)
+        collate(segments)
 
 
 READ = """

@@ -22,7 +22,7 @@ from mvat_dist.losses import distance as distances
 from mvat_dist.losses.compressed import CompressedLoss
 from mvat_dist.losses.enhancement import EnhancementLoss, OutputLoss, WaveformLoss
 from mvat_dist.losses.mvat import energy_map, mvat_loss, shared_blocks
-from mvat_dist.losses.objective import Lesson, Objective
+from mvat_dist.losses.objective import Objective
 from mvat_dist.losses.pesq import PesqLoss
 from mvat_dist.models.manner import build
 from mvat_dist.models.pretrained import load_manner_checkpoint
@@ -342,8 +342,8 @@ def test_shared_blocks() -> None:
         shared_blocks(Size("small", 30, depth=3), Size("small", 60, depth=4))
 
 
-def test_a_teacher_with_no_share_leaves_no_trace() -> None:
-    """Gradients at share 0 are those without a lesson, bit for bit: the teacher need not be asked."""
+def test_a_teacher_of_weight_zero_leaves_no_trace() -> None:
+    """Gradients at kd_weight 0 are those without teacher targets, bit for bit: the teacher need not run."""
     size = Size("base", 6, depth=2)
     own = LossConfig(waveform=1.0, compressed=1.0, pesq=1.0)
     objective = Objective(DistilConfig(method="mvat+output"), size, size, own)
@@ -352,13 +352,13 @@ def test_a_teacher_with_no_share_leaves_no_trace() -> None:
     noisy, clean = noise(2, 3000, seed=1), noise(2, 3000, seed=2)
     with torch.no_grad():
         output, views = teacher(noisy, return_views=True)
-    lesson = Lesson({key: energy_map(feature) for key, feature in views.items()}, output)
+    maps = {key: energy_map(feature) for key, feature in views.items()}
     gradients = []
-    for told in (lesson, None):
+    for targets in ((maps, output), ()):
         estimate, views = student(noisy, return_views=True)
-        terms = objective(estimate, views, objective.prepare(noisy, clean, told), share=0.0)
+        terms = objective(estimate, views, objective.prepare(noisy, clean, *targets), kd_weight=0.0)
         gradients.append(torch.autograd.grad(terms["loss"], list(student.parameters()), allow_unused=True))
     assert set(terms) == {"loss", "enhance", "waveform", "compressed", "pesq"}
-    for with_lesson, without in zip(*gradients, strict=True):
-        assert (with_lesson is None) == (without is None)
-        assert with_lesson is None or torch.equal(with_lesson, without)
+    for with_teacher, without in zip(*gradients, strict=True):
+        assert (with_teacher is None) == (without is None)
+        assert with_teacher is None or torch.equal(with_teacher, without)

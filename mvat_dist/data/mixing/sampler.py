@@ -91,6 +91,11 @@ class Draws:
         return self.fraction() < probability
 
 
+def micro_batch_size(local_batch: int, most: int) -> int:
+    """Largest micro-batch of at most `most` segments that divides a rank's local batch."""
+    return max(size for size in range(1, min(most, local_batch) + 1) if local_batch % size == 0)
+
+
 @dataclass(frozen=True)
 class RankSlices:
     """The global sample numbers of a rank's micro-batches, in order: arithmetic, so resuming costs nothing.

@@ -7,7 +7,7 @@ interpreter that imports this package once; a reader then costs milliseconds and
 
 Slurm sends a job's signals (the warning before the time limit, preemption) to all its processes. Only
 the rank may act on them: it still needs its readers on the way to the checkpoint. The same holds for the
-workers of `mvat_dist.data.prepare.pool`, which shares what is said here of signals.
+workers of `mvat_dist.data.pool`, which shares what is said here of signals.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 from types import ModuleType
@@ -32,8 +32,16 @@ _PARENT_CHECK_SECONDS = 1.0
 def starting() -> Iterator[None]:
     """Start reader processes inside this block: the fork server runs, and ``__main__`` is out of sight."""
     _start_server()
-    # Python would have every reader import the main module again: for `python -m mvat_dist.train`
-    # that is DeepSpeed, several seconds and some 300 MB in each, for a process that only reads audio.
+    with main_module_hidden():
+        yield
+
+
+@contextmanager
+def main_module_hidden() -> Iterator[None]:
+    """Keep processes that are started inside this block from importing the main module again.
+
+    For `python -m mvat_dist.train` that is DeepSpeed: several seconds and some 300 MB in each process.
+    """
     main = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
     try:
@@ -66,13 +74,17 @@ def initialise(worker: int) -> None:  # noqa: ARG001, DataLoader passes the work
     follow_parent()
 
 
-def follow_parent() -> None:
-    """End this process, whose `SIGNALS` are blocked, with its parent, or when the parent says so."""
+def follow_parent(cleanup: Callable[[], object] | None = None) -> None:
+    """End this process, whose `SIGNALS` are blocked, with its parent, or when the parent says so.
+
+    Args:
+        cleanup: called before that, in a thread.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # of a worker that was started later than the first
-    threading.Thread(target=_follow, daemon=True).start()
+    threading.Thread(target=_follow, args=(cleanup,), daemon=True).start()
 
 
-def _follow() -> None:
+def _follow(cleanup: Callable[[], object] | None) -> None:
     """Wait for the parent's end or its signal; all others' signals are swallowed.
 
     DataLoader's own watch asks for the parent's number, and that is the fork server, which a reader outlived
@@ -85,5 +97,9 @@ def _follow() -> None:
         received = signal.sigtimedwait(SIGNALS, _PARENT_CHECK_SECONDS)
         if received is not None and received.si_pid == parent.pid:
             break
-    # Not sys.exit: the process's feeder thread may hang in a pipe that nobody reads any more.
-    os._exit(0)
+    try:
+        if cleanup is not None:
+            cleanup()
+    finally:
+        # Not sys.exit: the process's feeder thread may hang in a pipe that nobody reads any more.
+        os._exit(0)

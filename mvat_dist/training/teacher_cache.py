@@ -21,7 +21,7 @@ from tqdm import tqdm
 from mvat_dist.config.schema import SAMPLE_RATE, Config
 from mvat_dist.data.mixing.dataset import TrainingData
 from mvat_dist.data.mixing.fingerprint import differences, with_newer_fields
-from mvat_dist.data.prepare.pool import processes
+from mvat_dist.data.pool import parallel_map
 from mvat_dist.data.shards import target_shards as store
 from mvat_dist.data.shards.target_codec import COARSENESS, Codec, LessonArrays, encode, map_name
 from mvat_dist.data.shards.target_shards import EncodedLesson
@@ -190,7 +190,7 @@ def _fill(
     print(forecast)
     check_space(out, parts * forecast.bytes, "the teacher cache", "give another --out")
     with (
-        processes(workers) as run,
+        parallel_map(workers) as run,
         tqdm(desc="caching", total=forecast.segments, unit="segment", smoothing=0.05) as bar,
     ):
         size = order.config.train.micro_batch

@@ -14,10 +14,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from mvat_dist.data.pool import parallel_map
 from mvat_dist.data.prepare import write as packing
 from mvat_dist.data.prepare.corpora import list_dns
 from mvat_dist.data.prepare.inspection_log import inspect_all
-from mvat_dist.data.prepare.pool import processes
 from mvat_dist.data.prepare.recipes import DnsRecipe
 from tests.dns_corpus import speech, write, write_dns
 from tests.packing_command import digests, run
@@ -131,7 +131,7 @@ def test_an_interrupted_run_reads_no_file_twice(corpus: Path, tmp_path: Path) ->
     shutil.copytree(corpus, copy)
     listing, recipe = list_dns(copy), DnsRecipe()
     log = tmp_path / "inspections.jsonl"
-    with processes(1) as here:
+    with parallel_map(1) as here:
         first, known = inspect_all(listing, recipe, log, here)
         assert (len(first), known) == (25, 0)
         assert inspect_all(listing, recipe, log, here) == (first, 25)

@@ -1,18 +1,23 @@
-"""The map over processes: ordered, bounded, and with an end whatever happens."""
+"""The process pool: ordered and bounded, and a task that fails, dies or hangs costs only itself."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import select
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from mvat_dist.data.prepare.pool import processes
+from mvat_dist.data import pool as pool_module
+from mvat_dist.data.pool import ProcessPool, TaskTimeoutError, WorkerDiedError, parallel_map
 from mvat_dist.errors import UserError
 from tests.conftest import REPOSITORY
 
@@ -39,7 +44,7 @@ def test_results_come_in_order_and_jobs_are_taken_as_needed(count: int, chunk: i
             taken += 1
             yield number
 
-    with processes(count) as run:
+    with parallel_map(count) as run:
         results = run(_square, jobs(), chunk)
         for number, result in enumerate(results):
             assert result == number * number
@@ -48,7 +53,7 @@ def test_results_come_in_order_and_jobs_are_taken_as_needed(count: int, chunk: i
 
 
 def test_a_killed_worker_ends_the_map() -> None:
-    with pytest.raises(UserError, match="a worker process was killed"), processes(2) as run:
+    with pytest.raises(UserError, match="a worker process was killed"), parallel_map(2) as run:
         list(run(_die, range(20)))
 
 
@@ -64,21 +69,138 @@ def _signalled(number: int) -> int:
 
 def test_the_signals_of_slurm_are_the_parent_s() -> None:
     """Slurm sends them to all processes of a job before its time is up."""
-    with processes(2) as run:
+    with parallel_map(2) as run:
         assert list(run(_signalled, range(40), 3)) == list(range(40))
 
 
+def _hard(number: int) -> int:
+    """Dies at 3, hangs at 5, fails at 7."""
+    if number == 3:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if number == 5:
+        time.sleep(600)
+    if number == 7:
+        raise LookupError("seven")
+    return number
+
+
+def test_a_crash_a_hang_and_an_error_cost_one_task_each() -> None:
+    with ProcessPool(2) as pool:
+        outcomes = dict(pool.as_completed(_hard, range(12), timeout=2.0))
+    assert [*sorted(outcomes)] == [*range(12)]
+    assert {number: one for number, one in outcomes.items() if number not in (3, 5, 7)} == {
+        number: number for number in range(12) if number not in (3, 5, 7)
+    }
+    assert isinstance(outcomes[3], WorkerDiedError)
+    assert str(outcomes[3]) == "worker died (SIGSEGV)"
+    assert isinstance(outcomes[5], TaskTimeoutError)
+    assert str(outcomes[5]) == "took more than 2 s"
+    assert isinstance(outcomes[7], LookupError)
+    assert outcomes[7].args == ("seven",)
+
+
+def _worker(_: int) -> int:
+    return os.getpid()
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_worker_that_dies_or_is_suspended_idle_costs_nothing(
+    sent: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "_STALL_SECONDS", 5.0)
+    handed_out = threading.Event()
+
+    def jobs() -> Iterator[int]:
+        yield 0
+        assert handed_out.wait(60)
+        yield from range(1, 5)
+
+    with ProcessPool(1) as pool:
+        results = pool.as_completed(_worker, jobs())
+        _, first = next(results)
+        assert isinstance(first, int)
+        os.kill(first, sent)
+        handed_out.set()
+        others = dict(results)
+    assert sorted(others) == [1, 2, 3, 4]
+    assert all(isinstance(one, int) and one != first for one in others.values())
+
+
+def test_results_come_while_the_next_job_is_computed() -> None:
+    handed_out = threading.Event()
+
+    def jobs() -> Iterator[int]:
+        yield 0
+        assert handed_out.wait(60), "the first result was held back"
+        yield 1
+
+    with ProcessPool(1) as pool:
+        results = pool.as_completed(_square, jobs())
+        assert next(results) == (0, 0)
+        handed_out.set()
+        assert list(results) == [(1, 1)]
+
+
+def test_an_error_of_the_jobs_is_raised_and_ends_the_workers() -> None:
+    def jobs() -> Iterator[int]:
+        yield 0
+        raise LookupError("the clip is gone")
+
+    with pytest.raises(LookupError, match="the clip is gone"), ProcessPool(2) as pool:
+        list(pool.as_completed(_square, jobs()))
+    assert not multiprocessing.active_children()
+
+
+_number = 0
+
+
+def _set_number(number: int) -> None:
+    global _number
+    _number = number
+
+
+def _environment(name: str) -> tuple[str | None, int]:
+    return os.environ.get(name), _number
+
+
+def test_workers_begin_with_the_initialiser_and_their_threads() -> None:
+    with ProcessPool(1, initialiser=_set_number, arguments=(3,), threads=1) as pool:
+        assert list(pool.map(_environment, ["OMP_NUM_THREADS"])) == [("1", 3)]
+
+
+def test_workers_that_cannot_start_are_an_error() -> None:
+    with pytest.raises(RuntimeError, match="could not start"), ProcessPool(1, initialiser=_fail) as pool:
+        list(pool.as_completed(_square, [1]))
+
+
+def _fail() -> None:
+    raise LookupError("this message is on standard error")
+
+
+def _write_then_hang(path: Path) -> None:
+    path.write_text("half")
+    time.sleep(600)
+
+
+def test_cleanup_runs_in_a_worker_that_is_ended(tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    with ProcessPool(1, cleanup=partial(Path.unlink, half)) as pool:
+        ((_, outcome),) = pool.as_completed(_write_then_hang, [half], timeout=1.0)
+    assert isinstance(outcome, TaskTimeoutError)
+    assert not half.exists()
+
+
+# Without a guard for __main__: workers do not import it.
 WORK = """
 import os, time
-from mvat_dist.data.pack.pool import processes
+from mvat_dist.data.pool import parallel_map
 
-if __name__ == "__main__":
-    with processes(2) as run:
-        numbers = set()
-        while len(numbers) < 2:
-            numbers |= set(run(os.path.realpath, ["/proc/self"] * 8))
-        print(*(number.rpartition("/")[2] for number in numbers), flush=True)
-        list(run(time.sleep, [600, 600]))
+with parallel_map(2) as run:
+    numbers = set()
+    while len(numbers) < 2:
+        numbers |= set(run(os.path.realpath, ["/proc/self"] * 8))
+    print(*(number.rpartition("/")[2] for number in numbers), flush=True)
+    list(run(time.sleep, [600, 600]))
 """
 
 

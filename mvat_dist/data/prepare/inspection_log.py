@@ -11,9 +11,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from mvat_dist.data.pool import Map
 from mvat_dist.data.prepare.corpora import Listing
 from mvat_dist.data.prepare.inspection import Inspection, inspect
-from mvat_dist.data.prepare.pool import Map
 from mvat_dist.data.prepare.recipes import Recipe
 
 INSPECTIONS = "inspections.jsonl"

@@ -12,8 +12,8 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from mvat_dist.config.schema import SAMPLE_RATE
+from mvat_dist.data.pool import parallel_map
 from mvat_dist.data.prepare.corpora import collection
-from mvat_dist.data.prepare.pool import processes
 from mvat_dist.data.shards.format import Kind, load_index
 from mvat_dist.data.shards.reader import ShardSet, subset_names
 
@@ -85,7 +85,7 @@ def collect(corpus: Path, workers: int) -> list[Statistics]:
         for shard in subset.manifest["shards"]
     ]
     sources: dict[str, dict[str, Source]] = {subset.name: {} for subset in subsets.values()}
-    with processes(workers) as run:
+    with parallel_map(workers) as run:
         tallies = tqdm(run(_tally, jobs), "reading", len(jobs), unit="shard")
         for job, tally in zip(jobs, tallies, strict=True):
             _add(sources[job.manifest["subset"]], tally)

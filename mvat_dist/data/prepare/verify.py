@@ -19,8 +19,8 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from mvat_dist.config.schema import SAMPLE_RATE
+from mvat_dist.data.pool import parallel_map
 from mvat_dist.data.prepare.manifests import measured
-from mvat_dist.data.prepare.pool import processes
 from mvat_dist.data.prepare.write import REJECTED, SUMMED_UP
 from mvat_dist.data.shards.codecs import ARRAY_HEADER, Codec, decode_flac, encode_int16
 from mvat_dist.data.shards.format import (
@@ -85,7 +85,7 @@ def verify(corpus: Path, workers: int) -> Report:
             _Job(corpus / name / one["name"], subset.kind, subset.codec, one)
             for one in subset.manifest["shards"]
         ]
-    with processes(workers) as run:
+    with parallel_map(workers) as run:
         for found in tqdm(run(_verify_shard, jobs), "verifying", len(jobs), unit="shard"):
             problems += found
     return Report(len(jobs), keys, samples / SAMPLE_RATE / 3600, problems)

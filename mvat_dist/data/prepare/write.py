@@ -20,13 +20,13 @@ import numpy as np
 from tqdm import tqdm
 
 from mvat_dist.config.schema import SAMPLE_RATE
+from mvat_dist.data.pool import Map, parallel_map
 from mvat_dist.data.prepare.corpora import Listing, Rejection
 from mvat_dist.data.prepare.disk_space import check_plan, check_roughly
 from mvat_dist.data.prepare.inspection import UnusableError
 from mvat_dist.data.prepare.inspection_log import INSPECTIONS, inspect_all
 from mvat_dist.data.prepare.manifests import counted, measured
 from mvat_dist.data.prepare.plan import Plan, SubsetPlan, make_plan
-from mvat_dist.data.prepare.pool import Map, processes
 from mvat_dist.data.prepare.recipes import Recipe
 from mvat_dist.data.prepare.utterances import Utterance, render
 from mvat_dist.data.shards.codecs import Codec
@@ -92,7 +92,7 @@ def pack(listing: Listing, layout: str, recipe: Recipe, out: Path, workers: int)
         return Packed(_read(out / MANIFEST), True)
     check_roughly(listing, out, recipe.codec)
     made = _begin(out, identity, state)
-    with only_writer(out, f"packing into {out}"), processes(workers) as run:
+    with only_writer(out, f"packing into {out}"), parallel_map(workers) as run:
         plan, inspected = _planned(listing, recipe, out, made, run)
         check_plan(out, plan, recipe.codec)
         kept = _settle(out, identity, plan)

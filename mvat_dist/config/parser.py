@@ -1,7 +1,7 @@
 """Read a `Config` from YAML files and the command line, check it, and write it back.
 
-The parsing is jsonargparse's; this module adds the nearest known name to a refused key and the
-checks that need no data, so that a login node can say no before a job waits in the queue.
+jsonargparse does the parsing. This module adds the nearest known name to a refused key, and the checks
+that need no data: a login node refuses a configuration before its job waits in the queue.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import yaml
 from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_settings
 
 from mvat_dist.config import locations, sizes
+from mvat_dist.config.bounds import IN_WORDS
 from mvat_dist.config.cli import ConfigHelpFormatter
 from mvat_dist.config.schema import SAMPLE_RATE, Config
 from mvat_dist.errors import UserError, nearest
@@ -44,7 +45,7 @@ UNIMPORTANT = (
     "train.watchdog_seconds",
     "track",
 )
-"""Keys that change where and how a run is computed, not what: they are no part of its identity."""
+"""Keys that change where and how a run is computed, but not what: the fingerprint leaves them out."""
 
 
 _PARSER_MODE = "mvat_dist"
@@ -62,18 +63,18 @@ def parser(prog: str) -> ArgumentParser:
     """The parser of every command that takes a `Config`."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     set_loader(_PARSER_MODE, _load_yaml, exceptions=(yaml.YAMLError,))
-    made = ArgumentParser(
+    arguments = ArgumentParser(
         prog=prog,
         parser_mode=_PARSER_MODE,
-        description="Train a fleet of students beside one teacher, or a teacher alone.",
+        description="Train a group of students beside one teacher, or a teacher alone.",
         epilog=EXAMPLE,
         exit_on_error=False,
         allow_abbrev=False,
         formatter_class=ConfigHelpFormatter,
     )
-    made.add_argument("--config", action="config", help="YAML file with any of the keys below")
-    made.add_class_arguments(Config)
-    return made
+    arguments.add_argument("--config", action="config", help="YAML file with any of the keys below")
+    arguments.add_class_arguments(Config)
+    return arguments
 
 
 def _load_yaml(text: str) -> Any:
@@ -97,14 +98,14 @@ def parse(argv: list[str] | None, prog: str = "python -m mvat_dist.train") -> Co
         UserError: an unknown key (the nearest names are shown), a wrong type, an unreadable file
             or values that contradict each other.
     """
-    made = parser(prog)
+    arguments = parser(prog)
     try:
-        given = sys.argv[1:] if argv is None else argv
-        parsed = made.instantiate(made.parse_args(_written_out(given)))
+        values = arguments.parse_args(_written_out(sys.argv[1:] if argv is None else argv))
+        parsed = arguments.instantiate(values)
     except SystemExit:
         raise  # --help and --print_config
     except Exception as error:
-        raise UserError(_readable(str(error), made)) from error
+        raise UserError(_readable(str(error), arguments)) from error
     config = Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)})
     check(config)
     _make_paths_absolute(config)
@@ -121,13 +122,23 @@ def _make_paths_absolute(config: Config) -> None:
             setattr(holder, name, str(Path(getattr(holder, name)).absolute()))
 
 
-def _readable(message: str, made: ArgumentParser) -> str:
+def _readable(message: str, arguments: ArgumentParser) -> str:
     """One line from jsonargparse's message, with the nearest keys where a key is unknown."""
     line = re.sub(r"\s+", " ", message).strip()
-    line = re.sub(r"<class '(\w+)'>", lambda found: _TYPES.get(found[1], found[1]), line)
+    line = re.sub(r"<class '(\w+)'>", lambda match: _TYPES.get(match[1], match[1]), line)
     line = re.sub(r'Parser key "([\w.]+)": Expected a (.+?)\. Got value: (.*)', r"--\1 \3: expected \2", line)
+    line = re.sub(
+        r'Parser key "([\w.]+)": Not of type (\w+): (.+?) does not conform to restriction .*',
+        lambda match: f"--{match[1]} {match[3]}: must be {IN_WORDS[match[2]]}",
+        line,
+    )
+    line = re.sub(
+        r'Parser key "([\w.]+)": Not of type (\w+): (.+)',
+        lambda match: f"--{match[1]}: expected {IN_WORDS.get(match[2], match[2])} ({match[3]})",
+        line,
+    )
     line = line.replace("typing.Literal", "one of ")
-    known = [option.lstrip("-") for action in made._actions for option in action.option_strings]
+    known = [option.lstrip("-") for action in arguments._actions for option in action.option_strings]
     if unknown := re.search(r"unrecognized arguments: --([\w.+-]+)", line):
         line += f"; did you mean {nearest(unknown.group(1), known)}?"
     elif unknown := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", line):
@@ -159,7 +170,11 @@ def check(config: Config) -> None:
         )
     if locations.is_url(config.train.init):
         raise UserError(f"--train.init {config.train.init} is a URL: copy it to a folder of this machine")
-    _check_ranges(config)
+    # A few frames of the longest window of the losses, 1200 samples.
+    if config.data.segment_seconds * SAMPLE_RATE < 2048:
+        raise UserError(
+            f"--data.segment_seconds is {config.data.segment_seconds}: the spectral loss needs 0.128 s"
+        )
 
 
 def _check_teacher(config: Config) -> None:
@@ -182,67 +197,6 @@ def _check_teacher(config: Config) -> None:
             f"--distil.method {method} needs a teacher: give --teacher RUN_OR_CHECKPOINT, "
             "or train without one with --distil.method none"
         )
-
-
-def _check_ranges(config: Config) -> None:
-    train, optim = config.train, config.optim
-    positive = {
-        "train.steps": train.steps,
-        "train.batch": train.batch,
-        "train.micro_batch": train.micro_batch,
-        "train.validate_every": train.validate_every,
-        "train.save_every": train.save_every,
-        "train.keep": train.keep,
-        "train.max_skipped": train.max_skipped,
-        "train.watchdog_seconds": train.watchdog_seconds,
-        "track.every": config.track.every,
-        "optim.lr": optim.lr,
-        "optim.eps": optim.eps,
-        "data.cache_gb": config.data.cache_gb,
-        "data.segment_seconds": config.data.segment_seconds,
-    }
-    for key, value in positive.items():
-        if value <= 0:
-            raise UserError(f"--{key} is {value}: it must be above 0")
-    _check_not_negative(config)
-    if not all(0 <= beta < 1 for beta in optim.betas):
-        raise UserError(f"--optim.betas is {list(optim.betas)}: both lie from 0 to below 1")
-    if not 0 <= train.batchnorm_momentum <= 1:
-        raise UserError(f"--train.batchnorm_momentum is {train.batchnorm_momentum}: give 0 to 1")
-    shares = {
-        "optim.warmup_fraction": optim.warmup_fraction,
-        "distil.fade_by": config.distil.fade_by,
-        "loss.pesq_after": config.loss.pesq_after,
-    }
-    for key, value in shares.items():
-        if not 0 <= value <= 1:
-            raise UserError(f"--{key} is {value}: it is a share from 0 to 1")
-    # A few frames of the longest window of the losses, 1200 samples.
-    if config.data.segment_seconds * SAMPLE_RATE < 2048:
-        raise UserError(
-            f"--data.segment_seconds is {config.data.segment_seconds}: the spectral loss needs 0.128 s"
-        )
-
-
-def _check_not_negative(config: Config) -> None:
-    optim = config.optim
-    not_negative = {
-        "seed": config.seed,
-        "train.rollbacks": config.train.rollbacks,
-        "valid.clips": config.valid.clips,
-        "track.examples": config.track.examples,
-        "valid.max_seconds": config.valid.max_seconds,
-        "optim.clip_norm": optim.clip_norm,
-        "optim.weight_decay": optim.weight_decay,
-        "loss.waveform": config.loss.waveform,
-        "loss.compressed": config.loss.compressed,
-        "loss.pesq": config.loss.pesq,
-        "distil.weight": config.distil.weight,
-        "distil.output_weight": config.distil.output_weight,
-    }
-    for key, value in not_negative.items():
-        if value < 0:
-            raise UserError(f"--{key} is {value}: it must not be negative")
 
 
 def as_dict(config: Config) -> dict[str, Any]:
@@ -273,11 +227,11 @@ def science(config: Config) -> dict[str, Any]:
     return flat
 
 
-def identity(config: Config) -> str:
+def fingerprint(config: Config) -> str:
     """Eight hexadecimal digits that are equal for two configurations of the same science.
 
-    Of the keys that are not at their default alone: a key that a later version adds renames no run.
+    Only keys that differ from their default count, so that a key added by a later version renames no run.
     """
-    usual = science(Config())
-    canonical = json.dumps({k: v for k, v in science(config).items() if v != usual.get(k)}, sort_keys=True)
+    defaults = science(Config())
+    canonical = json.dumps({k: v for k, v in science(config).items() if v != defaults.get(k)}, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:8]

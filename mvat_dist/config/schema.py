@@ -9,6 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mvat_dist.config.bounds import (
+    BandEdge,
+    ClosedUnitInterval,
+    Dbfs,
+    Decay,
+    FiniteNumber,
+    NonNegativeInt,
+    NonNegativeNumber,
+    PositiveInt,
+    PositiveNumber,
+    TempoFactor,
+)
 from mvat_dist.config.sizes import Size, View
 
 SAMPLE_RATE = 16_000
@@ -29,34 +41,34 @@ class DataConfig:
     cache_dir: str = ""
     """Local folder for copies of the shards at URLs, shared by the processes of a node; empty:
     mvat_dist in $XDG_CACHE_HOME, or in ~/.cache."""
-    cache_gb: float = 200.0
+    cache_gb: PositiveNumber = 200.0
     """Most room for these copies in GB; those used the longest time ago go first."""
     mode: Literal["auto", "sources", "pairs"] = "auto"
     """`sources` mixes clean speech and noise on the fly, `pairs` reads mixtures made before;
     `auto` prefers sources where the corpus has them."""
-    segment_seconds: float = 4.0
+    segment_seconds: PositiveNumber = 4.0
     """Length of one training segment in seconds."""
-    stride_seconds: float = 0.0
+    stride_seconds: NonNegativeNumber = 0.0
     """Pairs mode: hop in seconds of a fixed grid of segments, each visited once an epoch;
     0 takes one random crop of every utterance an epoch instead."""
-    snr_db: tuple[float, float] = (-5.0, 20.0)
+    snr_db: tuple[FiniteNumber, FiniteNumber] = (-5.0, 20.0)
     """Sources mode: lowest and highest signal-to-noise ratio in dB, drawn uniformly."""
-    level_dbfs: tuple[float, float] = (-35.0, -15.0)
+    level_dbfs: tuple[Dbfs, Dbfs] = (-35.0, -15.0)
     """Sources mode: lowest and highest RMS level of the mixture in dBFS, drawn uniformly."""
-    reverb_probability: float = 0.3
+    reverb_probability: ClosedUnitInterval = 0.3
     """Sources mode: share of segments whose speech is convolved with a room impulse response."""
-    made_up_rooms: float = 0.0
+    made_up_rooms: ClosedUnitInterval = 0.0
     """Sources mode: share of these rooms that are made up, as exponentially decaying noise of 0.2 to 1 s, and
     not of the corpus: against few or similar ones; 1 needs none."""
-    tempo_probability: float = 0.2
+    tempo_probability: ClosedUnitInterval = 0.2
     """Share of segments whose tempo is changed (pitch kept)."""
-    tempo_range: tuple[float, float] = (0.9, 1.1)
+    tempo_range: tuple[TempoFactor, TempoFactor] = (0.9, 1.1)
     """Lowest and highest tempo factor; above 1 is faster."""
-    gain_db: tuple[float, float] = (0.0, 0.0)
+    gain_db: tuple[FiniteNumber, FiniteNumber] = (0.0, 0.0)
     """Pairs mode: range in dB of a random gain applied to noisy and clean alike."""
-    remix_probability: float = 0.0
+    remix_probability: ClosedUnitInterval = 0.0
     """Pairs mode: share of segments whose noise is exchanged for that of another pair."""
-    activity_threshold: float = 0.0
+    activity_threshold: ClosedUnitInterval = 0.0
     """Sources mode: stretches of speech with a smaller share of active 50 ms frames are drawn again;
     the DNS synthesizer takes 0.6, 0 asks only that they are not silent."""
     snr_kind: Literal["whole", "active"] = "whole"
@@ -64,23 +76,23 @@ class DataConfig:
     reverb_target: Literal["reverberant", "early", "dry"] = "reverberant"
     """Sources mode: what of a reverberant room stays in the clean target: all of it, the first 50 ms, or the
     direct sound alone."""
-    bandwidth_probability: float = 0.0
+    bandwidth_probability: ClosedUnitInterval = 0.0
     """Share of segments whose noisy side is limited in bandwidth."""
-    bandwidth_hz: tuple[float, float] = (2000.0, 7000.0)
+    bandwidth_hz: tuple[BandEdge, BandEdge] = (2000.0, 7000.0)
     """Lowest and highest upper band edge in Hz, drawn uniformly."""
-    codec_probability: float = 0.0
+    codec_probability: ClosedUnitInterval = 0.0
     """Share of segments whose noisy side goes through a lossy codec."""
     codecs: str = "mu-law,gsm,mp3,vorbis"
     """Comma-separated codecs to choose from: `mu-law` and `gsm` at 8 kHz, as on the telephone, `mp3`,
     `vorbis` and the slow `opus`."""
-    variants: int = 0
+    variants: NonNegativeInt = 0
     """Different segments made of every item, taken in turn by the epochs, so that a cache of the
     teacher can hold them all; 0 makes new ones in every epoch."""
     on_damage: Literal["fatal", "skip"] = "fatal"
     """A damaged utterance ends the run, or its segment is replaced by another one and counted."""
-    max_damaged: float = 0.001
+    max_damaged: ClosedUnitInterval = 0.001
     """Share of damaged segments that `skip` bears."""
-    workers: int = 2
+    workers: NonNegativeInt = 2
     """Reader processes per rank; 0 reads in the training process."""
 
 
@@ -100,17 +112,17 @@ class TeacherConfig:
 class LossConfig:
     """What a student's own loss is, beside the authors' (arXiv 2203.02181)."""
 
-    waveform: float = 0.0
+    waveform: NonNegativeNumber = 0.0
     """Factor of an added distance of waveforms, mean|estimate - clean| / mean|noisy|, the same at any level.
     The authors' loss has an absolute one, at usual levels of speech a hundredth of its spectral terms: in
     short trainings the phase is not learnt. 0: their loss alone."""
-    compressed: float = 0.0
+    compressed: NonNegativeNumber = 0.0
     """Factor of an added distance of spectra whose magnitudes are compressed (arXiv 2008.06412), the same at
     any level: quiet parts, which PESQ hears, weigh more. 0: none."""
-    pesq: float = 0.0
+    pesq: NonNegativeNumber = 0.0
     """Factor of an added differentiable likeness of PESQ (ITU-T P.862), in points of its raw score. It heeds
     neither level nor phase, so that it goes with `waveform`. 0: none."""
-    pesq_after: float = 0.0
+    pesq_after: ClosedUnitInterval = 0.0
     """Share of the training before which `pesq` does not count. Fresh weights want some 0.2: with it from
     the start they settle on a phase that `waveform` cannot mend later."""
 
@@ -122,18 +134,18 @@ class DistilConfig:
     method: Method = "mvat"
     """`none` trains alone; `output` adds the distance to the teacher's output; `mvat` adds
     multi-view attention transfer; `mvat+output` adds both."""
-    weight: float = 1.0
+    weight: NonNegativeNumber = 1.0
     """Lambda: factor of the attention-transfer loss."""
-    output_weight: float = 1.0
+    output_weight: NonNegativeNumber = 1.0
     """Factor of the output-distillation loss."""
-    fade_by: float = 0.0
+    fade_by: ClosedUnitInterval = 0.0
     """Share of the training by which both factors have fallen linearly to 0, so that the end is the
     student's own; 0 keeps them as they are. From then on a live teacher is no longer asked."""
-    beta_channel: float = 1.0
+    beta_channel: NonNegativeNumber = 1.0
     """Factor of the channel view's maps; 0 switches the view off."""
-    beta_global: float = 1.0
+    beta_global: NonNegativeNumber = 1.0
     """Factor of the global view's maps; 0 switches the view off."""
-    beta_local: float = 1.0
+    beta_local: NonNegativeNumber = 1.0
     """Factor of the local view's maps; 0 switches the view off."""
 
     @property
@@ -146,19 +158,19 @@ class DistilConfig:
 class OptimConfig:
     """AdamW and its schedule."""
 
-    lr: float = 1e-3
+    lr: PositiveNumber = 1e-3
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay of the running mean of the gradient and of its square. `onecycle` moves the first
     between 0.95 and 0.85 instead, against the learning rate (Smith and Topin, 2017)."""
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    eps: PositiveNumber = 1e-8
+    weight_decay: NonNegativeNumber = 0.0
     """Decoupled weight decay; 0 makes AdamW equal Adam, the authors' choice."""
     schedule: Literal["onecycle", "cosine", "constant"] = "onecycle"
     """Learning rate over the run's steps."""
-    warmup_fraction: float = 0.3
+    warmup_fraction: ClosedUnitInterval = 0.3
     """Share of the steps in which the learning rate rises to its peak."""
-    clip_norm: float = 5.0
+    clip_norm: NonNegativeNumber = 5.0
     """Largest 2-norm of a student's gradient; 0 does not clip."""
 
 
@@ -183,31 +195,31 @@ class EngineConfig:
 class TrainConfig:
     """How long, how much at a time, and what is kept."""
 
-    steps: int = 100_000
+    steps: PositiveInt = 100_000
     """Optimiser steps of the whole run."""
-    batch: int = 32
+    batch: PositiveInt = 32
     """Segments per optimiser step over all ranks: part of the science, kept when ranks change."""
-    micro_batch: int = 4
+    micro_batch: PositiveInt = 4
     """Most segments per rank and forward pass; smaller where the batch does not divide. BatchNorm
     normalises over them in training, so they are part of the science."""
-    validate_every: int = 1_000
+    validate_every: PositiveInt = 1_000
     """Optimiser steps between validations; the last step always validates."""
-    save_every: int = 1_000
+    save_every: PositiveInt = 1_000
     """Optimiser steps between checkpoints; the last step always saves."""
-    keep: int = 2
+    keep: PositiveInt = 2
     """Complete checkpoints kept besides each student's best."""
-    batchnorm_momentum: float = 0.0
+    batchnorm_momentum: ClosedUnitInterval = 0.0
     """Share of the newest batch in BatchNorm's running statistics; 0 keeps the network's own (0.01 in
     most places), which need some 500 steps to forget their start: shorter runs want 0.1."""
-    max_skipped: int = 100
+    max_skipped: PositiveInt = 100
     """Consecutive steps with a non-finite gradient after which a student is rolled back or given up."""
     init: str = ""
     """Weights to begin with instead of random ones, as when fine-tuning: a run folder with each of the
     students, or one student's folder or file. Copied when a student begins, and not read again."""
-    rollbacks: int = 1
+    rollbacks: NonNegativeInt = 1
     """Times a student goes back to the last checkpoint that it was well in, with half its learning rate,
     before it is given up; the others train on meanwhile."""
-    watchdog_seconds: float = 1_800.0
+    watchdog_seconds: PositiveNumber = 1_800.0
     """A rank that completes no step, validation or save for so many seconds writes its stacks to the logs
     and ends; give more where one validation takes longer."""
 
@@ -216,9 +228,9 @@ class TrainConfig:
 class ValidConfig:
     """Validation on held-out clips."""
 
-    clips: int = 64
+    clips: NonNegativeInt = 64
     """Most clips scored at a validation; 0 scores all."""
-    max_seconds: float = 10.0
+    max_seconds: NonNegativeNumber = 10.0
     """Longest part of a clip that is scored, in seconds."""
     best: Literal["pesq_wb", "stoi", "si_sdr"] = "pesq_wb"
     """Score (higher is better) that picks each student's best checkpoint."""
@@ -234,9 +246,9 @@ class TrackConfig:
     entity: str = ""
     group: str = ""
     """Of the students' runs at W&B; empty: WANDB_RUN_GROUP where it is set, else the fleet's name."""
-    every: int = 10
+    every: PositiveInt = 10
     """Optimiser steps between two rows of the record."""
-    examples: int = 2
+    examples: NonNegativeInt = 2
     """Validation clips that can be heard and seen at each validation: noisy, clean, teacher, student."""
     artifacts: bool = False
     """Hand each student's best weights to W&B, whenever they got better."""
@@ -264,7 +276,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     valid: ValidConfig = field(default_factory=ValidConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Seed of the initial weights and of the order and mixing of the data."""
     runs: str = "runs"
     """Folder in which the run's own folder is made."""

@@ -239,7 +239,7 @@ def run_name(config: Config) -> str:
     names = list(sizes.select(config.student, config.sizes))
     what = "all" if config.student.strip() == "all" else names[0]
     more = f"+{len(names) - 1}" if len(names) > 1 and what != "all" else ""
-    return f"{config.distil.method}-{what}{more}-{parser.identity(config)}"
+    return f"{config.distil.method}-{what}{more}-{parser.fingerprint(config)}"
 
 
 def run_folder(config: Config) -> Path:

@@ -238,7 +238,7 @@ def test_the_command_of_a_run_makes_the_same_experiment(tmp_path, method):
     (run,) = Reader().runs([tmp_path / "a run"])
     words = shlex.split(provenance.command(run.config).replace("\\\n", " "))
     assert words[:3] == ["python", "-m", "mvat_dist.train"]
-    assert parser.identity(parser.parse(words[3:])) == parser.identity(config)
+    assert parser.fingerprint(parser.parse(words[3:])) == parser.fingerprint(config)
 
 
 def test_sounds_are_those_of_the_runs_up_to_the_limit(grid, page, tmp_path):

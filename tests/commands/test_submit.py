@@ -86,7 +86,7 @@ def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
             ["--nodes=4", "--data.workers=7"],
             r"16 shards for 28 readers \(4 ranks x 7 workers\).*--min-shards",
         ),
-        (["--data.reverb_probability=2"], "a probability lies between 0 and 1"),
+        (["--data.reverb_probability=2"], "a share from 0 to 1"),
         (["--distil.method", "mvat", "--teacher", "nobody"], "no such teacher: .*nobody"),
         (["--cluster", "slurm"], "--cluster slurm: no Slurm here; choose --cluster local"),
         (["--cluster", "cloud"], "invalid choice: 'cloud'"),

@@ -44,6 +44,14 @@ def test_resolved_yaml_reads_back(tmp_path: Path) -> None:
     assert parser.parse(["--config", str(file)]) == config
 
 
+@pytest.mark.parametrize("value", [".nan", ".inf", "-1e-3", "0", "null", "fast"])
+def test_a_file_is_refused_as_the_command_line_is(tmp_path: Path, value: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(f"distil: {{method: none}}\noptim: {{lr: {value}}}\n")
+    with pytest.raises(UserError, match=r"optim\.lr"):
+        parser.parse(["--config", str(file)])
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -52,11 +60,17 @@ def test_resolved_yaml_reads_back(tmp_path: Path) -> None:
         ([*ALONE, "--student", "manner-s-5gf"], "manner-s-5.3gf"),
         ([*ALONE, "--train.steps", "many"], "train.steps"),
         ([*ALONE, "--train.batch", "0"], "above 0"),
-        ([*ALONE, "--valid.clips=-5"], "must not be negative"),
-        ([*ALONE, "--optim.clip_norm=-1"], "must not be negative"),
+        ([*ALONE, "--valid.clips=-5"], "valid.clips -5: must be a whole number, 0 or above"),
+        ([*ALONE, "--optim.clip_norm=-1"], "must be a finite number, 0 or above"),
+        ([*ALONE, "--optim.lr=.nan"], "--optim.lr: expected a finite number above 0"),
+        ([*ALONE, "--optim.lr=.inf"], "--optim.lr: expected a finite number above 0"),
+        ([*ALONE, "--optim.lr=null"], "optim.lr"),
+        ([*ALONE, "--data.snr_db=[.nan,5]"], "data.snr_db nan: must be a finite number"),
+        ([*ALONE, "--data.level_dbfs=[-30,3]"], "at most 0"),
+        ([*ALONE, "--data.reverb_probability=2"], "a share from 0 to 1"),
         ([*ALONE, "--optim.betas=[0.9,2]"], "below 1"),
-        ([*ALONE, "--seed=-1"], "must not be negative"),
-        ([*ALONE, "--loss.pesq=-1"], "must not be negative"),
+        ([*ALONE, "--seed=-1"], "0 or above"),
+        ([*ALONE, "--loss.pesq=-1"], "0 or above"),
         ([*ALONE, "--runs="], "--runs is empty"),
         (["--config", "no/such.yaml", *ALONE], "no/such.yaml"),
         ([], "needs a teacher"),
@@ -79,7 +93,7 @@ def test_identity_is_the_science() -> None:
     base = parser.parse(ALONE)
     same = parser.parse([*ALONE, "--data.workers", "7", "--runs", "x", "--engine.zero_stage", "1"])
     other = parser.parse([*ALONE, "--optim.lr", "0.01"])
-    assert parser.identity(base) == parser.identity(same) != parser.identity(other)
+    assert parser.fingerprint(base) == parser.fingerprint(same) != parser.fingerprint(other)
     assert folder.run_name(base).startswith("none-all-")
 
 

@@ -104,9 +104,9 @@ def test_a_run_names_its_data_the_same_from_every_folder(given, kept, tmp_path, 
     (tmp_path / "config.yaml").write_text(parser.to_yaml(config))
     monkeypatch.chdir("/")
     again = parser.parse(["--config", str(tmp_path / "config.yaml")])
-    assert parser.identity(again) == parser.identity(config)
+    assert parser.fingerprint(again) == parser.fingerprint(config)
     again.data.cache_dir, again.data.cache_gb = "/local", 1.0
-    assert parser.identity(again) == parser.identity(config)
+    assert parser.fingerprint(again) == parser.fingerprint(config)
 
 
 def test_the_cache_needs_room():

@@ -147,7 +147,7 @@ def reproduction(study: Study) -> Section:
 
 
 def _run(run: Run) -> Block:
-    facts = [f"configuration {parser.identity(run.config)}, seed {run.config.seed}"]
+    facts = [f"configuration {parser.fingerprint(run.config)}, seed {run.config.seed}"]
     # Of a divided run the parts mostly have the same code, and often one host: each is said once.
     facts += dict.fromkeys(_code(environment) for environment in run.environments.values())
     facts += dict.fromkeys(_host(environment) for environment in run.environments.values())

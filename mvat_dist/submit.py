@@ -17,8 +17,7 @@ from mvat_dist.config import parser as configfile
 from mvat_dist.config.cli import CommandParser
 from mvat_dist.config.schema import Config
 from mvat_dist.errors import UserError, exit_code
-from mvat_dist.launch import cache_job, placing, preflight, sweep_jobs
-from mvat_dist.launch import processes as launch
+from mvat_dist.launch import cache_job, placing, preflight, processes, sweep_jobs
 from mvat_dist.launch import slurm as slurmjob
 
 _SLURM_ONLY = ("partition", "account", "qos", "mem", "constraint", "exclude", "wckey", "time")
@@ -285,11 +284,11 @@ def _why_local(options: argparse.Namespace) -> str | None:
 
 
 def _say_local(reason: str, resources: slurmjob.Resources, options: argparse.Namespace) -> None:
-    processes = resources.nodes * resources.tasks_per_node
-    what = "1 local process" if processes == 1 else f"{processes} local processes"
+    count = resources.nodes * resources.tasks_per_node
+    what = "1 local process" if count == 1 else f"{count} local processes"
     print(f"local    {reason}: {preflight.shape(resources)} run as {what}")
-    if processes > launch.cores():
-        print(f"         they share {launch.cores()} cores: expect it to be slow")
+    if count > processes.cores():
+        print(f"         they share {processes.cores()} cores: expect it to be slow")
     defaults = parser().parse_args([])
     ignored = [f"--{name}" for name in _SLURM_ONLY if getattr(options, name) != getattr(defaults, name)]
     if ignored:

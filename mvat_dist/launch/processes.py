@@ -1,7 +1,17 @@
-"""Several training processes on this machine, where no cluster starts them.
+"""Start, signal and wait for processes of this machine: the one module that does.
 
-Much less than torchrun, on purpose: a user's mistake stays one line, the exit code is the trainer's,
-rank 0 keeps the terminal, and no process outlives this one.
+`run_ranks` runs the ranks of a training where no cluster starts them. It does much less than torchrun, on
+purpose: a user's mistake stays one line, the exit code is the trainer's, rank 0 keeps the terminal.
+
+Everything else that runs a command and passes signals on to it is built of three pieces::
+
+    with StopSignals() as signals:
+        child = start(command, environment)
+        code = wait_for(child, signals)
+    if signals.received:  # somebody asked this process to stop
+        ...
+
+`run_with_descendants` is for a command that leaves processes behind.
 """
 
 from __future__ import annotations
@@ -15,24 +25,294 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 from mvat_dist.distributed.ranks import LOCAL_LAUNCHER, RANK_VARIABLES, Ranks, export, free_port
 from mvat_dist.errors import EXIT_PORT
 
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 20.0
-"""After one rank has failed: the others notice, note it in their records and end, or are ended."""
+"""After one rank has failed, the others get this long to notice, write their records and end."""
 
 _PORTS = 3
 """Ports to try: between the choice of a free one and its use another program may take it."""
 
-_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 _PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
 _LIBC = ctypes.CDLL(None)
+
+
+# --------------------------------------------------------------------------------------------- signals
+
+
+@dataclass(frozen=True)
+class StopSignal:
+    """A signal that asked this process to stop."""
+
+    number: int
+    """SIGINT, SIGTERM or SIGUSR2. SIGHUP (the terminal was closed) is reported as SIGTERM, which the trainer
+    knows."""
+    sender: int | None
+    """Process that sent it; None in the rare case that another thread of this process took it."""
+
+
+class StopSignals:
+    """Queue the signals that ask this process to stop, for as long as the ``with`` block runs.
+
+    They are blocked and read one by one, so none arrives at a bad moment or before there is a child to pass
+    it on to, and the sender is known. Children of `start` hear signals as usual. What nobody has read when
+    the block ends is added to `received` and has no other effect. Only for the main thread.
+    """
+
+    def __init__(self) -> None:
+        self.received: list[StopSignal] = []
+        """All signals so far, in order."""
+        self._unread: list[StopSignal] = []
+
+    def __enter__(self) -> StopSignals:
+        # What nohup has made this process ignore stays ignored.
+        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
+        self._numbers = set(_STOP_SIGNALS) - ignored
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, self._numbers)
+        # A thread that a library has started does not block them, and may be chosen to receive one.
+        self._handlers = {number: signal.signal(number, self._note) for number in self._numbers}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self.wait(0.0):
+            pass
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+
+    def wait(self, seconds: float) -> StopSignal | None:
+        """The next signal that has not been read, or None after `seconds` without one."""
+        if not self._unread and (info := signal.sigtimedwait(self._numbers, seconds)):
+            self._add(info.si_signo, info.si_pid)
+        return self._unread.pop(0) if self._unread else None
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        self._add(number, None)
+
+    def _add(self, number: int, sender: int | None) -> None:
+        received = StopSignal(signal.SIGTERM if number == signal.SIGHUP else number, sender)
+        self.received.append(received)
+        self._unread.append(received)
+
+
+# -------------------------------------------------------------------------------------------- children
+
+
+@dataclass(frozen=True)
+class Child:
+    """A process that `start` has started."""
+
+    process: subprocess.Popen[bytes]
+    log: Path | None
+    """File that gets its output; None for this process's own output."""
+
+    def exit_code(self) -> int | None:
+        """Exit code as a shell says it, 128 + s for a process ended by signal s; None while it runs."""
+        code = self.process.poll()
+        return code if code is None or code >= 0 else 128 - code
+
+    def send(self, number: int) -> None:
+        """Send the signal `number`; without effect once the process has ended."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """End it and all that it has started, unless it ended well: then W&B may still be sending.
+
+        Only for a child with a session of its own.
+        """
+        if self.exit_code() == 0:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def start(
+    command: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    *,
+    log: Path | None = None,
+    own_session: bool = True,
+    on_parent_death: int = signal.SIGKILL,
+) -> Child:
+    """Start a command as a child of this process.
+
+    Args:
+        command: program and arguments.
+        environment: all of its variables; None for those of this process.
+        log: file to append its output to, after a line with time and command; its input is then empty. None:
+            it has this process's input and output.
+        own_session: whether it leads a session of its own: Ctrl-C in this terminal then reaches this process
+            alone, which passes it on once, and `Child.kill` ends all that the child has started.
+        on_parent_death: signal that the kernel sends to the child when this process ends in whatever way; 0
+            for none.
+    """
+    parent = os.getpid()
+
+    def prepare() -> None:
+        # Before the program is loaded no handler of this process may run in the child.
+        for number in _STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+        _LIBC.prctl(_PR_SET_PDEATHSIG, on_parent_death)
+        if on_parent_death and os.getppid() != parent:  # it ended before prctl was called
+            os.kill(os.getpid(), on_parent_death)
+
+    with _opened(log, command) as output:
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL if output else None,
+            stdout=output,
+            stderr=subprocess.STDOUT if output else None,
+            start_new_session=own_session,
+            preexec_fn=prepare,
+        )
+    return Child(process, log)
+
+
+@contextlib.contextmanager
+def _opened(log: Path | None, command: Sequence[str]) -> Iterator[IO[bytes] | None]:
+    if log is None:
+        yield None
+        return
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        output.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(command)}\n".encode())
+        output.flush()
+        yield output
+
+
+def _send(child: Child, received: StopSignal) -> None:
+    child.send(received.number)
+
+
+def wait_for(child: Child, signals: StopSignals, pass_on: Callable[[Child, StopSignal], None] = _send) -> int:
+    """Wait for a child to end and return its exit code, as `Child.exit_code` says it.
+
+    Args:
+        child: from `start`, within the block of `signals`.
+        signals: those not read yet are handed to `pass_on`.
+        pass_on: what to do with each; by default the child gets it too.
+    """
+    while (code := child.exit_code()) is None:
+        if received := signals.wait(_POLL_SECONDS):
+            pass_on(child, received)
+    return code
+
+
+def run_with_descendants(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run a command; wait until it and all that it has left behind have ended; return its exit code.
+
+    Signals that ask to stop are ignored here and not passed on: this is for the shell of a job, where Slurm
+    signals the command and its descendants itself. The command may die of the signal while a training that
+    it has started still saves, and the job must not end before.
+    """
+    _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    with StopSignals() as signals:
+        child = start(command, environment, own_session=False, on_parent_death=0)
+        code = wait_for(child, signals, pass_on=lambda *_: None)
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                os.wait()
+    return code
+
+
+# ----------------------------------------------------------------------------------------------- ranks
+
+
+def run_ranks(command: Sequence[str], processes: int, logs: Path, *, apart: bool = False) -> int:
+    """Run `command` as ranks 0 to `processes` - 1 and return the exit code of the first that fails.
+
+    Rank 0 has this terminal; rank N > 0 appends to ``logs/rank-N.log``. Signals that ask to stop are passed
+    on to every rank, once each time. Where the ranks' port is taken, all start again with another. No rank
+    outlives this process.
+
+    Args:
+        command: program and arguments, the same for all.
+        processes: number of ranks.
+        logs: folder, made where it is missing.
+        apart: whether the ranks belong to several runs: where one fails, the others are left to end.
+    """
+    with StopSignals() as signals:
+        for attempt in range(1, _PORTS + 1):
+            code = _run_once(command, processes, logs, signals, math.inf if apart else _GRACE_SECONDS)
+            if code != EXIT_PORT or attempt == _PORTS or signals.received:
+                break
+            print("another program was faster to take the port of the ranks: starting again", file=sys.stderr)
+    return code
+
+
+def _run_once(command: Sequence[str], processes: int, logs: Path, signals: StopSignals, grace: float) -> int:
+    port = free_port()
+    members: list[Child] = []
+    try:
+        for rank in range(processes):
+            variables = rank_environment(rank, processes, port, os.environ)
+            log = logs / f"rank-{rank}.log" if rank else None
+            members.append(start(command, variables, log=log))
+        return _wait_for_all(members, signals, grace)
+    finally:
+        for member in members:
+            member.kill()
+
+
+def _wait_for_all(members: Sequence[Child], signals: StopSignals, grace: float) -> int:
+    """Wait until all ranks have ended well or as asked, or one has failed and the rest had time to end."""
+    deadline = math.inf
+    failed: int | None = None
+    while running := [member for member in members if member.exit_code() is None]:
+        if failed is None and (failed := _failed(members, signals)) is not None:
+            deadline = time.monotonic() + (0.0 if members[failed].exit_code() == EXIT_PORT else grace)
+        if time.monotonic() > deadline:
+            break
+        if received := signals.wait(_POLL_SECONDS):
+            for member in running:
+                member.send(received.number)
+    if failed is None:
+        failed = _failed(members, signals)
+    if failed is None:
+        return max(member.exit_code() or 0 for member in members)
+    code = members[failed].exit_code() or 0
+    if code != EXIT_PORT:
+        _explain(members, failed)
+    return code
+
+
+def _failed(members: Sequence[Child], signals: StopSignals) -> int | None:
+    """The first rank that has ended otherwise than well or by a signal that was passed on."""
+    expected = {None, 0, *(128 + received.number for received in signals.received)}
+    return next((rank for rank, member in enumerate(members) if member.exit_code() not in expected), None)
+
+
+def _explain(members: Sequence[Child], rank: int) -> None:
+    """Print which rank failed first and why, unless rank 0 has said it in this terminal."""
+    code, log = members[rank].process.returncode, members[rank].log
+    if code > 0 and members[0].process.returncode == code:
+        return
+    how = f"failed with exit code {code}" if code > 0 else f"was ended: {signal.strsignal(-code)}"
+    if code == -signal.SIGKILL:
+        how += " (out of memory?)"
+    print(f"rank {rank} {how}", file=sys.stderr)
+    if log:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        print(f"the end of {log}:", *lines[-15:], sep="\n", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------------ environment
 
 
 def cores() -> int:
@@ -40,17 +320,16 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def environment(rank: int, processes: int, port: int, inherited: Mapping[str, str]) -> dict[str, str]:
-    """Variables of one local process: its rank, and its share of the cores unless OMP_NUM_THREADS is set."""
-    clean = without_ranks(inherited)
+def rank_environment(rank: int, processes: int, port: int, inherited: Mapping[str, str]) -> dict[str, str]:
+    """Variables of one local process: its rank, and its part of the cores unless OMP_NUM_THREADS is set."""
+    variables = without_ranks(inherited)
     if processes == 1:
-        return clean
+        return variables
     # One machine, whatever number of nodes was asked for: the local rank is the number of a GPU here.
-    ranks = Ranks(rank, processes, rank, processes, 0, 1, "127.0.0.1", port, "local")
-    export(ranks, clean)
-    clean[LOCAL_LAUNCHER] = "1"
-    clean.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
-    return clean
+    export(Ranks(rank, processes, rank, processes, 0, 1, "127.0.0.1", port, "local"), variables)
+    variables[LOCAL_LAUNCHER] = "1"
+    variables.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
+    return variables
 
 
 def without_ranks(inherited: Mapping[str, str]) -> dict[str, str]:
@@ -61,158 +340,3 @@ def without_ranks(inherited: Mapping[str, str]) -> dict[str, str]:
         for name, value in inherited.items()
         if name not in RANK_VARIABLES and not name.startswith(launchers)
     }
-
-
-def run(command: Sequence[str], processes: int, logs: Path, *, apart: bool = False) -> int:
-    """Run `command` as ranks 0 to `processes` - 1 and return the exit code of the first that fails.
-
-    With `apart` the ranks belong to several runs: where one fails, the others are left to end by themselves.
-
-    Rank 0 has this terminal; rank N > 0 appends to ``logs/rank-N.log``. Signals that ask to stop are
-    passed on to every rank, once each time. A process ended by signal s counts as exit code 128 + s. Where
-    the ranks' port is taken all start again with another.
-    """
-    for _ in range(_PORTS - 1):
-        code = _run_once(command, processes, logs, apart)
-        if code != EXIT_PORT:
-            return code
-        print("another program was faster to take the port of the ranks: starting again", file=sys.stderr)
-    return _run_once(command, processes, logs, apart)
-
-
-def _run_once(command: Sequence[str], processes: int, logs: Path, apart: bool) -> int:
-    group = _Group(grace=math.inf if apart else _GRACE_SECONDS)
-    port = free_port()
-    try:
-        with group.forwarding_signals():
-            for rank in range(processes):
-                group.add(_start(command, rank, environment(rank, processes, port, os.environ), logs))
-            return group.watch()
-    finally:
-        for member in group.members:
-            member.end()
-
-
-@dataclass
-class _Member:
-    """One rank, leader of its own process group: its readers and helpers end with it."""
-
-    rank: int
-    process: subprocess.Popen[bytes]
-    log: Path | None
-
-    def code(self) -> int | None:
-        """Exit code, or None while it runs."""
-        code = self.process.poll()
-        return code if code is None or code >= 0 else 128 - code
-
-    def signal(self, number: int) -> None:
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-
-    def end(self) -> None:
-        """End it and all that it started; nothing where it ended well, as W&B may still be sending."""
-        if self.code() == 0:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-
-@dataclass
-class _Group:
-    """All ranks of a run on this machine."""
-
-    grace: float = _GRACE_SECONDS
-    """Seconds that the others have to end in, after the first has failed."""
-    members: list[_Member] = field(default_factory=list)
-    received: list[int] = field(default_factory=list)
-    """Signals that asked this process to stop."""
-
-    def add(self, member: _Member) -> None:
-        self.members.append(member)
-        for number in self.received:  # somebody lost patience before this rank had started
-            member.signal(number)
-
-    @contextlib.contextmanager
-    def forwarding_signals(self) -> Iterator[None]:
-        """Pass signals that ask to stop on to every rank."""
-        before = {number: signal.signal(number, self._forward) for number in _FORWARDED}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _forward(self, number: int, frame: FrameType | None) -> None:
-        del frame
-        # The trainer knows SIGTERM; a closed terminal means the same.
-        number = signal.SIGTERM if number == signal.SIGHUP else number
-        self.received.append(number)
-        for member in self.members:
-            member.signal(number)
-
-    def watch(self) -> int:
-        """Wait until all have ended well or as asked, or one has failed and the rest had time to end."""
-        deadline: float | None = None
-        first: _Member | None = None
-        while running := [member for member in self.members if member.code() is None]:
-            first = first or next((member for member in self.members if self._failed(member)), None)
-            if first and deadline is None:
-                deadline = time.monotonic() + (0.0 if first.code() == EXIT_PORT else self.grace)
-            if deadline is not None and time.monotonic() > deadline:
-                break
-            time.sleep(_POLL_SECONDS)
-        first = first or next((member for member in self.members if self._failed(member)), None)
-        if first is None:
-            return max(member.code() or 0 for member in self.members)
-        if first.code() == EXIT_PORT:
-            return EXIT_PORT
-        self._explain(first, rank_zero_hangs=self.members[0] in running)
-        return first.code() or 0
-
-    def _failed(self, member: _Member) -> bool:
-        """Whether it ended otherwise than well or by a signal that was passed on."""
-        return member.code() not in {None, 0, *(128 + number for number in self.received)}
-
-    def _explain(self, first: _Member, *, rank_zero_hangs: bool) -> None:
-        """Say which rank failed first and why, unless rank 0 has said it in this terminal."""
-        returned = first.process.returncode
-        if not rank_zero_hangs and returned > 0 and self.members[0].process.returncode == returned:
-            return
-        how = (
-            f"failed with exit code {returned}"
-            if returned > 0
-            else f"was ended: {signal.strsignal(-returned)}"
-        )
-        if returned == -signal.SIGKILL:
-            how += " (out of memory?)"
-        print(f"rank {first.rank} {how}", file=sys.stderr)
-        if first.log:
-            lines = first.log.read_text(encoding="utf-8", errors="replace").splitlines()
-            print(f"the end of {first.log}:", *lines[-15:], sep="\n", file=sys.stderr)
-
-
-def _start(command: Sequence[str], rank: int, variables: Mapping[str, str], logs: Path) -> _Member:
-    if rank == 0:
-        return _Member(0, subprocess.Popen(command, env=variables, preexec_fn=_follow_parent), None)
-    logs.mkdir(parents=True, exist_ok=True)
-    path = logs / f"rank-{rank}.log"
-    with path.open("ab") as log:
-        log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(command)}\n".encode())
-        log.flush()
-        process = subprocess.Popen(
-            command,
-            env=variables,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            preexec_fn=_follow_parent,
-        )
-    return _Member(rank, process, path)
-
-
-def _follow_parent() -> None:
-    """In the child: a session of its own, so that Ctrl-C reaches it once, through us; death with us."""
-    os.setsid()
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

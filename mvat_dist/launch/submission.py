@@ -19,8 +19,7 @@ from mvat_dist.config import parser
 from mvat_dist.config.schema import Config
 from mvat_dist.errors import EXIT_BUSY, EXIT_USER_ERROR, UserError
 from mvat_dist.io import read_json, write_json
-from mvat_dist.launch import processes as launch
-from mvat_dist.launch import slurm
+from mvat_dist.launch import processes, slurm
 from mvat_dist.launch.slurm import JobState, Resources
 from mvat_dist.runs import clock, status
 from mvat_dist.runs import folder as rundir
@@ -59,8 +58,8 @@ def locally(run: RunDir, config: Config, argv: list[str], resources: Resources) 
         command = [sys.executable, "-m", "mvat_dist.train", *argv]
         os.environ[INHERITED] = lock.token
         try:
-            processes = resources.nodes * resources.tasks_per_node
-            code = launch.run(command, processes, run.logs, apart=bool(config.parts))
+            count = resources.nodes * resources.tasks_per_node
+            code = processes.run_ranks(command, count, run.logs, apart=bool(config.parts))
         finally:
             del os.environ[INHERITED]
         if code not in {0, EXIT_BUSY}:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mvat_dist.launch import processes as launch
+from mvat_dist.launch import processes
 from mvat_dist.runs.folder import RunDir
 from tests import waiting
 
@@ -106,18 +106,13 @@ def half_written(run: RunDir) -> list[str]:
 class Training:
     """A launcher and its ranks on this machine."""
 
-    def __init__(self, run: RunDir, command: list[str], variables: dict[str, str], processes: int) -> None:
+    def __init__(self, run: RunDir, command: list[str], variables: dict[str, str], count: int) -> None:
         self.run = run
-        self._processes = processes
-        self._words = tempfile.TemporaryFile("w+b")  # noqa: SIM115, closed with the object
-        self.process = subprocess.Popen(
-            command,
-            env=variables,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=self._words,
-            preexec_fn=launch._follow_parent,  # a test that is ended leaves no ranks behind, held for ever
-        )
+        self._processes = count
+        self._folder = tempfile.TemporaryDirectory()
+        self._log = Path(self._folder.name) / "log"
+        # A test that is ended leaves no ranks behind, stopped for ever: they end with their parent.
+        self.process = processes.start(command, variables, log=self._log).process
         self._ranks: dict[int, int] = {}
 
     def alive(self) -> bool:
@@ -166,9 +161,8 @@ class Training:
         until(lambda: not any(lives(pid) for pid in self._ranks.values()), "the ranks are gone")
 
     def words(self) -> str:
-        """What launcher and rank 0 said on stderr."""
-        self._words.seek(0)
-        return self._words.read().decode(errors="replace")
+        """What launcher and rank 0 have printed."""
+        return self._log.read_text(encoding="utf-8", errors="replace")
 
     def ended(self, *codes: int) -> str:
         """Wait for the end, which has to come with one of `codes`; what was said."""

@@ -8,12 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from mvat_dist.distributed import ranks
-from mvat_dist.launch import processes as launch
+from mvat_dist.launch import processes
 from tests.waiting import until
 
 REPORT = """
@@ -42,11 +43,11 @@ def python(code: str, *arguments: str) -> list[str]:
     return [sys.executable, "-c", code, *arguments]
 
 
-def launcher(command: list[str], processes: int, logs: Path) -> list[str]:
+def launcher(command: list[str], count: int, logs: Path) -> list[str]:
     """A process that launches, as `mvat_dist.submit` does."""
-    code = "import json, sys; from pathlib import Path; from mvat_dist.launch import processes as launch; "
-    code += "sys.exit(launch.run(json.loads(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])))"
-    return python(code, json.dumps(command), str(processes), str(logs))
+    code = "import json, sys; from pathlib import Path; from mvat_dist.launch import processes; "
+    code += "sys.exit(processes.run_ranks(json.loads(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])))"
+    return python(code, json.dumps(command), str(count), str(logs))
 
 
 def alive(pid: int) -> bool:
@@ -67,39 +68,39 @@ def test_every_rank_knows_its_place(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for name, value in {"RANK": "7", "WORLD_SIZE": "9", "GROUP_RANK": "3"}.items():
         monkeypatch.setenv(name, value)  # left over from torchrun
-    assert launch.run(python(REPORT), 3, tmp_path) == 0
+    assert processes.run_ranks(python(REPORT), 3, tmp_path) == 0
     logs = [(tmp_path / f"rank-{rank}.log").read_text().splitlines()[-1] for rank in (1, 2)]
     found = [json.loads(line) for line in [capfd.readouterr().out, *logs]]
     assert [(one["rank"], one["local_rank"], one["world_size"], one["launcher"]) for one in found] == [
         (rank, rank, 3, "local") for rank in range(3)
     ]
     assert len({(one["master_address"], one["master_port"]) for one in found}) == 1
-    assert {one["threads"] for one in found} == {str(max(1, launch.cores() // 3))}
+    assert {one["threads"] for one in found} == {str(max(1, processes.cores() // 3))}
     assert {one["left"] for one in found} == {None}
 
 
 def test_one_process_is_a_process_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert launch.run(python(REPORT), 1, tmp_path / "logs") == 0
+    assert processes.run_ranks(python(REPORT), 1, tmp_path / "logs") == 0
     assert json.loads(capfd.readouterr().out)["launcher"] == "single"
     assert not (tmp_path / "logs").exists()
 
 
 def test_the_users_own_thread_count_is_kept() -> None:
-    assert launch.environment(0, 4, 1, {"OMP_NUM_THREADS": "5"})["OMP_NUM_THREADS"] == "5"
+    assert processes.rank_environment(0, 4, 1, {"OMP_NUM_THREADS": "5"})["OMP_NUM_THREADS"] == "5"
 
 
 def test_a_launched_environment_reads_back() -> None:
     for rank in range(4):
-        read = ranks.read(launch.environment(rank, 4, 1234, {}))
+        read = ranks.read(processes.rank_environment(rank, 4, 1234, {}))
         assert read == ranks.Ranks(rank, 4, rank, 4, 0, 1, "127.0.0.1", 1234, "local")
 
 
 def test_one_failure_ends_all_and_is_explained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(launch, "_GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(processes, "_GRACE_SECONDS", 0.5)
     code = "import os, sys; os.environ['RANK'] == '2' and sys.exit('bad luck');" + STAY
-    assert launch.run(python(code, str(tmp_path)), 4, tmp_path) == 1
+    assert processes.run_ranks(python(code, str(tmp_path)), 4, tmp_path) == 1
     said = capfd.readouterr().err
     assert "rank 2 failed with exit code 1" in said
     assert "bad luck" in said
@@ -109,9 +110,9 @@ def test_one_failure_ends_all_and_is_explained(
 def test_a_killed_rank_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(launch, "_GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(processes, "_GRACE_SECONDS", 0.5)
     code = "import os; os.environ['RANK'] == '0' and os.kill(os.getpid(), 9);" + STAY
-    assert launch.run(python(code, str(tmp_path)), 2, tmp_path) == 128 + signal.SIGKILL
+    assert processes.run_ranks(python(code, str(tmp_path)), 2, tmp_path) == 128 + signal.SIGKILL
     assert "rank 0 was ended: Killed (out of memory?)" in capfd.readouterr().err
 
 
@@ -119,7 +120,7 @@ def test_a_mistake_that_all_ranks_found_is_said_once(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     code = "import os, sys; os.environ['RANK'] == '0' and print('error: no', file=sys.stderr); sys.exit(2)"
-    assert launch.run(python(code), 3, tmp_path) == 2
+    assert processes.run_ranks(python(code), 3, tmp_path) == 2
     assert capfd.readouterr().err == "error: no\n"
 
 
@@ -165,7 +166,8 @@ def test_a_port_that_another_program_took_is_exchanged(
     # What every rank does first: rank 0 looks at the port, the others would wait for it.
     meet = """
 import os, sys, time
-from mvat_dist import errors, ranks, train
+from mvat_dist import errors, train
+from mvat_dist.distributed import ranks
 code = errors.exit_code(lambda _: train._await_port(ranks.read()))
 if os.environ["RANK"] == "1" and os.environ["MASTER_PORT"] == sys.argv[1]:
     time.sleep(600)
@@ -176,7 +178,68 @@ sys.exit(code)
         other.listen()
         taken = other.getsockname()[1]
         ports = iter([taken, ranks.free_port()])
-        monkeypatch.setattr(launch, "free_port", lambda: next(ports))
-        assert launch.run(python(meet, str(taken)), 2, tmp_path) == 0
+        monkeypatch.setattr(processes, "free_port", lambda: next(ports))
+        assert processes.run_ranks(python(meet, str(taken)), 2, tmp_path) == 0
     assert next(ports, None) is None
     assert "starting again" in capfd.readouterr().err
+
+
+def test_a_stop_signal_waits_for_somebody_to_read_it_and_names_its_sender() -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    with processes.StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGUSR2)
+        read = {signals.wait(1.0), signals.wait(1.0)}
+        assert signals.wait(0.0) is None
+        os.kill(os.getpid(), signal.SIGINT)  # nobody reads it: it does no harm afterwards
+    assert read == {processes.StopSignal(number, os.getpid()) for number in (signal.SIGTERM, signal.SIGUSR2)}
+    assert [received.number for received in signals.received[2:]] == [signal.SIGINT]
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+
+
+def test_a_stop_signal_that_another_thread_takes_is_not_lost() -> None:
+    """Libraries start threads that block nothing: numpy does."""
+    done = threading.Event()
+    thread = threading.Thread(target=done.wait)
+    thread.start()
+    try:
+        with processes.StopSignals() as signals:
+            signal.pthread_kill(thread.ident or 0, signal.SIGTERM)
+            assert signals.wait(1.0) == processes.StopSignal(signal.SIGTERM, None)
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_what_nohup_ignores_stays_ignored() -> None:
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with processes.StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert processes.wait_for(processes.start(["true"]), signals) == 0
+        assert not signals.received
+    finally:
+        signal.signal(signal.SIGHUP, handler)
+
+
+def test_a_signal_from_before_the_start_is_passed_on_or_handed_over() -> None:
+    with processes.StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert processes.wait_for(processes.start(["sleep", "60"]), signals) == 128 + signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGUSR2)
+        handed_over: list[int] = []
+        child = processes.start(["sleep", "0.3"])
+        code = processes.wait_for(child, signals, lambda _, received: handed_over.append(received.number))
+    assert (code, handed_over) == (0, [signal.SIGUSR2])
+
+
+def test_a_command_is_waited_for_with_all_that_it_leaves_behind(tmp_path: Path) -> None:
+    """In a process of its own: it adopts the orphans of its descendants for good."""
+    orphan = f"(sleep 0.5; touch {tmp_path / 'saved'}) &"
+    code = "import os, signal, sys, threading; from mvat_dist.launch import processes; "
+    code += "threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start(); "
+    code += "sys.exit(processes.run_with_descendants(['sh', '-c', sys.argv[1]], os.environ))"
+    done = subprocess.run(python(code, f"{orphan} exit 7"), timeout=20, check=False)
+    assert done.returncode == 7
+    assert (tmp_path / "saved").exists()

@@ -45,10 +45,8 @@ OPTIONS = (
     "--track.every=1",
 )
 # As `mvat_dist.submit` starts processes on this machine, but less patient with those that do not end.
-SUBMIT = (
-    "import sys; from mvat_dist import errors, submit; from mvat_dist.launch import processes as launch; "
-)
-SUBMIT += "launch._GRACE_SECONDS = 2; "
+SUBMIT = "import sys; from mvat_dist import errors, submit; from mvat_dist.launch import processes; "
+SUBMIT += "processes._GRACE_SECONDS = 2; "
 SUBMIT += "sys.exit(errors.exit_code(submit.main))"
 
 

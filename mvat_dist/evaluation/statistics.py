@@ -1,4 +1,4 @@
-"""From score rows to means: what each network reached, how sure that is, and what could not be scored.
+"""Means, 95 % intervals and paired differences of score rows, and the clips that could not be scored.
 
 A row is a flat dict that is one line of JSONL: ``index``, ``key``, ``model``, ``duration_s``,
 ``snr_db`` (None where unknown), one value per metric (None where it failed) and ``failure``: the reason
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+from scipy import stats
 
 Row = dict[str, Any]
 
@@ -23,15 +25,17 @@ BUCKET_DB = 5.0
 """Width of the buckets of the input's SNR."""
 
 RESAMPLES = 2000
-"""Bootstrap resamples: the ends of a 95 % interval then vary by a few percent of its width."""
+"""Draws of the bootstrap and of the sign-flip test: the ends of an interval then vary by a few percent of its
+width."""
 
 SIGNIFICANT = 0.05
 
-_DRAWS = 1_000_000
+_BATCH_VALUES = 1_000_000
+"""Values drawn at once: all resamples of a large test set would take gigabytes."""
 
 
 @dataclass(frozen=True)
-class Summary:
+class Statistics:
     """One metric of one model over the clips that have a value. Higher is better."""
 
     mean: float | None
@@ -46,26 +50,32 @@ class Summary:
 
 
 def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float | None, float | None]:
-    """Mean of `values` and its 95 % percentile bootstrap interval: (mean, low, high).
+    """Mean of `values` and its 95 % bootstrap interval over clips: (mean, low, high).
 
-    A single value has no interval (None): nothing says how much others would differ from it.
+    The interval says how far the mean would move with other clips of the same kind, not with other seeds of
+    the training. A single value has none (None): nothing says how much others would differ from it. Equal
+    values and `seed` give equal intervals.
 
-    Efron and Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 13. The clips are the
-    units: it says how far the mean would move with other clips of the same kind, not with other seeds
-    of the training. Deterministic for equal values and `seed`.
+    The interval is the percentile one (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993,
+    chapter 13), which unlike BCa is defined where all clips score the same.
     """
     array = np.asarray(values, np.float64)
+    mean = float(array.mean())
     if array.size == 1:
-        return float(array[0]), None, None
-    generator = np.random.default_rng(seed)
-    # Many at once, for speed; all at once would take gigabytes for large test sets.
-    share = max(1, _DRAWS // len(array))
-    means = [
-        array[generator.integers(0, len(array), (min(share, RESAMPLES - first), len(array)))].mean(1)
-        for first in range(0, RESAMPLES, share)
-    ]
-    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
-    return float(array.mean()), float(low), float(high)
+        return mean, None, None
+    interval = stats.bootstrap(
+        (array,),
+        np.mean,
+        method="percentile",
+        n_resamples=RESAMPLES,
+        batch=_batch(array.size),
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return mean, float(interval.low), float(interval.high)
+
+
+def _batch(size: int) -> int:
+    return max(1, _BATCH_VALUES // size)
 
 
 @dataclass(frozen=True)
@@ -78,13 +88,14 @@ class Difference:
     high: float | None
     """95 % bootstrap interval of the mean difference; None where there are fewer than two clips."""
     p: float | None
-    """Two-sided p-value of the sign-flip test: how often chance alone makes a difference as large."""
+    """Two-sided p-value of the sign-flip test: how often chance alone makes a difference as large. Exact
+    where the clips are so few that all signs can be tried."""
     clips: int
 
     @property
     def verdict(self) -> str:
         """``better`` or ``worse`` where the interval excludes 0 and p is below `SIGNIFICANT`; else ``no clear
-        difference``. The interval alone would be too sure of a handful of clips."""
+        difference``. The interval of a handful of clips alone is too narrow."""
         if self.low is None or self.high is None or self.p is None:
             return "no clear difference"
         if self.low <= 0 <= self.high or self.p >= SIGNIFICANT:
@@ -103,27 +114,32 @@ def compare(rows: Iterable[Row], model: str, reference: str, metric: str) -> Dif
 
 
 def paired(values: Sequence[float]) -> Difference:
-    """The mean of differences, one per clip.
+    """The mean of differences, one per clip, with its interval and p-value.
 
-    The same clips are drawn for both sides (a paired bootstrap): what makes a clip hard for both cancels.
-    The p-value turns the sign of every difference at random, `RESAMPLES` times (Fisher's randomisation
-    test). Neither corrects for making many comparisons.
+    The bootstrap draws the same clips for both sides, so what makes a clip hard for both cancels. The p-value
+    is that of Fisher's randomisation test, which flips the sign of every difference: all combinations where
+    they are at most `RESAMPLES`, else as many random ones. Neither corrects for making many comparisons.
     """
     differences = np.asarray(values, np.float64)
     if not differences.size:
         return Difference(None, None, None, None, 0)
-    generator = np.random.default_rng(0)
-    share = max(1, _DRAWS // differences.size)
-    flipped = np.concatenate(
-        [
-            generator.choice((-1.0, 1.0), (min(share, RESAMPLES - first), differences.size)) @ differences
-            for first in range(0, RESAMPLES, share)
-        ]
+    interval = mean_interval(differences.tolist())
+    return Difference(*interval, _sign_flip_p(differences), differences.size)
+
+
+def _sign_flip_p(differences: npt.NDArray[np.float64]) -> float:
+    if differences.size == 1:
+        return 1.0  # either sign is as large; SciPy asks for two values
+    test = stats.permutation_test(
+        (differences,),
+        np.mean,
+        permutation_type="samples",
+        n_resamples=RESAMPLES,
+        batch=_batch(differences.size),
+        vectorized=True,
+        rng=np.random.default_rng(0),
     )
-    # The observed signs are one of the possible draws; rounding must not count it as smaller than itself.
-    as_large = np.sum(np.abs(flipped) >= abs(differences.sum()) * (1 - 1e-9))
-    p = float((1 + as_large) / (1 + RESAMPLES))
-    return Difference(*mean_interval(differences.tolist()), p, differences.size)
+    return float(test.pvalue)
 
 
 def by_snr(rows: Iterable[Row]) -> dict[str, list[Row]]:
@@ -139,19 +155,19 @@ def by_snr(rows: Iterable[Row]) -> dict[str, list[Row]]:
     return {f"{low:g}..{low + BUCKET_DB:g} dB": buckets[low] for low in sorted(buckets)}
 
 
-def summarise(rows: Iterable[Row], metrics: Sequence[str]) -> dict[str, dict[str, Summary]]:
-    """``{model: {metric: Summary}}``, models in the order of their first row."""
+def statistics_by_model(rows: Iterable[Row], metrics: Sequence[str]) -> dict[str, dict[str, Statistics]]:
+    """``{model: {metric: Statistics}}``, models in the order of their first row."""
     by_model: dict[str, list[Row]] = {}
     for row in rows:
         by_model.setdefault(row["model"], []).append(row)
     return {
-        model: {metric: _summary(model_rows, metric) for metric in metrics}
+        model: {metric: _statistics(model_rows, metric) for metric in metrics}
         for model, model_rows in by_model.items()
     }
 
 
-def _summary(rows: Sequence[Row], metric: str) -> Summary:
+def _statistics(rows: Sequence[Row], metric: str) -> Statistics:
     values = [row[metric] for row in rows if row[metric] is not None]
     failed = Counter(row["failure"][metric] for row in rows if row[metric] is None)
     mean, low, high = mean_interval(values) if values else (None, None, None)
-    return Summary(mean, low, high, len(values), dict(failed))
+    return Statistics(mean, low, high, len(values), dict(failed))

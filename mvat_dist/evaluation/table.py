@@ -13,7 +13,15 @@ from tabulate import tabulate
 from mvat_dist.config.sizes import COST_SECONDS
 from mvat_dist.evaluation.metrics.registry import METRICS
 from mvat_dist.evaluation.real_time_factor import Cost
-from mvat_dist.evaluation.statistics import NOISY, Difference, Row, Summary, by_snr, compare, summarise
+from mvat_dist.evaluation.statistics import (
+    NOISY,
+    Difference,
+    Row,
+    Statistics,
+    by_snr,
+    compare,
+    statistics_by_model,
+)
 
 FORMAT = "mvat_dist.scores.1"
 ALL = "all"
@@ -34,9 +42,9 @@ class Section:
 
     name: str
     rows: list[Row]
-    summaries: dict[str, dict[str, Summary]]
-    """``{model: {metric: Summary}}``."""
-    buckets: dict[str, dict[str, dict[str, Summary]]]
+    summaries: dict[str, dict[str, Statistics]]
+    """``{model: {metric: Statistics}}``."""
+    buckets: dict[str, dict[str, dict[str, Statistics]]]
     """The same by SNR of the input."""
     reference: str | None
     """What the networks are compared with, one of them or `NOISY`; None where there is nothing to compare."""
@@ -63,9 +71,9 @@ def section(name: str, rows: list[Row], metrics: Sequence[str], reference: str |
         for model in others
         if reference is not None
     }
-    buckets = {bucket: summarise(its, metrics) for bucket, its in by_snr(rows).items()}
+    buckets = {bucket: statistics_by_model(its, metrics) for bucket, its in by_snr(rows).items()}
     compared = reference if differences else None
-    return Section(name, rows, summarise(rows, metrics), buckets, compared, differences)
+    return Section(name, rows, statistics_by_model(rows, metrics), buckets, compared, differences)
 
 
 def record(one: Section) -> dict[str, Any]:
@@ -85,7 +93,7 @@ def record(one: Section) -> dict[str, Any]:
     }
 
 
-def _plain(scores: Mapping[str, Mapping[str, Summary]]) -> dict[str, dict[str, Any]]:
+def _plain(scores: Mapping[str, Mapping[str, Statistics]]) -> dict[str, dict[str, Any]]:
     return {
         model: {metric: asdict(summary) for metric, summary in by_metric.items()}
         for model, by_metric in scores.items()
@@ -188,7 +196,7 @@ def _label(model: str, names: Mapping[str, str]) -> str:
     return model if model.endswith(own) else f"{model} ({own})"
 
 
-def _cell(summary: Summary, decimals: int) -> str:
+def _cell(summary: Statistics, decimals: int) -> str:
     if summary.mean is None:
         return "-"
     shown = f"{summary.mean:.{decimals}f}"

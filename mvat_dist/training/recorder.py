@@ -12,7 +12,7 @@ from torch import nn
 
 from mvat_dist.config.schema import Config
 from mvat_dist.distributed.ranks import Ranks
-from mvat_dist.evaluation.statistics import Summary
+from mvat_dist.evaluation.statistics import Statistics
 from mvat_dist.runs import environment
 from mvat_dist.runs.folder import RunDir
 from mvat_dist.runs.history import Row
@@ -95,7 +95,7 @@ def _last_validation(rows: Sequence[Row]) -> Row:
     return next(scored, {})
 
 
-def validation_row(summaries: Mapping[str, Summary]) -> Row:
+def validation_row(summaries: Mapping[str, Statistics]) -> Row:
     """Mean, ends of its 95 % interval and failures, by metric; higher is better but for the last."""
     row: Row = {}
     for metric, found in summaries.items():

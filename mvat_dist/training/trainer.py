@@ -20,7 +20,7 @@ from mvat_dist.distributed.collectives import together
 from mvat_dist.distributed.device import Precision
 from mvat_dist.distributed.ranks import Ranks
 from mvat_dist.errors import UserError
-from mvat_dist.evaluation.statistics import summarise
+from mvat_dist.evaluation.statistics import statistics_by_model
 from mvat_dist.evaluation.validate import validate
 from mvat_dist.models import weights as modelfile
 from mvat_dist.models.manner import Manner
@@ -269,7 +269,7 @@ class Trainer:
             world_size=self.ranks.world_size,
             gather=collectives.gather,
         )
-        means = summarise(scored, VALIDATION_METRICS)
+        means = statistics_by_model(scored, VALIDATION_METRICS)
         rows = {student.name: validation_row(means[student.name]) for student in learning}
         improved: list[Student] = []
         for student in learning:

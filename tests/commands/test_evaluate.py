@@ -18,7 +18,7 @@ from mvat_dist.evaluate import main
 from mvat_dist.evaluation import real_time_factor
 from mvat_dist.evaluation.metrics.registry import GROUPS, METRICS
 from mvat_dist.evaluation.metrics.si_sdr import si_sdr
-from mvat_dist.evaluation.statistics import mean_interval, summarise
+from mvat_dist.evaluation.statistics import mean_interval, statistics_by_model
 from mvat_dist.evaluation.validate import validate
 from mvat_dist.io import write_json
 from mvat_dist.models import weights
@@ -266,7 +266,7 @@ def test_summary_leaves_failures_out_of_the_mean_and_counts_them():
         {"model": "net", "stoi": 1.0, "failure": None},
         {"model": "dead", "stoi": None, "failure": {"stoi": "silent estimate"}},
     ]
-    found = summarise(rows, ["stoi"])
+    found = statistics_by_model(rows, ["stoi"])
     assert (found["net"]["stoi"].mean, found["net"]["stoi"].clips) == (0.75, 2)
     assert found["net"]["stoi"].failed == {"silent estimate": 1}
     assert (found["dead"]["stoi"].mean, found["dead"]["stoi"].clips) == (None, 0)

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from mvat_dist.evaluation.metrics.registry import METRICS
-from mvat_dist.evaluation.statistics import by_snr, compare
+from mvat_dist.evaluation.statistics import by_snr, compare, paired
 
 
 def compared(first: np.ndarray, second: np.ndarray):
@@ -36,6 +36,23 @@ def test_the_p_value_is_about_that_of_students_t_test(shift):
     generator = np.random.default_rng(4)
     first, second = generator.normal(0, 1, 40), generator.normal(shift, 1, 40)
     assert compared(first, second).p == pytest.approx(stats.ttest_rel(second, first).pvalue, abs=0.03)
+
+
+@pytest.mark.filterwarnings("error")
+def test_few_clips_and_constant_differences_are_not_overrated():
+    # Of 2^n signs, all equal differences are as large in two cases.
+    for clips in (1, 2, 3, 6, 10):
+        found = paired([0.5] * clips)
+        assert found.p == pytest.approx(min(1.0, 2 / 2**clips))
+        assert (found.low, found.high) == ((None, None) if clips == 1 else (0.5, 0.5))
+        assert found.verdict == ("better" if clips >= 6 else "no clear difference")
+    assert paired([0.0] * 50).p == 1
+    assert paired([]).mean is None
+
+
+def test_equal_differences_give_equal_results():
+    values = np.random.default_rng(5).normal(0.1, 1, 700).tolist()
+    assert paired(values) == paired(values)
 
 
 def test_comparisons_leave_out_clips_that_one_has_no_score_for():

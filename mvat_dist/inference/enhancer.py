@@ -21,6 +21,7 @@ from mvat_dist.inference.overlap_add import Audio, Window, cut, join
 from mvat_dist.models import weights
 from mvat_dist.models.fold import folded
 from mvat_dist.models.weights import LoadedModel
+from mvat_dist.runs.weights import resolve
 
 WINDOW_SECONDS = 16.0
 """Longest input of one pass. Beyond it the network hears overlapping windows (docs/export.md has the
@@ -152,7 +153,7 @@ def load(path: str | Path, device: str = "auto", batch: int = 1, precision: Prec
     Raises:
         UserError: no model there, several to choose from, or no such device.
     """
-    return Enhancer(weights.load(Path(path)), pick(device), batch, precision)
+    return Enhancer(weights.load(resolve(Path(path))), pick(device), batch, precision)
 
 
 def _check_number(name: str, value: Any, low: int, high: int, unit: str = "") -> None:

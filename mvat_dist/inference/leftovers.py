@@ -5,7 +5,7 @@ from __future__ import annotations
 import zipfile
 from pathlib import Path
 
-from mvat_dist.runs import weights
+from mvat_dist.models import metadata
 
 
 def sha256_of(file: Path) -> str:
@@ -21,8 +21,8 @@ def sha256_of(file: Path) -> str:
 
 
 def _of_safetensors(file: Path) -> str:
-    said = weights.description(file)
-    return said.about.get("sha256", "") if said else ""
+    description = metadata.read(file)
+    return description.about.get("sha256", "") if description else ""
 
 
 def _of_torchscript(file: Path) -> str:

@@ -15,6 +15,7 @@ from mvat_dist.config.sizes import Size
 from mvat_dist.launch import cost_model
 from mvat_dist.launch.cost_model import Machine, Step, Work
 from mvat_dist.launch.placement import Part, Placement, in_words
+from mvat_dist.models import metadata
 from mvat_dist.runs import weights
 
 _WORTH_IT = 0.9
@@ -163,5 +164,5 @@ def teacher_size(config: Config) -> Size | None:
         from mvat_dist.data.shards.targets import read_header
 
         return Size(**read_header(Path(config.teacher.cache))["teacher"]["size"])
-    said = weights.description(weights.resolve(Path(config.teacher.file)))
+    said = metadata.read(weights.resolve(Path(config.teacher.file)))
     return said.size if said else sizes.SIZES["manner-b"]

@@ -18,9 +18,9 @@ from safetensors.torch import save as serialise
 from mvat_dist.config.schema import SAMPLE_RATE
 from mvat_dist.config.sizes import Size
 from mvat_dist.io import atomic_file
+from mvat_dist.models import metadata
 from mvat_dist.models.manner import Manner
 from mvat_dist.models.pretrained import load_manner_checkpoint
-from mvat_dist.runs import weights as weightsfile
 
 
 @dataclass(frozen=True)
@@ -45,33 +45,33 @@ def save(
     about: Mapping[str, str] | None = None,
 ) -> None:
     """Write weights and BatchNorm buffers atomically to `path`, and `about` them what else is to be said."""
-    metadata = {
+    header = {
         **(about or {}),
-        "format": weightsfile.FORMAT,
+        "format": metadata.FORMAT,
         "name": name,
         "size": json.dumps(asdict(size)),
         "sample_rate": str(SAMPLE_RATE),
     }
     if step is not None:
-        metadata["step"] = str(step)
+        header["step"] = str(step)
     with atomic_file(path) as temporary:
         # As bytes: a file that safetensors makes itself is for its owner alone.
         temporary.write_bytes(
-            serialise({key: value.contiguous().cpu() for key, value in weights.items()}, metadata)
+            serialise({key: value.contiguous().cpu() for key, value in weights.items()}, header)
         )
 
 
-def load(path: Path) -> LoadedModel:
-    """The network in a model file, a student's folder or the folder of a run with one student.
+def load(file: Path) -> LoadedModel:
+    """The network in a model file; `mvat_dist.runs.weights.resolve` finds the file of a run.
 
     Raises:
-        UserError: nothing there, several students to choose from, or a file that is something else.
+        UserError: the file is damaged, or is something else.
     """
-    file = weightsfile.resolve(path)
-    said = weightsfile.description(file)
-    if said is None:
+    description = metadata.read(file)
+    if description is None:
         return LoadedModel(file.stem, load_manner_checkpoint(file), None)
-    return LoadedModel(said.name, load_manner_checkpoint(file, said.size), said.step, said.about)
+    network = load_manner_checkpoint(file, description.size)
+    return LoadedModel(description.name, network, description.step, description.about)
 
 
 def fingerprint(model: Manner) -> str:

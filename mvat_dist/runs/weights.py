@@ -1,70 +1,17 @@
-"""Where weights lie in a run, and what their files say of themselves: read on a login node, without torch."""
+"""Where weights lie in a run's folder."""
 
 from __future__ import annotations
 
-import json
-import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from mvat_dist.config.sizes import Size
 from mvat_dist.errors import UserError
 from mvat_dist.io import read_json
+from mvat_dist.models import metadata
 from mvat_dist.runs.folder import RunDir
 
-FORMAT = "mvat_dist.model.1"
 Which = Literal["best", "last"]
-_OWN = ("format", "name", "size", "sample_rate", "step")
-_LONGEST = 100_000_000
-"""Bytes of a safetensors header, as its own readers have it."""
-
-
-@dataclass(frozen=True)
-class Description:
-    """What a file of `FORMAT` says of the network in it."""
-
-    name: str
-    size: Size
-    step: int | None
-    """Optimiser steps behind it; None where it does not say."""
-    about: Mapping[str, str]
-    """Whatever else it says."""
-
-
-def description(file: Path) -> Description | None:
-    """What `file` says of itself; None for a file of another origin, of whatever kind.
-
-    Raises:
-        UserError: it is of `FORMAT`, and its description is damaged.
-    """
-    metadata = _metadata(file)
-    if metadata.get("format") != FORMAT:
-        return None
-    try:
-        name, size = metadata["name"], Size(**json.loads(metadata["size"]))
-        if Path(name).name != name:  # an export is written to a file of this name
-            raise ValueError(f"its name {name!r} cannot be that of a file")
-        step = int(metadata["step"]) if "step" in metadata else None
-    except (KeyError, TypeError, ValueError, UserError) as error:
-        raise UserError(f"{file}: its description is damaged ({error}): copy the file again") from error
-    about = {key: value for key, value in metadata.items() if key not in _OWN}
-    return Description(name, size, step, about)
-
-
-def _metadata(file: Path) -> dict[str, Any]:
-    """The free part of a safetensors file's header; empty for any other file."""
-    with file.open("rb") as opened:
-        head = opened.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        if not 2 <= length <= _LONGEST or opened.read(1) != b"{":
-            return {}
-        try:
-            found = json.loads(b"{" + opened.read(length - 1)).get("__metadata__")
-        except (ValueError, RecursionError):
-            return {}
-    return found if isinstance(found, dict) else {}
 
 
 def resolve(path: Path, which: Which = "best") -> Path:
@@ -100,13 +47,13 @@ def first_weights(init: str, name: str, size: Size) -> Path:
         raise UserError(f"--train.init {place} has no weights of {name}, but of {', '.join(of_run)}")
     try:
         file = of_run.get(name) or resolve(place)
-        said = description(file)
+        description = metadata.read(file)
     except UserError as error:
         raise UserError(f"--train.init: {error}") from error
-    if said and said.size != size:
+    if description and description.size != size:
         raise UserError(
-            f"--train.init {file} is {said.size}, but the student {name} is {size}: give weights of its "
-            "size, or declare the student's size so"
+            f"--train.init {file} is {description.size}, but the student {name} is {size}: give weights of "
+            "its size, or declare the student's size so"
         )
     return file
 

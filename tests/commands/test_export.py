@@ -27,9 +27,9 @@ from mvat_dist.errors import UserError, exit_code
 from mvat_dist.export import main
 from mvat_dist.inference import export as exporting
 from mvat_dist.inference import onnx_file
+from mvat_dist.models import metadata
 from mvat_dist.models import weights as modelfile
 from mvat_dist.models.manner import Manner
-from mvat_dist.runs import weights as weightsfile
 from mvat_dist.training.teacher import LiveTeacher
 from tests.conftest import REPOSITORY
 from tests.export_runs import a_run, a_test_set
@@ -243,7 +243,7 @@ def test_a_damaged_description_is_named(exported, tmp_path):
     file = tmp_path / "torn.safetensors"
     weights = safetensors.torch.load_file(exported / "tiny.safetensors")
     for size in ("{}", "[1]", "no JSON", '{"kind": "small", "hidden": 0}'):
-        safetensors.torch.save_file(weights, file, {"format": weightsfile.FORMAT, "name": "a", "size": size})
+        safetensors.torch.save_file(weights, file, {"format": metadata.FORMAT, "name": "a", "size": size})
         with pytest.raises(UserError, match=r"torn\.safetensors: its description is damaged"):
             modelfile.load(file)
 

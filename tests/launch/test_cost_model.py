@@ -22,6 +22,7 @@ from mvat_dist.launch.cost_model import Machine, Work
 from mvat_dist.launch.placement import Part
 from mvat_dist.models import weights as modelfile
 from mvat_dist.models.manner import Manner
+from mvat_dist.models.metadata import FORMAT
 from mvat_dist.runs import weights as weightsfile
 
 MACHINE = Machine()
@@ -321,7 +322,7 @@ def test_a_foreign_teacher_is_forecast_as_the_usual_one(tmp_path: Path) -> None:
 def test_a_teacher_that_training_would_refuse_has_no_forecast(tmp_path: Path) -> None:
     """With the very words of the training."""
     damaged = tmp_path / "damaged.safetensors"
-    metadata = {"format": weightsfile.FORMAT, "name": "a", "size": '{"hidden": "60"}'}
+    metadata = {"format": FORMAT, "name": "a", "size": '{"hidden": "60"}'}
     safetensors.torch.save_file({"some.weight": torch.zeros(2)}, damaged, metadata)
     several = tmp_path / "several"
     for name in ("a", "b"):
@@ -339,5 +340,5 @@ def test_a_teacher_that_training_would_refuse_has_no_forecast(tmp_path: Path) ->
         with pytest.raises(UserError, match=words) as forecasting:
             forecast.teacher_size(config)
         with pytest.raises(UserError) as training:
-            modelfile.load(place)
+            modelfile.load(weightsfile.resolve(place))
         assert str(forecasting.value) == str(training.value)

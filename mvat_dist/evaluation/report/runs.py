@@ -17,8 +17,8 @@ from mvat_dist.config.sizes import Size
 from mvat_dist.errors import UserError
 from mvat_dist.evaluation.statistics import Row
 from mvat_dist.io import read_json
+from mvat_dist.models import metadata
 from mvat_dist.runs.folder import RunDir
-from mvat_dist.runs.weights import description
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Reader:
             if not isinstance(said, dict) or said.get("step") is None or not file.is_file():
                 continue
             try:
-                here = description(file)
+                here = metadata.read(file)
             except (UserError, OSError):
                 continue  # training says so
             if here is not None and here.step != said["step"]:

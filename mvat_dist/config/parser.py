@@ -101,6 +101,7 @@ def parse(argv: list[str] | None, prog: str = "python -m mvat_dist.train") -> Co
     arguments = parser(prog)
     try:
         values = arguments.parse_args(_written_out(sys.argv[1:] if argv is None else argv))
+        _check_given("", {key: value for key, value in values.as_dict().items() if key != "config"})
         parsed = arguments.instantiate(values)
     except SystemExit:
         raise  # --help and --print_config
@@ -175,6 +176,15 @@ def check(config: Config) -> None:
         raise UserError(
             f"--data.segment_seconds is {config.data.segment_seconds}: the spectral loss needs 0.128 s"
         )
+
+
+def _check_given(prefix: str, values: dict[str, Any]) -> None:
+    """Refuse ``null`` and empty sections, which jsonargparse takes for a value of any type."""
+    for key, value in values.items():
+        if value is None:
+            raise UserError(f"--{prefix}{key} is null: give a value, or leave the key out for its default")
+        if isinstance(value, dict):
+            _check_given(f"{prefix}{key}.", value)
 
 
 def _check_teacher(config: Config) -> None:

@@ -56,7 +56,7 @@ def test_a_file_is_refused_as_the_command_line_is(tmp_path: Path, value: str) ->
 def test_an_empty_section_is_refused(tmp_path: Path, section: str) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(f"distil: {{method: none}}\n{section}\n")
-    with pytest.raises(UserError, match="optim|data"):
+    with pytest.raises(UserError, match=r"optim|data"):
         parser.parse(["--config", str(file)])
 
 

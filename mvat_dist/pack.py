@@ -74,7 +74,7 @@ def _parser() -> ArgumentParser:
         one.add_argument("--workers", type=int, default=0, help="processes; 0: one per core")
         one.add_class_arguments(recipe)
         commands.add_subcommand(name, one, help=_ABOUT[name])
-    check = _subparser("Compare every byte and every decoded sample with the manifests.")
+    check = _subparser("Compare the SHA-256 of every file with the manifests, and read every utterance once.")
     check.add_argument("corpus", type=place, help="a packed corpus")
     check.add_argument("--workers", type=int, default=0, help="processes; 0: one per core")
     commands.add_subcommand("verify", check, help="check packed shards")

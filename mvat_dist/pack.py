@@ -1,4 +1,4 @@
-"""``python -m mvat_dist.pack``: turn a corpus into shards, and check packed ones."""
+"""Pack a speech corpus into shards, check packed shards, or make a synthetic corpus."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from mvat_dist.data.prepare.recipes import DnsRecipe, Recipe, ValentiniRecipe
 from mvat_dist.data.prepare.statistics import collect, source_table, subset_table
 from mvat_dist.data.prepare.verify import verify
 from mvat_dist.data.prepare.write import REJECTED, pack
+from mvat_dist.data.synthetic.corpus import make_corpus
 from mvat_dist.errors import UserError, exit_code, nearest
 
 EXAMPLE = """example:
@@ -27,12 +28,24 @@ EXAMPLE = """example:
       --out shards/valentini
   python -m mvat_dist.pack verify shards/dns
   python -m mvat_dist.pack stats shards/dns --out dns.png
+  python -m mvat_dist.pack synthetic --out build/corpus --minutes 12 --noise-minutes 6
 
 Options may be written with - for _.
 """
 
 
 _RECIPES: dict[str, type[Recipe]] = {"dns": DnsRecipe, "valentini": ValentiniRecipe}
+_OPTIONS = (
+    "corpus",
+    "out",
+    "workers",
+    "config",
+    "sources",
+    "minutes",
+    "noise_minutes",
+    "rooms",
+    "test_clips",
+)
 _ABOUT = {
     "dns": "DNS-Challenge layout: speech, noise and rooms to mix from, or mixed pairs, or both",
     "valentini": "VoiceBank+DEMAND (Valentini-Botinhao): {clean,noisy}_<set>_wav",
@@ -41,51 +54,71 @@ _ABOUT = {
 
 def main(argv: list[str] | None = None) -> None:
     """Run one of the subcommands."""
-    made = _parser()
+    arguments = [_underscored(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     try:
-        parsed = made.parse_args([_underscored(one) for one in (sys.argv[1:] if argv is None else argv)])
+        options = _parser().parse_args(arguments)
     except SystemExit:
         raise  # --help
     except Exception as error:
         raise UserError(_readable(str(error))) from error
-    if parsed.command == "verify":
-        _verify(parsed.verify)
-    elif parsed.command == "stats":
-        _stats(parsed.stats)
+    commands = {"verify": _verify, "stats": _stats, "synthetic": _synthetic}
+    if options.command in commands:
+        commands[options.command](options[options.command])
     else:
-        _pack(parsed.command, parsed[parsed.command])
+        _pack(options.command, options[options.command])
 
 
 def _parser() -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    made = _subparser(
-        "Pack a speech corpus into shards, or check packed shards.", prog="python -m mvat_dist.pack"
+    parser = _subparser(
+        "Pack a speech corpus into shards, check packed shards, or make a synthetic corpus.",
+        prog="python -m mvat_dist.pack",
     )
-    commands = made.add_subcommands(required=True, dest="command")
+    commands = parser.add_subcommands(required=True, dest="command")
     for name, recipe in _RECIPES.items():
-        one = _subparser(_ABOUT[name])
-        one.add_argument(
-            "--config", action="config", help="recipe: a YAML file with any of the options below"
-        )
-        one.add_argument("--corpus", type=place, required=True, help="folder of the corpus")
-        one.add_argument(
-            "--out", type=place, required=True, help="folder of the shards: new, empty or unfinished"
-        )
-        one.add_argument("--workers", type=int, default=0, help="processes; 0: one per core")
-        one.add_class_arguments(recipe)
-        commands.add_subcommand(name, one, help=_ABOUT[name])
-    check = _subparser("Compare the SHA-256 of every file with the manifests, and read every utterance once.")
-    check.add_argument("corpus", type=place, help="a packed corpus")
-    check.add_argument("--workers", type=int, default=0, help="processes; 0: one per core")
-    commands.add_subcommand("verify", check, help="check packed shards")
-    about = "Hours of each subset and source, and how levels, SNRs and lengths spread."
-    show = _subparser(about)
-    show.add_argument("corpus", type=place, help="a packed corpus")
-    show.add_argument("--out", type=place, default=None, help="picture to draw: FILE.png, .svg or .pdf")
-    show.add_argument("--sources", type=int, default=8, help="most sources of a subset in the table")
-    show.add_argument("--workers", type=int, default=0, help="processes; 0: one per core")
-    commands.add_subcommand("stats", show, help="hours, and a picture of levels, SNRs and lengths")
-    return made
+        commands.add_subcommand(name, _recipe_parser(name, recipe), help=_ABOUT[name])
+    verify_parser = _subparser(
+        "Compare the SHA-256 of every file with the manifests, and read every utterance once."
+    )
+    verify_parser.add_argument("corpus", type=place, help="a packed corpus")
+    _add_workers(verify_parser)
+    commands.add_subcommand("verify", verify_parser, help="check packed shards")
+    stats_parser = _subparser("Hours of each subset and source, and how levels, SNRs and lengths spread.")
+    stats_parser.add_argument("corpus", type=place, help="a packed corpus")
+    stats_parser.add_argument("--out", type=place, default=None, help="picture: FILE.png, .svg or .pdf")
+    stats_parser.add_argument("--sources", type=int, default=8, help="most sources of a subset in the table")
+    _add_workers(stats_parser)
+    commands.add_subcommand("stats", stats_parser, help="hours, and a picture of levels, SNRs and lengths")
+    about = "make a small corpus in DNS-Challenge layout of synthetic voices, noises and rooms"
+    commands.add_subcommand("synthetic", _synthetic_parser(about), help=about)
+    return parser
+
+
+def _recipe_parser(layout: str, recipe: type[Recipe]) -> ArgumentParser:
+    parser = _subparser(_ABOUT[layout])
+    parser.add_argument("--config", action="config", help="recipe: a YAML file with any of the options below")
+    parser.add_argument("--corpus", type=place, required=True, help="folder of the corpus")
+    parser.add_argument(
+        "--out", type=place, required=True, help="folder of the shards: new, empty or unfinished"
+    )
+    _add_workers(parser)
+    parser.add_class_arguments(recipe)
+    return parser
+
+
+def _synthetic_parser(about: str) -> ArgumentParser:
+    parser = _subparser(f"{about[0].upper()}{about[1:]}.")
+    parser.add_argument("--out", type=place, required=True, help="folder of the corpus: new or empty")
+    parser.add_argument("--minutes", type=float, default=12.0, help="speech, in minutes")
+    parser.add_argument("--noise_minutes", type=float, default=6.0, help="noise, in minutes")
+    parser.add_argument("--rooms", type=int, default=4, help="rooms, 4 impulse responses each")
+    parser.add_argument("--test_clips", type=int, default=0, help="mixtures for a test set of other voices")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all that is random")
+    return parser
+
+
+def _add_workers(parser: ArgumentParser) -> None:
+    parser.add_argument("--workers", type=int, default=0, help="processes; 0: one per core")
 
 
 def _subparser(description: str, prog: str | None = None) -> ArgumentParser:
@@ -108,15 +141,7 @@ def _readable(message: str) -> str:
     """jsonargparse's message on one line, with the nearest option where one is unknown."""
     line = re.sub(r"\s+", " ", message).strip()
     if unknown := re.search(r"(?:unrecognized arguments: --|does not accept option ')([\w.+-]+)", line):
-        known = {
-            "corpus",
-            "out",
-            "workers",
-            "config",
-            "sources",
-            *_names(DnsRecipe),
-            *_names(ValentiniRecipe),
-        }
+        known = {*_OPTIONS, *(name for recipe in _RECIPES.values() for name in _names(recipe))}
         line += f"; did you mean {nearest(unknown.group(1).rpartition('.')[2], known)}?"
     return line
 
@@ -126,8 +151,8 @@ def _pack(layout: str, options: Namespace) -> None:
     recipe = _RECIPES[layout](**{name: options[name] for name in _names(_RECIPES[layout])})
     if isinstance(recipe, ValentiniRecipe):
         trainsets = ("28spk", "56spk") if recipe.trainset == "both" else (recipe.trainset,)
-        speakers = [one.strip() for one in recipe.valid_speakers.split(",")]
-        listing = list_valentini(corpus, [f"trainset_{one}" for one in trainsets], speakers)
+        speakers = [speaker.strip() for speaker in recipe.valid_speakers.split(",")]
+        listing = list_valentini(corpus, [f"trainset_{trainset}" for trainset in trainsets], speakers)
     else:
         listing = list_dns(corpus)
     packed = pack(listing, layout, recipe, out, options.workers)
@@ -147,8 +172,8 @@ def _names(recipe: type[Recipe]) -> list[str]:
 
 def _print_summary(manifest: dict[str, Any], out: Path) -> None:
     subsets = [
-        (name, one["kind"], one["utterances"], f"{one['hours']:.3f}", f"{one['bytes'] / 1e6:.1f}")
-        for name, one in manifest["subsets"].items()
+        (name, row["kind"], row["utterances"], f"{row['hours']:.3f}", f"{row['bytes'] / 1e6:.1f}")
+        for name, row in manifest["subsets"].items()
     ]
     print(tabulate(subsets, ["subset", "kind", "utterances", "hours", "MB"], colalign=("left", "left")))
     files = manifest["files"]
@@ -193,10 +218,21 @@ def _stats(options: Namespace) -> None:
     header, rows = source_table(statistics, options.sources)
     print(tabulate(rows, header, colalign=("left", "left")))
     if picture:
-        draw(
-            statistics, f"{corpus.resolve().name}: {sum(one.hours for one in statistics):.2f} hours", picture
-        )
+        hours = sum(subset.hours for subset in statistics)
+        draw(statistics, f"{corpus.resolve().name}: {hours:.2f} hours", picture)
         print(f"\npicture: {picture}")
+
+
+def _synthetic(options: Namespace) -> None:
+    make_corpus(
+        Path(options.out),
+        speech_minutes=options.minutes,
+        noise_minutes=options.noise_minutes,
+        rooms=options.rooms,
+        seed=options.seed,
+        test_clips=options.test_clips,
+    )
+    print(f"synthetic corpus: {options.out}")
 
 
 if __name__ == "__main__":

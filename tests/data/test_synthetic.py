@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from mvat_dist import pack, synthesize
+from mvat_dist import pack
 from mvat_dist.data.shards.reader import ShardSet
 from mvat_dist.data.synthetic.corpus import shoebox
 from mvat_dist.data.synthetic.noises import MAKERS, RATE
@@ -29,7 +29,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def make(out: Path, *options: str) -> int:
-    return exit_code(synthesize.main, ["--out", str(out), *TINY, *options])
+    return exit_code(pack.main, ["synthetic", "--out", str(out), *TINY, *options])
 
 
 @pytest.fixture(scope="module")

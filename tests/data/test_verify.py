@@ -211,7 +211,9 @@ def test_a_truncated_tar(broken: Path, place: str) -> None:
     shard = broken / "train_clean" / shard_name(1)
     with shard.open("r+b") as stream:
         stream.truncate(_boundaries(shard)[place])
-    assert any(re.search(r"the file ends \d+ bytes too soon", problem) for problem in verify(broken, 1).problems)
+    assert any(
+        re.search(r"the file ends \d+ bytes too soon", problem) for problem in verify(broken, 1).problems
+    )
     found = content(broken)
     assert found == {at: expected[at] for at in found}
     subset = ShardSet.open(broken / "train_clean")

@@ -57,7 +57,7 @@ def make_corpus(
         UserError: `out` holds something else, or espeak-ng is missing.
     """
     description = {
-        "made by": "mvat_dist.synthesize",
+        "made by": "mvat_dist.pack synthetic",
         "speech_minutes": speech_minutes,
         "noise_minutes": noise_minutes,
         "rooms": rooms,

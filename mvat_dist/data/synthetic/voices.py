@@ -1,23 +1,22 @@
 """Speech for the synthetic corpus: our own sentences, read by espeak-ng from the wheel `espeakng-loader`.
 
-espeak-ng keeps state between utterances, so that a voice sounds a little different each time: all is
-spoken in one fresh process in one order, which makes the result repeatable.
+espeak-ng keeps state between utterances, so that a voice sounds a little different each time. All lines are
+therefore spoken in one fresh process and in one order, which makes the result repeatable.
 """
 
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from mvat_dist.data.pool import ProcessPool, WorkerDiedError
 from mvat_dist.errors import UserError
 
 RATE = 22_050
@@ -29,7 +28,7 @@ _INITIALIZE_DONT_EXIT = 0x8000
 _RATE, _VOLUME, _PITCH, _RANGE = 1, 2, 3, 4
 _POS_CHARACTER = 1
 _CHARS_UTF8 = 1
-# Half of espeak-ng's own volume: some variants clip at that.
+# Half of espeak-ng's own volume, at which some variants clip.
 _QUIET = 50
 
 _ACCENTS = ["en-us", "en", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan", "en-029", "nl", "de", "it", "es"]
@@ -88,7 +87,7 @@ def readers(count: int, random: np.random.Generator) -> list[Reader]:
 
 
 def sentence(random: np.random.Generator) -> str:
-    """Nine to eleven words in grammatical order, put together here: nobody's text."""
+    """A random sentence of nine to eleven words in grammatical order."""
     words = [_WORDS[kind].split() for kind in _SENTENCE.split()]
     picked = [choices[int(random.integers(len(choices)))] for choices in words]
     return " ".join(picked).replace("_", " ").capitalize() + "."
@@ -100,27 +99,27 @@ def speak(lines: Sequence[Line], seed: int) -> list[npt.NDArray[np.int16]]:
     Raises:
         UserError: espeak-ng is not installed, or does not work here.
     """
-    executor = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-    try:
-        return executor.submit(_speak_all, list(lines), seed).result()
-    except ImportError as error:
+    with ProcessPool(1) as pool:
+        ((_, spoken),) = pool.as_completed(partial(_speak_all, seed=seed), [list(lines)])
+    if isinstance(spoken, ImportError):
         raise UserError(
             "the synthetic corpus needs espeak-ng: pip install 'mvat_dist[synthetic]', or use a real corpus"
-        ) from error
-    except BrokenProcessPool as error:
-        raise UserError("espeak-ng crashed on this machine: use a real corpus instead") from error
-    finally:
-        executor.shutdown()
+        ) from spoken
+    if isinstance(spoken, WorkerDiedError):
+        raise UserError("espeak-ng crashed on this machine: use a real corpus instead") from spoken
+    if isinstance(spoken, Exception):
+        raise spoken
+    return spoken
 
 
 def _speak_all(lines: list[Line], seed: int) -> list[npt.NDArray[np.int16]]:
-    with _espeak(seed) as (library, heard):
-        return [_speak_one(library, heard, line) for line in lines]
+    with _espeak(seed) as (library, chunks):
+        return [_speak_line(library, chunks, line) for line in lines]
 
 
 @contextmanager
 def _espeak(seed: int) -> Iterator[tuple[Any, list[npt.NDArray[np.int16]]]]:
-    """The loaded library, and the list to which it will append what it says."""
+    """The loaded library, and the list to which its callback appends chunks of audio."""
     import espeakng_loader  # an optional dependency, wanted only here
 
     library = ctypes.CDLL(espeakng_loader.get_library_path())
@@ -130,25 +129,25 @@ def _espeak(seed: int) -> Iterator[tuple[Any, list[npt.NDArray[np.int16]]]]:
     if rate != RATE:
         raise UserError(f"espeak-ng does not start here (it answered {rate}): use a real corpus instead")
     library.espeak_ng_SetRandSeed(ctypes.c_long(seed))
-    heard: list[npt.NDArray[np.int16]] = []
+    chunks: list[npt.NDArray[np.int16]] = []
 
-    def hear(samples: Any, count: int, _events: Any) -> int:
+    def append(samples: Any, count: int, _events: Any) -> int:
         if samples and count > 0:
-            heard.append(np.ctypeslib.as_array(samples, (count,)).copy())
+            chunks.append(np.ctypeslib.as_array(samples, (count,)).copy())
         return 0
 
     callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)(
-        hear
+        append
     )
     library.espeak_SetSynthCallback(callback)
     try:
-        yield library, heard
+        yield library, chunks
     finally:
         library.espeak_Terminate()
 
 
-def _speak_one(library: Any, heard: list[npt.NDArray[np.int16]], line: Line) -> npt.NDArray[np.int16]:
-    heard.clear()
+def _speak_line(library: Any, chunks: list[npt.NDArray[np.int16]], line: Line) -> npt.NDArray[np.int16]:
+    chunks.clear()
     reader, text = line.reader, line.text.encode() + b"\0"
     if library.espeak_SetVoiceByName(reader.voice.encode()) != 0:
         raise UserError(f"this espeak-ng has no voice {reader.voice}")
@@ -156,6 +155,6 @@ def _speak_one(library: Any, heard: list[npt.NDArray[np.int16]], line: Line) -> 
     for parameter, value in settings:
         library.espeak_SetParameter(parameter, value, 0)
     size = ctypes.c_size_t(len(text))
-    if library.espeak_Synth(text, size, 0, _POS_CHARACTER, 0, _CHARS_UTF8, None, None) != 0 or not heard:
+    if library.espeak_Synth(text, size, 0, _POS_CHARACTER, 0, _CHARS_UTF8, None, None) != 0 or not chunks:
         raise UserError(f"espeak-ng did not speak with voice {reader.voice}")
-    return np.concatenate(heard)
+    return np.concatenate(chunks)

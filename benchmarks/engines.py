@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from benchmarks.processes import measured_by
 from mvat_dist.config import sizes
 from mvat_dist.config.schema import SAMPLE_RATE, EngineConfig, OptimConfig
+from mvat_dist.distributed.process_group import init_distributed
 from mvat_dist.distributed.ranks import export, read
 from mvat_dist.models.manner import Manner
-from mvat_dist.training.engine import StudentEngine, deepspeed_config, init_distributed
+from mvat_dist.training.engine import StudentEngine, deepspeed_config
 from mvat_dist.training.schedule import Hyperparameters
 
 CPU = torch.device("cpu")

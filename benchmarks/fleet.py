@@ -27,11 +27,12 @@ from benchmarks.plain import PlainJob, enhance
 from mvat_dist.config import sizes
 from mvat_dist.config.schema import SAMPLE_RATE, Config, DistilConfig, EngineConfig
 from mvat_dist.data.batch import Batch, TeacherTargets
+from mvat_dist.distributed.process_group import init_distributed
 from mvat_dist.distributed.ranks import export, read
 from mvat_dist.losses.objective import Objective
 from mvat_dist.models import weights
 from mvat_dist.models.manner import Manner
-from mvat_dist.training.engine import StudentEngine, deepspeed_config, init_distributed
+from mvat_dist.training.engine import StudentEngine, deepspeed_config
 from mvat_dist.training.students import Fleet, Student
 from mvat_dist.training.teacher import LiveTeacher
 

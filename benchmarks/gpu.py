@@ -33,13 +33,14 @@ from mvat_dist.config.schema import SAMPLE_RATE, Config
 from mvat_dist.config.sizes import Size
 from mvat_dist.data.batch import Batch
 from mvat_dist.distributed.device import Precision
+from mvat_dist.distributed.process_group import init_distributed
 from mvat_dist.distributed.ranks import export, read
 from mvat_dist.errors import EXIT_USER_ERROR
 from mvat_dist.io import write_text
 from mvat_dist.losses.objective import Objective
 from mvat_dist.models import weights
 from mvat_dist.models.manner import Manner
-from mvat_dist.training.engine import StudentEngine, deepspeed_config, init_distributed
+from mvat_dist.training.engine import StudentEngine, deepspeed_config
 from mvat_dist.training.students import Fleet, Student
 from mvat_dist.training.teacher import LiveTeacher
 

@@ -34,6 +34,7 @@ from benchmarks.processes import measured_by
 from mvat_dist.config import sizes as students
 from mvat_dist.config.schema import SAMPLE_RATE, Config
 from mvat_dist.data.batch import Batch
+from mvat_dist.distributed.process_group import init_distributed
 from mvat_dist.distributed.ranks import export, read
 from mvat_dist.io import write_text
 from mvat_dist.launch import cost_model, forecast
@@ -41,7 +42,6 @@ from mvat_dist.launch import processes as launch
 from mvat_dist.launch.cost_model import Machine, Rate, Work
 from mvat_dist.models import weights
 from mvat_dist.models.manner import Manner
-from mvat_dist.training.engine import init_distributed
 from mvat_dist.training.teacher import LiveTeacher
 
 FITTED, HELD_OUT = (1, 2, 4), 3

@@ -98,10 +98,10 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(options.out).absolute()
 
     # Imported late: --help and a refused option answer at once.
-    from mvat_dist.distributed.logs import quieten
+    from mvat_dist.distributed.logs import configure_logging
     from mvat_dist.training import cache_check, teacher_cache
 
-    quieten(0)
+    configure_logging(0)
     output = options.output or "output" in config.distil.method
     workers = options.workers or teacher_cache.default_workers(config)
     order = teacher_cache.Order(

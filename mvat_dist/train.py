@@ -11,14 +11,13 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from mvat_dist.config import parser
 from mvat_dist.config.schema import Config
-from mvat_dist.distributed import ranks
-from mvat_dist.errors import PortTakenError, UserError, exit_code
+from mvat_dist.distributed import ranks, slurm
+from mvat_dist.errors import UserError, exit_code
 from mvat_dist.launch import placement
 from mvat_dist.runs import folder
 from mvat_dist.runs import status as runstate
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
     import torch
 
     from mvat_dist.distributed.device import Precision
-
-_PORT_SECONDS = 30.0
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -82,21 +79,19 @@ def _train(config: Config, here: ranks.Ranks, run: folder.RunDir, whole: Config)
     stop = stopping.StopRequest()
     stop.listen()
     device, precision = _device(config, here)
-    import torch
-
-    from mvat_dist.distributed.logs import quieten
-    from mvat_dist.training import engine
+    from mvat_dist.distributed import process_group
+    from mvat_dist.distributed.logs import configure_logging
     from mvat_dist.training.fault_tolerance import Guard
     from mvat_dist.training.trainer import Trainer
 
-    quieten(here.rank)
+    configure_logging(here.rank)
     guard = Guard(run, here, config.train.watchdog_seconds)
     trainer: Trainer | None = None
     code, words, orderly = 1, "", False
     try:
-        _await_port(here)
-        # The watchdogs end a hang, and with more to say; this is for a process whose threads hang too.
-        engine.init_distributed(device, timedelta(seconds=2 * config.train.watchdog_seconds))
+        process_group.wait_for_port(here)
+        # Watchdogs end a hang and explain it; the timeout is for a process whose threads hang too.
+        process_group.init_distributed(device, timedelta(seconds=2 * config.train.watchdog_seconds))
         trainer = Trainer(config, here, run, device, precision, guard)
         if whole.parts and here.rank == 0:
             placement.explain(whole)
@@ -112,13 +107,11 @@ def _train(config: Config, here: ranks.Ranks, run: folder.RunDir, whole: Config)
     finally:
         if trainer:
             trainer.close(code, words)
-        # gloo's threads abort a process that ends without this. NCCL's way out asks the other ranks,
-        # which after an error on this one may wait elsewhere.
-        if torch.distributed.is_initialized() and (orderly or device.type == "cpu"):
-            torch.distributed.destroy_process_group()
+        process_group.leave(device, orderly=orderly)
         guard.leave()
-    if reason and not whole.parts:  # a job of several parts: `mvat_dist.launch.requeue`, when all have saved
-        stopping.requeue(reason, here, progressed=trainer.step > first)
+    if reason and not whole.parts and here.launcher == "slurm" and here.rank == 0:
+        # A job of several parts: `mvat_dist.launch.requeue`, when all have saved.
+        slurm.requeue_after_signal(reason, progressed=trainer.step > first)
     return code
 
 
@@ -133,24 +126,6 @@ def _device(config: Config, here: ranks.Ranks) -> tuple[torch.device, Precision]
     else:
         os.environ["DS_ACCELERATOR"] = "cpu"
     return device, precision
-
-
-def _await_port(here: ranks.Ranks) -> None:
-    """On rank 0, wait until the port of the rendezvous is free: a former life may still be ending there.
-
-    Raises:
-        PortTakenError: it is not; the next start takes another port.
-    """
-    # Another launcher's own store listens there already.
-    if here.rank or here.world_size == 1 or here.launcher not in {"slurm", "local"}:
-        return
-    deadline = time.monotonic() + (_PORT_SECONDS if here.launcher == "slurm" else 0.0)
-    while not ranks.port_is_free(here.master_port):
-        if time.monotonic() > deadline:
-            raise PortTakenError(
-                f"another program listens on port {here.master_port} of this node: start again"
-            )
-        time.sleep(0.5)
 
 
 if __name__ == "__main__":

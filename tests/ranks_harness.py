@@ -40,7 +40,7 @@ def _one_rank(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    from mvat_dist.training.engine import init_distributed
+    from mvat_dist.distributed.process_group import init_distributed
 
     torch.set_num_threads(1)
     init_distributed(torch.device("cpu"), timedelta(minutes=5))

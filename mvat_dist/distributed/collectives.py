@@ -1,4 +1,4 @@
-"""The few things that ranks tell each other, besides the gradients that DeepSpeed reduces."""
+"""Collectives of the trainer besides the gradients that ZeRO reduces: sums, objects, BatchNorm statistics."""
 
 from __future__ import annotations
 
@@ -20,50 +20,56 @@ def world_size() -> int:
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
-def sum_in_place(tensors: Sequence[Tensor]) -> None:
-    """Replace every tensor by its sum over the ranks, in one message per call."""
+def rank() -> int:
+    """This process's rank; 0 without a process group."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def all_reduce_sum(tensors: Sequence[Tensor]) -> None:
+    """Replace every tensor by its sum over the ranks, in one all-reduce."""
     if world_size() == 1 or not tensors:
         return
-    flat = torch.cat([one.reshape(-1).double() for one in tensors])
+    flat = torch.cat([tensor.reshape(-1).double() for tensor in tensors])
     distributed.all_reduce(flat)
-    for one, total in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
-        one.copy_(total.view_as(one))
+    for tensor, total in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
+        tensor.copy_(total.view_as(tensor))
 
 
-def batchnorms(module: nn.Module) -> list[BatchNorm]:
-    """Every normalisation layer with running statistics in `module`."""
-    return [one for one in module.modules() if isinstance(one, BatchNorm)]
-
-
-def begin_mean(tensors: Sequence[Tensor]) -> Callable[[], None]:
-    """Begin to replace every tensor by its mean over the ranks, in one message; other work goes on meanwhile.
+def all_reduce_mean_async(tensors: Sequence[Tensor]) -> Callable[[], None]:
+    """Start to replace every tensor by its mean over the ranks, in one all-reduce, and return at once.
 
     Returns:
-        What ends it: until it has been called, the tensors are not to be touched.
+        A function that waits for the result; until it has returned, the tensors must not be touched.
     """
     ranks = world_size()
     if ranks == 1 or not tensors:
         return lambda: None
-    flat = torch.cat([one.reshape(-1) for one in tensors]).div_(ranks)
-    message = distributed.all_reduce(flat, async_op=True)
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors]).div_(ranks)
+    work = distributed.all_reduce(flat, async_op=True)
 
-    def end() -> None:
-        message.wait()
-        unpack(flat, tensors)
+    def wait() -> None:
+        work.wait()
+        unflatten(flat, tensors)
 
-    return end
+    return wait
 
 
-def unpack(flat: Tensor, tensors: Sequence[Tensor]) -> None:
-    """Write the parts of `flat` into `tensors`."""
-    parts = torch.split(flat, [one.numel() for one in tensors])
-    torch._foreach_copy_(list(tensors), [part.view_as(one) for part, one in zip(parts, tensors, strict=True)])
+def unflatten(flat: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Write the parts of `flat`, a concatenation of flattened tensors, into `tensors`."""
+    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+    views = [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+    torch._foreach_copy_(list(tensors), views)
+
+
+def batchnorms(module: nn.Module) -> list[BatchNorm]:
+    """Every normalisation layer with running statistics in `module`."""
+    return [layer for layer in module.modules() if isinstance(layer, BatchNorm)]
 
 
 def average_batchnorm(modules: Iterable[nn.Module], sums: Sequence[Tensor] = ()) -> None:
     """Give every rank the same running statistics: those of the mixture of the ranks' own.
 
-    In the same message, replace every tensor of `sums` by its sum over the ranks.
+    In the same all-reduce, replace every tensor of `sums` by its sum over the ranks.
 
     DeepSpeed synchronises parameters only, so running means and variances drift apart with each rank's
     data. Ranks see equally many items: the mean is the mean of the ranks' running means, the variance
@@ -76,28 +82,28 @@ def average_batchnorm(modules: Iterable[nn.Module], sums: Sequence[Tensor] = ())
     means = [norm.running_mean for norm in norms if norm.running_mean is not None]
     variances = [norm.running_var for norm in norms if norm.running_var is not None]
     if not means:
-        sum_in_place(sums)
+        all_reduce_sum(sums)
         return
     with torch.no_grad():
-        # A fleet has a thousand layers: joined, they cost a few operations and not a few thousand.
-        mean, variance = (torch.cat(one).double() for one in (means, variances))
+        # A group of students has a thousand layers: concatenated, they cost a few operations.
+        mean, variance = (torch.cat(statistics).double() for statistics in (means, variances))
         second = (variance + mean.square()) / ranks
         mean /= ranks
-        sum_in_place([*sums, mean, second])
-        unpack(mean, means)
-        unpack(second - mean.square(), variances)
+        all_reduce_sum([*sums, mean, second])
+        unflatten(mean, means)
+        unflatten(second - mean.square(), variances)
 
 
-def gather(value: T) -> list[T]:
+def all_gather_object(value: T) -> list[T]:
     """`value` of every rank, in the order of the ranks."""
     if world_size() == 1:
         return [value]
-    found: list[T] = [value] * world_size()
-    distributed.all_gather_object(found, value)
-    return found
+    values: list[T] = [value] * world_size()
+    distributed.all_gather_object(values, value)
+    return values
 
 
-def from_rank_zero(value: T) -> T:
+def broadcast_object(value: T) -> T:
     """Rank 0's `value` on every rank."""
     if world_size() == 1:
         return value
@@ -106,43 +112,54 @@ def from_rank_zero(value: T) -> T:
     return box[0]
 
 
-def largest(number: int) -> int:
+def all_reduce_max(number: int) -> int:
     """The largest `number` of any rank."""
     if world_size() == 1:
         return number
-    found = torch.tensor([number])
-    if distributed.get_backend() == "nccl":
-        found = found.cuda()
-    distributed.all_reduce(found, op=distributed.ReduceOp.MAX)
-    return int(found.item())
+    value = torch.tensor([number], device="cuda" if distributed.get_backend() == "nccl" else "cpu")
+    distributed.all_reduce(value, op=distributed.ReduceOp.MAX)
+    return int(value.item())
 
 
-def together(build: Callable[[], T]) -> T:
-    """``build()`` on every rank; where it fails on one, all fail, and none waits for that one.
+def run_on_all_ranks(function: Callable[[], T]) -> T:
+    """Call ``function()`` on every rank; where it fails on one, all ranks fail, and none waits for that one.
 
     Raises:
-        UserError: what some rank refused, or a full or read-only disk; rank 0 says it.
+        UserError: some rank refused, or met a full or read-only disk; rank 0 prints it.
         CrashedElsewhereError: something else went wrong on another rank.
         Exception: whatever else went wrong on this rank.
     """
     refusal: str | None = None
     crash: Exception | None = None
-    built: list[T] = []
+    results: list[T] = []
     try:
-        built.append(build())
+        results.append(function())
     except UserError as error:
         refusal = str(error)
     except Exception as error:
         refusal = machine_refusal(error) if isinstance(error, OSError) else None
         if refusal is None:
             crash, refusal = error, f"another rank failed: {type(error).__name__}: {error}"
-    failures = [(said, crashed) for said, crashed in gather((refusal, crash is not None)) if said]
+    reports = all_gather_object((refusal, crash is not None))
+    failures = [(message, crashed) for message, crashed in reports if message]
     if crash:
         raise crash
     if failures:
-        first = not distributed.is_initialized() or distributed.get_rank() == 0
+        say = rank() == 0
         # All ranks end with the same code, which decides whether the job is queued again.
-        if crashes := [said for said, crashed in failures if crashed]:
-            raise CrashedElsewhereError(crashes[0], say=first)
-        raise UserError(failures[0][0], say=first)
-    return built[0]
+        if crashes := [message for message, crashed in failures if crashed]:
+            raise CrashedElsewhereError(crashes[0], say=say)
+        raise UserError(failures[0][0], say=say)
+    return results[0]
+
+
+def run_on_rank_zero(function: Callable[[], T]) -> T | None:
+    """Call ``function()`` on rank 0 while the others wait; where it fails, all ranks fail.
+
+    Returns:
+        Its result on rank 0, None on the other ranks.
+
+    Raises:
+        UserError, CrashedElsewhereError, Exception: as `run_on_all_ranks`.
+    """
+    return run_on_all_ranks(lambda: function() if rank() == 0 else None)

@@ -1,4 +1,4 @@
-"""What a run prints: our words from rank 0, warnings of the libraries only where they matter."""
+"""Logging of a rank: plain lines from rank 0, warnings from the others, libraries kept quiet."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import sys
 import warnings
 
 
-def quieten(rank: int) -> None:
-    """Plain log lines on stderr from rank 0; warnings and errors from the others."""
+def configure_logging(rank: int) -> None:
+    """Log to stderr: everything from rank 0, warnings and errors from the other ranks."""
     origin = "" if rank == 0 else f"rank {rank}: "
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
@@ -17,8 +17,8 @@ def quieten(rank: int) -> None:
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )
-    for chatty in ("DeepSpeed", "deepspeed", "torch.distributed"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
+    for library in ("DeepSpeed", "deepspeed", "torch.distributed"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     # When a rank is killed, Python's tracker of its readers' semaphores outlives it and complains.
     kept = os.environ.get("PYTHONWARNINGS")
     os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (kept, "ignore:resource_tracker:UserWarning")))

@@ -2,9 +2,9 @@
 
     python -m mvat_dist.launch.requeue EXIT_CODE TRAINING_OPTIONS...
 
-Signals that ask to stop are the trainer's matter (`stopping.requeue`), once it has begun. This is for ends
-of which the trainer cannot speak: a rank killed or out of memory, a hang that its watchdog ended, a crash. A
-job comes back while it gets on, and a few times, ever later, while it does not. No torch.
+Signals that ask to stop are the trainer's matter (`slurm.requeue_after_signal`), once it has begun. This is
+for ends of which the trainer cannot speak: a rank killed or out of memory, a hang that its watchdog ended, a
+crash. A job comes back while it gets on, and a few times, ever later, while it does not. No torch.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import time
 from typing import Any
 
 from mvat_dist.config import parser
+from mvat_dist.distributed.slurm import allowed_restarts, requeue_after_signal, scontrol
 from mvat_dist.errors import EXIT_BUSY, EXIT_USER_ERROR, UserError, exit_code
 from mvat_dist.runs import lock
 from mvat_dist.runs import status as runstate
 from mvat_dist.runs.folder import RunDir, run_folder
-from mvat_dist.training.stopping import allowed_restarts, requeue_job, scontrol
 
 FRUITLESS = 3
 """Restarts in a row that may begin where the one before began."""
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     if code in _ASKED and (config.parts or any(_begun(run.read_status()) for run in runs)):
         if config.parts:  # only now have all of them saved
             progressed = any(_progressed(run.read_status()) for run in runs)
-            requeue_job(code - 128, progressed=progressed)
+            requeue_after_signal(code - 128, progressed=progressed)
         return
     if _superseded():
         print(f"the ranks ended with exit code {code}: the job was started again in the meantime")

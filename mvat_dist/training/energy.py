@@ -16,7 +16,7 @@ from typing import Protocol
 
 import torch
 
-from mvat_dist.distributed.collectives import sum_in_place
+from mvat_dist.distributed.collectives import all_reduce_sum
 from mvat_dist.distributed.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class Meter:
         taken = 0.0 if now is None else now - self._before
         self._before += taken
         told = torch.tensor([taken, float(now is None)], dtype=torch.float64, device=self._device)
-        sum_in_place([told])
+        all_reduce_sum([told])
         joules, unknown = told.tolist()
         return None if unknown else float(joules)
 

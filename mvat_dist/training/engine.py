@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from typing import Any, Literal
 
 import deepspeed
@@ -28,23 +27,13 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from mvat_dist.config.schema import EngineConfig, OptimConfig
-from mvat_dist.distributed.collectives import begin_mean, unpack
+from mvat_dist.distributed.collectives import all_reduce_mean_async, unflatten
 from mvat_dist.models.attention import MultiViewBlock
 from mvat_dist.models.layers import MaskGate, ResidualConformer
 from mvat_dist.training.schedule import Hyperparameters
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's running means of the gradient and of its square, one tensor per parameter."""
-
-
-def init_distributed(device: torch.device, timeout: timedelta) -> None:
-    """Join the process group that the environment describes: gloo on the CPU, NCCL on GPUs."""
-    # DeepSpeed compiles a shared-memory op at its first start on a CPU, for a minute and only where a
-    # compiler is, and then uses it only under its own launcher; a rank killed in that minute leaves a
-    # lock on which every later run of the same user would wait for ever.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
 
 
 class GuardedAdamW(torch.optim.AdamW):
@@ -160,7 +149,7 @@ class StudentEngine:
         It hides behind whatever comes before `end_reduction`. ZeRO's stages reduce in their own time.
         """
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        self._end_reduction = begin_mean(gradients if self.zero_stage == 0 else [])
+        self._end_reduction = all_reduce_mean_async(gradients if self.zero_stage == 0 else [])
 
     def end_reduction(self) -> None:
         """Wait for the averaged gradients."""
@@ -200,7 +189,7 @@ class StudentEngine:
     def restore_buffers(self, saved: dict[torch.dtype, Tensor]) -> None:
         """Put back a copy made by `copy_buffers`."""
         for kind, same in self._buffers_by_type.items():
-            unpack(saved[kind], same)
+            unflatten(saved[kind], same)
 
     def weights(self) -> dict[str, Tensor]:
         """Whole fp32 weights and buffers by name, on the CPU. Every rank must call it."""

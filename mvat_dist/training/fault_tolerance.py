@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from mvat_dist import io
-from mvat_dist.distributed.collectives import from_rank_zero, together
+from mvat_dist.distributed.collectives import broadcast_object, run_on_all_ranks
 from mvat_dist.distributed.ranks import Ranks
 from mvat_dist.errors import BusyError, UserError
 from mvat_dist.runs import status
@@ -41,7 +41,7 @@ class Guard:
             BusyError: another living process has it.
         """
         self.progress("starting", 0)
-        owner = from_rank_zero(together(lambda: self._enter() if self._rank == 0 else None))
+        owner = broadcast_object(run_on_all_ranks(lambda: self._enter() if self._rank == 0 else None))
         if owner:
             raise BusyError(
                 f"{self._run.path} is being started or trained by {owner}: nothing new was started",

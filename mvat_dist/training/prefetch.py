@@ -56,7 +56,7 @@ class Intake:
             self._error = error
 
     def check(self) -> None:
-        """Raise what kept this rank from reading, if anything did: for `collectives.together`."""
+        """Raise what kept this rank from reading, if anything did: for `collectives.run_on_all_ranks`."""
         if self._error:
             raise self._error
 
@@ -74,7 +74,7 @@ class Intake:
         if self._budget is None:
             return
         damaged = torch.tensor([float(sum(batch.damaged for batch in micro_batches))], device=device)
-        collectives.sum_in_place([damaged])
+        collectives.all_reduce_sum([damaged])
         self._budget.count(int(damaged.item()), self._batch)
         if refusal := self._budget.refusal():
             raise UserError(refusal, say=self._rank == 0)

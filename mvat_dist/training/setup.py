@@ -18,7 +18,7 @@ from mvat_dist.data.mixing.checks import check_readers
 from mvat_dist.data.shards.corpus import Corpus, cache_of, fingerprints, locate
 from mvat_dist.data.shards.folders import Folder
 from mvat_dist.data.shards.targets import Lessons
-from mvat_dist.distributed.collectives import batchnorms, from_rank_zero, together
+from mvat_dist.distributed.collectives import batchnorms, broadcast_object, run_on_all_ranks
 from mvat_dist.distributed.device import Precision
 from mvat_dist.distributed.ranks import Ranks
 from mvat_dist.errors import UserError
@@ -105,10 +105,10 @@ def claim_folder(run: RunDir, config: Config, inputs: Inputs, ranks: Ranks) -> P
         UserError: `resume` forbids what was found, another run lies there, the data or the teacher has
             changed since, the disk is too full, or a rank does not see rank 0's folder.
     """
-    found = together(lambda: _claim(run, config, inputs) if ranks.rank == 0 else None)
-    found = from_rank_zero(found)
-    stamp = from_rank_zero(run.stamp())
-    together(lambda: run.await_stamp(stamp))
+    found = run_on_all_ranks(lambda: _claim(run, config, inputs) if ranks.rank == 0 else None)
+    found = broadcast_object(found)
+    stamp = broadcast_object(run.stamp())
+    run_on_all_ranks(lambda: run.await_stamp(stamp))
     return found
 
 
@@ -179,10 +179,12 @@ def healthy_state(run: RunDir, config: Config, name: str, ranks: Ranks) -> Stude
     The same on every rank.
     """
     healthy = partial(checkpoint.is_well, name=name)
-    chosen = together(lambda: checkpoint.newest(run.checkpoints, healthy) if ranks.rank == 0 else None)
-    found = from_rank_zero(chosen)
+    chosen = run_on_all_ranks(
+        lambda: checkpoint.newest(run.checkpoints, healthy) if ranks.rank == 0 else None
+    )
+    found = broadcast_object(chosen)
     # Together: the next save removes checkpoints, and no rank may still be reading one.
-    state = together(lambda: checkpoint.load(found, name) if found else None)
+    state = run_on_all_ranks(lambda: checkpoint.load(found, name) if found else None)
     return state or StudentState(dict(_network(config, run, name, None).state_dict()), {}, {})
 
 
@@ -230,7 +232,7 @@ def build_fleet(
         if state:
             student.restore(state)
         fleet.append(student)
-    together(lambda: write_json(run.deepspeed, described) if ranks.rank == 0 else None)
+    run_on_all_ranks(lambda: write_json(run.deepspeed, described) if ranks.rank == 0 else None)
     return Fleet(fleet, inputs.teacher, config)
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from mvat_dist.config.schema import Config
 from mvat_dist.distributed import collectives
-from mvat_dist.distributed.collectives import together
+from mvat_dist.distributed.collectives import run_on_all_ranks
 from mvat_dist.distributed.device import Precision
 from mvat_dist.distributed.ranks import Ranks
 from mvat_dist.errors import UserError
@@ -67,15 +67,15 @@ class Trainer:
         self.ranks = ranks
         self.run = run
         self.device = device
-        self.inputs = together(lambda: setup.open_inputs(config, ranks.world_size, device, precision))
+        self.inputs = run_on_all_ranks(lambda: setup.open_inputs(config, ranks.world_size, device, precision))
         guard.enter()
         found = setup.claim_folder(run, config, self.inputs, ranks)
         self.step = setup.position(config, found)
-        self.state = together(lambda: self._begin() if ranks.rank == 0 else None)
+        self.state = run_on_all_ranks(lambda: self._begin() if ranks.rank == 0 else None)
         try:
             self.fleet = setup.build_fleet(config, ranks, run, self.inputs, found, device, precision)
             self._left_out = setup.left_out(found, config) if ranks.rank == 0 else {}
-            self.record = together(lambda: self._open_record() if ranks.rank == 0 else None)
+            self.record = run_on_all_ranks(lambda: self._open_record() if ranks.rank == 0 else None)
         except Exception as error:
             self._fail_to_start(error)
             raise
@@ -128,7 +128,7 @@ class Trainer:
         self._energy.lap()
         with self._progress_bar() as bar:
             self._read_ahead()
-            together(intake.check)
+            run_on_all_ranks(intake.check)
             while not self.finished and not reason:
                 began = time.monotonic()
                 micro_batches = intake.take()
@@ -144,7 +144,7 @@ class Trainer:
                 reason = 0 if told == _UNREAD else told
                 self._after_step(now, bar, stopping=bool(reason))
                 if told == _UNREAD:
-                    together(intake.check)
+                    run_on_all_ranks(intake.check)
         if reason:
             self._say_saved(reason, stop)
         self._status("finished" if self.finished else "stopped")
@@ -170,7 +170,7 @@ class Trainer:
         writes = writes or bool(stop.signal)
         lost = self.ranks.rank == 0 and writes and not self._folder_is_ours()
         here = _UNREAD if self._intake.failed else stop.signal
-        told = collectives.largest(_FOLDER_LOST if lost else here)
+        told = collectives.all_reduce_max(_FOLDER_LOST if lost else here)
         if told == _FOLDER_LOST:
             raise self.guard.lost()
         return 0 if self.finished else told
@@ -247,7 +247,7 @@ class Trainer:
                 self.record.trained(self.step, rows)
             self._status("running", at_once=False, audio_seconds_per_second=speed, time_shares=shares)
 
-        together(write)
+        run_on_all_ranks(write)
 
     @property
     def _well(self) -> list[Student]:
@@ -267,7 +267,7 @@ class Trainer:
             device=self.device,
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
-            gather=collectives.gather,
+            gather=collectives.all_gather_object,
         )
         means = statistics_by_model(scored, VALIDATION_METRICS)
         rows = {student.name: validation_row(means[student.name]) for student in learning}
@@ -287,7 +287,7 @@ class Trainer:
                 file = self._write_weights(student, "best", weights[student.name])
                 self.record.improved(student, file)
 
-        together(write)
+        run_on_all_ranks(write)
         self._done("validation", began)
 
     def _plain_copy(self, student: Student, weights: dict[str, Tensor]) -> Manner:
@@ -312,7 +312,7 @@ class Trainer:
             for student in self.fleet.students:
                 self._write_weights(student, "last", states[student.name].weights)
 
-        together(lambda: write() if self.ranks.rank == 0 else None)
+        run_on_all_ranks(lambda: write() if self.ranks.rank == 0 else None)
         self._done("save", began)
 
     def _write_weights(

@@ -207,7 +207,9 @@ def test_a_job_that_is_asked_to_stop_before_it_listens_comes_back(
 ) -> None:
     """As when it is preempted while torch is imported: the trainer has said nothing to Slurm."""
     monkeypatch.setattr(requeue, "_again", lambda job, wait: f"job {job} again after {wait:g} s")
-    monkeypatch.setattr(requeue, "requeue_job", lambda *_, **__: pytest.fail("that is of runs in parts"))
+    monkeypatch.setattr(
+        requeue, "requeue_after_signal", lambda *_, **__: pytest.fail("that is of runs in parts")
+    )
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
     given = [str(code), f"--runs={tmp_path}", "--name=one", "--distil.method=none"]

@@ -1,4 +1,4 @@
-"""What ranks tell each other: equal BatchNorm statistics, sums, refusals."""
+"""Collectives: equal BatchNorm statistics, sums, objects, and failures that end all ranks."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from mvat_dist.distributed.collectives import (
+    all_gather_object,
+    all_reduce_sum,
     average_batchnorm,
-    from_rank_zero,
-    gather,
-    largest,
-    sum_in_place,
-    together,
+    broadcast_object,
+    run_on_all_ranks,
+    run_on_rank_zero,
 )
 from mvat_dist.errors import UserError
 from tests.ranks_harness import on_ranks
@@ -28,22 +28,22 @@ def one_rank(rank: int) -> dict[str, object]:
         norm(rank_batch(rank))
     average_batchnorm([last_batch, slow])
     summed = torch.tensor([float(rank), 1.0])
-    sum_in_place([summed])
+    all_reduce_sum([summed])
     return {
         "mean": last_batch.running_mean,
         "var": last_batch.running_var,
         "slow_mean": slow.running_mean,
         "slow_var": slow.running_var,
         "sum": summed,
-        "gather": gather(rank * 10),
-        "zero": from_rank_zero(rank + 5),
-        "largest": [largest(15 if rank == 1 else 0), largest(0)],
+        "gather": all_gather_object(rank * 10),
+        "zero": broadcast_object(rank + 5),
+        "rank zero": run_on_rank_zero(lambda: rank + 5),
         "refused": [refused(rank, UserError), refused(rank, OSError), refused(rank, ZeroDivisionError)],
     }
 
 
 def refused(rank: int, kind: type[Exception]) -> str:
-    """What rank's `together` raises where rank 1 meets an error of `kind`."""
+    """What rank's `run_on_all_ranks` raises where rank 1 meets an error of `kind`."""
 
     def build() -> int:
         if rank == 1:
@@ -51,7 +51,7 @@ def refused(rank: int, kind: type[Exception]) -> str:
         return rank
 
     try:
-        return str(together(build))
+        return str(run_on_all_ranks(build))
     except Exception as error:
         return f"{type(error).__name__} {getattr(error, 'say', True)}: {error}"
 
@@ -82,7 +82,7 @@ def test_ranks_agree(tmp_path: Path) -> None:
         assert one["sum"].tolist() == [3.0, 3.0]
         assert one["gather"] == [0, 10, 20]
         assert one["zero"] == 5
-        assert one["largest"] == [15, 0]
+    assert [one["rank zero"] for one in found] == [5, None, None]
     for rank, one in enumerate(found):
         says = rank == 0
         user, disk, crash = one["refused"]

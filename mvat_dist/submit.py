@@ -16,9 +16,10 @@ from mvat_dist import cache
 from mvat_dist.config import parser as configfile
 from mvat_dist.config.cli import CommandParser
 from mvat_dist.config.schema import Config
+from mvat_dist.distributed import slurm
 from mvat_dist.errors import UserError, exit_code
-from mvat_dist.launch import cache_job, placing, preflight, processes, sweep_jobs
-from mvat_dist.launch import slurm as slurmjob
+from mvat_dist.launch import placing, preflight, processes, submission, sweep_jobs
+from mvat_dist.launch.slurm import Resources
 
 _SLURM_ONLY = ("partition", "account", "qos", "mem", "constraint", "exclude", "wckey", "time")
 
@@ -175,8 +176,9 @@ def _fill_cache(options: argparse.Namespace, rest: list[str]) -> None:
         print(f"local    {reason}: the cache is filled by this machine's cores")
         cache.main([*rest, "--dry-run"] if options.dry_run else rest)
         return
+    preflight.check_cache(config)
     out = Path(asked.out).absolute()
-    cache_job.on_slurm(out, config, rest, options.cache, resources, dry_run=options.dry_run)
+    submission.cache_on_slurm(out, rest, options.cache, resources, dry_run=options.dry_run)
 
 
 def _start_sweep(options: argparse.Namespace, rest: list[str]) -> None:
@@ -242,7 +244,7 @@ def _other_options(pairs: list[str]) -> dict[str, str | bool]:
     return more
 
 
-def _resources(options: argparse.Namespace, config: Config) -> slurmjob.Resources:
+def _resources(options: argparse.Namespace, config: Config) -> Resources:
     """What the options ask for, with the gaps filled."""
     _check_counts(options)
     gpus = options.gpus_per_node or None
@@ -255,7 +257,7 @@ def _resources(options: argparse.Namespace, config: Config) -> slurmjob.Resource
         srun_args = tuple(shlex.split(options.srun_args))
     except ValueError as error:
         raise UserError(f"--srun-args {options.srun_args!r}: {error}") from error
-    return slurmjob.Resources(
+    return Resources(
         nodes=options.nodes,
         tasks_per_node=tasks,
         cpus_per_task=options.cpus_per_task or config.data.workers + 1,
@@ -276,14 +278,14 @@ def _why_local(options: argparse.Namespace) -> str | None:
     if options.cluster == "local":
         return "as asked"
     if options.cluster == "auto":
-        return slurmjob.why_not_here()
-    reason = slurmjob.why_not_here()
+        return slurm.why_unavailable()
+    reason = slurm.why_unavailable()
     if reason:
         raise UserError(f"--cluster slurm: {reason}; choose --cluster local to train on this machine")
     return None
 
 
-def _say_local(reason: str, resources: slurmjob.Resources, options: argparse.Namespace) -> None:
+def _say_local(reason: str, resources: Resources, options: argparse.Namespace) -> None:
     count = resources.nodes * resources.tasks_per_node
     what = "1 local process" if count == 1 else f"{count} local processes"
     print(f"local    {reason}: {preflight.shape(resources)} run as {what}")

@@ -11,12 +11,12 @@ from __future__ import annotations
 import os
 import re
 import socket
-import subprocess
 import zlib
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from mvat_dist.distributed import slurm
 from mvat_dist.errors import UserError
 
 Launcher = Literal["single", "slurm", "torchrun", "deepspeed", "local", "environment"]
@@ -95,7 +95,7 @@ def part(whole: Ranks, first: int, count: int, number: int, environ: Mapping[str
     if node == last:
         address = "127.0.0.1"
     elif whole.launcher == "slurm":
-        address = _reachable(_hosts(environ["SLURM_STEP_NODELIST"], environ)[node], environ)
+        address = _reachable_node(environ["SLURM_STEP_NODELIST"], environ, node)
     else:
         raise UserError(
             f"--parts over several nodes needs srun; {whole.launcher} tells only the first node's name"
@@ -237,10 +237,8 @@ def _from_slurm(environ: Mapping[str, str]) -> Ranks:
             f"Slurm placed {world_size} tasks unevenly on {len(tasks_per_node)} nodes ({layout}): "
             "ask for --nodes and --ntasks-per-node instead of --ntasks"
         )
-    if world_size == 1:
-        master = "127.0.0.1"
-    else:
-        master = _reachable(_hosts(environ["SLURM_STEP_NODELIST"], environ)[0], environ)
+    nodes = environ["SLURM_STEP_NODELIST"]
+    master = "127.0.0.1" if world_size == 1 else _reachable_node(nodes, environ)
     return Ranks(
         rank=_integer(environ, "SLURM_PROCID"),
         world_size=world_size,
@@ -274,39 +272,25 @@ def _expand_tasks(layout: str) -> list[int]:
     return tasks
 
 
-def _hosts(node_list: str, environ: Mapping[str, str]) -> list[str]:
-    """Slurm's own reading of the list where its programs are at hand; they are not in most containers."""
-    return _scontrol(["show", "hostnames", node_list], environ).split() or expand_hosts(node_list)
-
-
-def _reachable(host: str, environ: Mapping[str, str]) -> str:
-    """`host` where its name resolves, else the address by which Slurm reaches it.
+def _reachable_node(node_list: str, environ: Mapping[str, str], number: int = 0) -> str:
+    """The first node of a list: its name where that resolves, else the address by which Slurm reaches it.
 
     Raises:
         UserError: neither works; torch would wait for the unknown host in silence.
     """
+    # Slurm reads lists better than we do, but its programs are not in most containers.
+    host = (slurm.host_names(node_list, environ) or expand_hosts(node_list))[number]
     try:
         socket.getaddrinfo(host, None)
     except OSError:
-        address = re.search(r"\bNodeAddr=(\S+)", _scontrol(["show", "node", host], environ))
+        address = slurm.node_address(host, environ)
         if address is None:
             raise UserError(
                 f"the name of the first node, {host}, does not resolve here and scontrol does not know its "
                 "address: add it to /etc/hosts or to the name service"
             ) from None
-        return address.group(1)
+        return address
     return host
-
-
-def _scontrol(arguments: list[str], environ: Mapping[str, str]) -> str:
-    """What scontrol prints; nothing where it is missing or fails."""
-    try:
-        done = subprocess.run(
-            ["scontrol", *arguments], env=dict(environ), capture_output=True, text=True, timeout=60
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout if done.returncode == 0 else ""
 
 
 def _integer(environ: Mapping[str, str], name: str) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from mvat_dist.config import sizes as students
 from mvat_dist.config.schema import SAMPLE_RATE, Config
 from mvat_dist.data.mixing.checks import check_config, check_readers, readable_shards
+from mvat_dist.data.mixing.dataset import TrainingData
 from mvat_dist.data.shards.targets import read_header
 from mvat_dist.errors import UserError
 from mvat_dist.launch import forecast, placement
@@ -34,6 +35,16 @@ def check_inputs(config: Config) -> None:
     if config.train.init and not begun:
         for name, size in students.select(config.student, config.sizes).items():
             weights.first_weights(config.train.init, name, size)
+
+
+def check_cache(config: Config) -> None:
+    """Whether a teacher cache can be filled for this configuration, as far as a login node can know.
+
+    Raises:
+        UserError: no such teacher, or segments that no cache can hold.
+    """
+    check_teacher_file(config.teacher.file)
+    TrainingData(config.data, config.seed).check_numbered()
 
 
 def check_shares(placed: Placement, config: Config, resources: Resources) -> None:

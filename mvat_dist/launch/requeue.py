@@ -10,15 +10,13 @@ crash. A job comes back while it gets on, and a few times, ever later, while it 
 from __future__ import annotations
 
 import os
-import re
 import signal
-import subprocess
 import sys
 import time
 from typing import Any
 
 from mvat_dist.config import parser
-from mvat_dist.distributed.slurm import allowed_restarts, requeue_after_signal, scontrol
+from mvat_dist.distributed import slurm
 from mvat_dist.errors import EXIT_BUSY, EXIT_USER_ERROR, UserError, exit_code
 from mvat_dist.runs import lock
 from mvat_dist.runs import status as runstate
@@ -63,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     if code in _ASKED and (config.parts or any(_begun(run.read_status()) for run in runs)):
         if config.parts:  # only now have all of them saved
             progressed = any(_progressed(run.read_status()) for run in runs)
-            requeue_after_signal(code - 128, progressed=progressed)
+            slurm.requeue_after_signal(code - 128, progressed=progressed)
         return
     if _superseded():
         print(f"the ranks ended with exit code {code}: the job was started again in the meantime")
@@ -97,16 +95,13 @@ def _superseded() -> bool:
     """Whether this is a former life of the job: on a node that Slurm has given up, its script lives on."""
     if "SLURM_JOB_ID" not in os.environ:
         return False
-    try:
-        told = re.search(r"\bRestarts=(\d+)", scontrol("show", "job", os.environ["SLURM_JOB_ID"]))
-    except (OSError, subprocess.SubprocessError):
-        return False
-    return told is not None and int(told[1]) > allowed_restarts()[0]
+    times = slurm.job_fields(os.environ["SLURM_JOB_ID"]).get("Restarts", "0")
+    return int(times) > slurm.allowed_restarts()[0]
 
 
 def decide(status: dict[str, Any]) -> tuple[str | None, float]:
     """(why the job is not queued again, or None where it is; seconds to wait before)."""
-    restarts, allowed = allowed_restarts()
+    restarts, allowed = slurm.allowed_restarts()
     if status.get("state") == "finished":
         return "the run is finished", 0.0
     if restarts >= allowed:
@@ -134,13 +129,11 @@ def _fruitless(status: dict[str, Any]) -> int:
 def _again(job: str, wait: float) -> str:
     """Have the job queued again unless it is being cancelled; what came of it."""
     time.sleep(wait)
-    try:
-        state = re.search(r"\bJobState=(\w+)", scontrol("show", "job", job))
-        if state is None or state[1] != "RUNNING":
-            return f"job {job} is {state[1] if state else 'unknown'} and is not queued again"
-        scontrol("requeue", job)
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"job {job} could not be queued again: {error}"
+    state = slurm.job_fields(job).get("JobState", "unknown")
+    if state != "RUNNING":
+        return f"job {job} is {state} and is not queued again"
+    if refused := slurm.requeue(job):
+        return f"job {job} could not be queued again: {refused}"
     return f"job {job} is queued again"
 
 

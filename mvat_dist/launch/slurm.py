@@ -1,18 +1,25 @@
-"""One training job on Slurm through submitit: its script, its submission, its state.
+"""Write and submit Slurm jobs through submitit: the one module that imports it.
 
-submitit writes the script, pickles the job and starts it on every task; what it gets wrong for a
-training job on many nodes is set right here (each place says why). No torch: this runs on login nodes.
+A training, the filling of a teacher cache and the trials of a sweep are all submitted alike::
+
+    executor = Executor(folder, "mvat-cache-dns", resources)
+    print(executor.script())                                                   # --dry-run
+    [job] = executor.submit(Command("mvat_dist.cache", ["--out", "cache/dns"]))
+
+submitit writes the script, pickles the task and starts it on every rank; what it gets wrong for a training
+on many nodes is set right here (each place says why). No torch: this runs on login nodes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
+import importlib
 import io
 import logging
 import os
 import shlex
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,44 +34,8 @@ from mvat_dist.errors import UserError, exit_code
 from mvat_dist.io import read_json
 from mvat_dist.launch.processes import without_ranks
 
-_NO_CONFIGURATION = "Could not establish a configuration source"
-_ENDED = "State,ExitCode,JobName"
-_TIMEOUTS = 1_000_000
-"""submitit's own count of restarts, by which it would give up after three: where there is a trainer, its is
-the one."""
-
-
-class TrainJob:
-    """What every task of the job runs. Its pickle holds the command line only, so it never grows stale."""
-
-    def __init__(self, argv: list[str]) -> None:
-        self.argv = argv
-
-    def __call__(self) -> None:
-        """Train, as ``python -m mvat_dist.train`` with these arguments."""
-        code = exit_code(_train, self.argv)
-        if code:
-            # SystemExit passes through submitit, which would print any other exception as a traceback.
-            raise SystemExit(code)
-
-    def checkpoint(self) -> DelayedSubmission:
-        """What submitit runs after a requeue: the same. The state of the run is on disk already.
-
-        submitit calls this on rank 0 alone, inside a signal handler: nothing that other ranks have
-        to take part in may happen here.
-        """
-        return DelayedSubmission(self)
-
-
-def _train(argv: list[str] | None) -> None:
-    # submitit has a handler of its own: each of its lines would come twice once the trainer logs too.
-    logging.getLogger("submitit").propagate = False
-    if ranks.read().rank == 0:
-        _warn_of_changed_code()
-    # Imported late: this module is loaded on login nodes, where torch may be slow or missing.
-    from mvat_dist import train
-
-    train.main(argv)
+_NO_LIMIT = 1_000_000
+"""Restarts after which submitit gives up, where what runs in the job counts them itself."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +85,129 @@ class Resources:
         }
 
 
-def executor(folder: Path, job_name: str, resources: Resources, argv: Sequence[str] = ()) -> SlurmExecutor:
-    """The submitit executor that writes its files to `folder`; the training's arguments are `argv`.
+# ------------------------------------------------------------------------------------ what a task runs
+
+
+class Command:
+    """A command of this package as a task of a job: ``python -m MODULE ARGUMENTS``.
+
+    submitit pickles it and loads it again whenever the job starts. It is two plain values, so the pickle
+    never grows stale, and the module is imported by the job alone.
+    """
+
+    def __init__(self, module: str, argv: Sequence[str]) -> None:
+        self.module = module
+        """Its ``main(argv)`` is called."""
+        self.argv = list(argv)
+
+    def __call__(self, *more: str) -> None:
+        """Run it, with `more` arguments at the end where the job is one of an array.
+
+        Raises:
+            SystemExit: its exit code where that is not 0.
+        """
+        # submitit has a handler of its own: each of its lines would come twice once the command logs too.
+        logging.getLogger("submitit").propagate = False
+        if ranks.read().rank == 0:
+            _warn_of_changed_code()
+        main = importlib.import_module(self.module).main
+        if code := exit_code(main, [*self.argv, *more]):
+            # SystemExit passes through submitit, which would print any other exception as a traceback.
+            raise SystemExit(code)
+
+    def checkpoint(self, *more: str) -> DelayedSubmission:
+        """What submitit runs after it has had the job queued again: the same. All state is on disk already.
+
+        submitit calls this on rank 0 alone, inside a signal handler: nothing that other ranks have to take
+        part in may happen here.
+        """
+        return DelayedSubmission(self, *more)
+
+
+# -------------------------------------------------------------------------------------------- submission
+
+
+class Executor:
+    """Submits jobs of one kind: their script, and the folder of their pickles and logs.
+
+    Args:
+        folder: where submitit keeps its files; the output of rank R of job J is ``J_R_log.out`` there, that
+            of an array's task K is ``J_K_0_log.out``. Made by `submit`.
+        job_name: what squeue shows.
+        resources: what Slurm is asked for.
+        after: lines of shell that run after the ranks; ``$?`` is their exit code at first, and the job's is
+            that of the last line.
+        in_shell: run the task once, in the shell of the job on its first node, instead of on every rank by
+            srun: for a task that calls srun itself.
+        requeues_itself: whether what runs in the job has it queued again and counts the restarts; else
+            submitit does at the time limit, at most `Resources.max_restarts` times.
+
+    Raises:
+        UserError: a value that cannot stand in a job script.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        job_name: str,
+        resources: Resources,
+        *,
+        after: Sequence[str] = (),
+        in_shell: bool = False,
+        requeues_itself: bool = False,
+    ) -> None:
+        self.folder = folder
+        parameters = _checked_parameters(folder, job_name, resources)
+        restarts = _NO_LIMIT if requeues_itself else resources.max_restarts
+        self._submitit = SlurmExecutor(folder, max_num_timeout=restarts)
+        self._submitit.update_parameters(
+            **parameters,
+            setup=[*_setup(folder, resources), *resources.setup],
+            srun_args=list(resources.srun_args),
+            use_srun=not in_shell,
+            teardown=list(after) or None,
+        )
+
+    def script(self, array: Sequence[str] = ()) -> str:
+        """The text that sbatch would get for a job, or for an array of jobs as in `submit`."""
+        executor = copy.copy(self._submitit)
+        executor.parameters = {**executor.parameters, **_array_parameters(array)}
+        text: str = executor._make_submission_file_text(executor._submitit_command_str, "")
+        return text
+
+    def submit(self, task: Callable[..., None], array: Sequence[str] = ()) -> list[str]:
+        """Submit a job, or an array of jobs, and return their numbers; a refusal leaves no file behind.
+
+        Args:
+            task: what every rank of the job runs, as a rule a `Command`; it is pickled.
+            array: one job for each of these, which `task` gets as its argument; empty for one job without.
+
+        Raises:
+            UserError: sbatch refused, in Slurm's own words.
+        """
+        files = set(self.folder.iterdir()) if self.folder.exists() else set()
+        if array:
+            self._submitit.update_parameters(array_parallelism=len(array))
+        try:
+            # submitit prints what sbatch said, and raises it too: once is enough.
+            with contextlib.redirect_stderr(io.StringIO()), outside_of_jobs():
+                jobs = self._submitit.map_array(task, array) if array else [self._submitit.submit(task)]
+                return [str(job.job_id) for job in jobs]
+        except (FailedJobError, FailedSubmissionError) as error:
+            for left in set(self.folder.iterdir()) - files:
+                left.unlink()
+            if not files:
+                self.folder.rmdir()
+            raise UserError(f"Slurm refused the job: {slurm.one_line(str(error))}") from error
+
+
+def _array_parameters(array: Sequence[str]) -> dict[str, int]:
+    """submitit's parameters for an array of which all jobs may run at once."""
+    return {"map_count": len(array), "array_parallelism": len(array)} if array else {}
+
+
+def _checked_parameters(folder: Path, job_name: str, resources: Resources) -> dict[str, Any]:
+    """submitit's parameters for what Slurm is asked for.
 
     Raises:
         UserError: a value that cannot stand in a job script.
@@ -135,20 +227,13 @@ def executor(folder: Path, job_name: str, resources: Resources, argv: Sequence[s
     for key, value in [*parameters.items(), *resources.more.items()]:
         if set("\n\r\0") & set(str(value)):
             raise UserError(f"the value of {key.replace('_', '-')} holds a line break: {value!r}")
-    made = SlurmExecutor(folder, max_num_timeout=_TIMEOUTS if argv else resources.max_restarts)
-    made.update_parameters(
-        **parameters,
-        setup=[*_setup(folder, resources), *resources.setup],
-        srun_args=list(resources.srun_args),
-    )
-    if argv:
-        made.update_parameters(teardown=_teardown(argv))
-    return made
+    return parameters
 
 
 def _setup(folder: Path, resources: Resources) -> list[str]:
+    """Lines of shell that run before the ranks."""
     threads = max(1, resources.cpus_per_task - resources.reader_processes)
-    job = f'{shlex.quote(str(folder))}/"$SLURM_JOB_ID"'
+    pickles = shlex.quote(str(folder))
     return [
         "# Since Slurm 22.05 srun does not take over sbatch's --cpus-per-task.",
         'export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"',
@@ -159,49 +244,11 @@ def _setup(folder: Path, resources: Resources) -> list[str]:
         f"export MVAT_MAX_RESTARTS={resources.max_restarts} MVAT_SIGNAL_LEAD={resources.signal_delay}",
         "ulimit -c 0",
         "# What a killed submitit leaves half-written would make its next try fail.",
-        f'pickle={job}_submitted.pkl; [ -e "$pickle" ] || [ ! -e "$pickle.save_tmp" ] || '
+        "job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}; job=${job:-$SLURM_JOB_ID}",
+        f'pickle={pickles}/"$job"_submitted.pkl; [ -e "$pickle" ] || [ ! -e "$pickle.save_tmp" ] || '
         'mv "$pickle.save_tmp" "$pickle"',
-        f'rm -f "$pickle.save_tmp" {job}_*_result.pkl.save_tmp',
+        f'rm -f "$pickle.save_tmp" {pickles}/"$job"_*_result.pkl.save_tmp',
     ]
-
-
-def _teardown(argv: Sequence[str]) -> list[str]:
-    """After the ranks: a rank that was killed cannot have the job queued again, nor say how it ended."""
-    python = shlex.quote(sys.executable)
-    return ["code=$?", f'{python} -m mvat_dist.launch.requeue "$code" {shlex.join(argv)}', 'exit "$code"']
-
-
-def script(made: SlurmExecutor) -> str:
-    """The text that sbatch would get."""
-    text: str = made._make_submission_file_text(made._submitit_command_str, "")
-    return text
-
-
-def submit(made: SlurmExecutor, task: Callable[..., None], array: Sequence[str] = ()) -> list[str]:
-    """Submit a job, or an array of jobs, and return their numbers; on a refusal leave no file behind.
-
-    Args:
-        made: from `executor`.
-        task: what every rank of the job runs; it is pickled.
-        array: one job for each of these, which `task` gets as its argument; empty for one job without.
-
-    Raises:
-        UserError: sbatch refused, in Slurm's own words.
-    """
-    folder = Path(made.folder)
-    before = set(folder.iterdir()) if folder.exists() else set()
-    words = io.StringIO()
-    try:
-        # submitit prints what sbatch said, and raises it too: once is enough.
-        with contextlib.redirect_stderr(words), outside_of_jobs():
-            jobs = made.map_array(task, array) if array else [made.submit(task)]
-            return [str(job.job_id) for job in jobs]
-    except (FailedJobError, FailedSubmissionError) as error:
-        for left in set(folder.iterdir()) - before:
-            left.unlink()
-        if not before:
-            folder.rmdir()
-        raise UserError(f"Slurm refused the job: {slurm.one_line(str(error))}") from error
 
 
 @contextlib.contextmanager
@@ -218,61 +265,7 @@ def outside_of_jobs() -> Iterator[None]:
         os.environ.update(hidden)
 
 
-@dataclass(frozen=True)
-class JobState:
-    """What Slurm says about a job."""
-
-    state: str
-    """As in ``squeue -o %T``; UNKNOWN where Slurm has forgotten the job."""
-    reason: str = ""
-    """Why it waits."""
-    exit_code: int | None = None
-    """Of the job's script, where accounting tells."""
-
-    @property
-    def active(self) -> bool:
-        return self.state in slurm.ACTIVE
-
-
-def job_state(job_id: str, job_name: str) -> JobState:
-    """The state of the job of that number and name.
-
-    The name is compared because numbers start again where a cluster is set up anew.
-
-    Raises:
-        UserError: the controller does not answer.
-    """
-    seen = JobState("UNKNOWN")
-    for row in slurm.queued(job_id):
-        if row.name == job_name:
-            seen = JobState(row.state, row.reason)
-    if seen.active:
-        return seen
-    told = slurm.run(["sacct", "-X", "--noheader", "--parsable2", f"--jobs={job_id}", f"--format={_ENDED}"])
-    for state, code, name in (line.split("|", 2) for line in told.stdout.splitlines()):
-        if name == job_name:
-            returned, ended_by = (int(number) for number in code.split(":"))
-            return JobState(state.split()[0], exit_code=returned or (128 + ended_by if ended_by else 0))
-    return seen
-
-
-def why_not_here() -> str | None:
-    """None where a Slurm cluster answers; else why there is none, for ``--cluster auto``.
-
-    Raises:
-        UserError: there is a cluster, but it does not answer; training on its login node is no substitute.
-    """
-    if not (shutil.which("sbatch") and shutil.which("srun")):
-        return "no Slurm here"
-    told = slurm.run(["scontrol", "ping"])
-    if "is UP" in told.stdout:
-        return None
-    if _NO_CONFIGURATION in told.stderr:
-        return "Slurm's programs are here, but no cluster is configured"
-    raise UserError(
-        f"Slurm is configured but does not answer ({slurm.one_line(told.stderr or told.stdout)}): "
-        "try again when it does, or choose --cluster local"
-    )
+# -------------------------------------------------------------------------------------- changed code
 
 
 def code_fingerprint() -> str:

@@ -1,4 +1,7 @@
-"""Start a run once: a second start of the same run finds the first one and does nothing."""
+"""Start a run once: a second start of the same run finds the first one and does nothing.
+
+The tasks that fill a teacher cache are submitted here too.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,18 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from submitit.slurm.slurm import SlurmExecutor
-
 from mvat_dist.config import parser
 from mvat_dist.config.schema import Config
+from mvat_dist.distributed import slurm
+from mvat_dist.distributed.slurm import JobState
 from mvat_dist.errors import EXIT_BUSY, EXIT_USER_ERROR, UserError
 from mvat_dist.io import read_json, write_json
-from mvat_dist.launch import processes, slurm
-from mvat_dist.launch.slurm import JobState, Resources
+from mvat_dist.launch import processes
+from mvat_dist.launch.slurm import Command, Executor, Resources, code_fingerprint
 from mvat_dist.runs import clock, status
 from mvat_dist.runs import folder as rundir
 from mvat_dist.runs.folder import RunDir
@@ -114,31 +117,38 @@ def _same_experiment(run: RunDir, config: Config, job: str) -> None:
         )
 
 
-def _executor(run: RunDir, resources: Resources) -> tuple[SlurmExecutor, list[str]]:
-    """What submits the run's job, and the arguments of the training in it."""
-    argv = ["--config", str(run.config)]
-    return slurm.executor(run.submitit, job_name(run), resources, argv), argv
+def _command(run: RunDir) -> Command:
+    """What every rank of the job runs."""
+    return Command("mvat_dist.train", ["--config", str(run.config)])
+
+
+def _executor(run: RunDir, resources: Resources) -> Executor:
+    # A rank that was killed cannot have the job queued again, nor say how it ended.
+    requeue = f'{shlex.quote(sys.executable)} -m mvat_dist.launch.requeue "$code" '
+    requeue += shlex.join(_command(run).argv)
+    after = ["code=$?", requeue, 'exit "$code"']
+    return Executor(run.submitit, job_name(run), resources, after=after, requeues_itself=True)
 
 
 def job_script(run: RunDir, resources: Resources) -> str:
     """The text that sbatch would get."""
-    return slurm.script(_executor(run, resources)[0])
+    return _executor(run, resources).script()
 
 
 def _submit(run: RunDir, config: Config, resources: Resources) -> str:
     """Submit the job; what a refused one would leave behind is removed again."""
-    executor, argv = _executor(run, resources)
+    command, executor = _command(run), _executor(run, resources)
     before = set(run.path.iterdir())
     # The job reads the resolved configuration: the user may edit the original while the job waits.
     run.create(config)
     try:
-        [job] = slurm.submit(executor, slurm.TrainJob(argv))
+        [job] = executor.submit(command)
     except UserError:
         for path in set(run.path.iterdir()) - before:
             if path.is_file():
                 path.unlink()
         raise
-    _record(run, argv, resources, cluster="slurm", job_id=job, job_name=job_name(run))
+    _record(run, command.argv, resources, cluster="slurm", job_id=job, job_name=job_name(run))
     return job
 
 
@@ -151,7 +161,7 @@ def _record(run: RunDir, argv: list[str], resources: Resources, **where: Any) ->
         "nodes": resources.nodes,
         "tasks_per_node": resources.tasks_per_node,
         "argv": argv,
-        "code": slurm.code_fingerprint(),
+        "code": code_fingerprint(),
     }
     write_json(run.job, start)
 
@@ -242,6 +252,37 @@ def _last_state(job: str, name: str) -> JobState:
             if not state.active and (known or (late and time.monotonic() > late)):
                 return state
         time.sleep(min(30.0, 1.0 + (time.monotonic() - began) / 20))
+
+
+def cache_on_slurm(
+    out: Path, argv: Sequence[str], tasks: int, resources: Resources, *, dry_run: bool
+) -> None:
+    """Fill the teacher cache in `out` by an array of `tasks` jobs, each with a part of the shards.
+
+    Args:
+        out: the cache's folder, absolute.
+        argv: arguments of ``python -m mvat_dist.cache`` for all of them.
+        tasks: jobs of the array.
+        resources: of each job.
+        dry_run: only show the job script.
+
+    Raises:
+        UserError: Slurm refused the job.
+    """
+    name = re.sub(r"[^\w.+-]", "_", f"mvat-cache-{out.name}", flags=re.ASCII)
+    executor = Executor(out / "submitit", name, resources)
+    parts = [f"--part={part}/{tasks}" for part in range(tasks)]
+    print(f"cache    {out}: {tasks} tasks, each with every {tasks}th shard")
+    if dry_run:
+        print(f"\n{executor.script(parts)}")
+        return
+    number = executor.submit(Command("mvat_dist.cache", argv), parts)[0].split("_")[0]
+    print(
+        f"job      {number}\n"
+        f"follow   tail -F {shlex.quote(str(executor.folder))}/{number}_*_log.out\n"
+        f"         squeue -j {number}\n"
+        f"cancel   scancel {number}"
+    )
 
 
 @contextlib.contextmanager

@@ -129,7 +129,8 @@ def test_a_job_that_waits_is_queued(run: RunDir, monkeypatch: pytest.MonkeyPatch
 
 
 def test_torch_is_not_needed(run: RunDir) -> None:
-    code = "import sys; from mvat_dist import status, requeue; status.main(sys.argv[1:]); "
+    code = "import sys; from mvat_dist import status; from mvat_dist.launch import requeue; "
+    code += "status.main(sys.argv[1:]); "
     code += "sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code, str(run.path)], capture_output=True).returncode == 0
 
@@ -208,7 +209,7 @@ def test_a_job_that_is_asked_to_stop_before_it_listens_comes_back(
     """As when it is preempted while torch is imported: the trainer has said nothing to Slurm."""
     monkeypatch.setattr(requeue, "_again", lambda job, wait: f"job {job} again after {wait:g} s")
     monkeypatch.setattr(
-        requeue, "requeue_after_signal", lambda *_, **__: pytest.fail("that is of runs in parts")
+        requeue.slurm, "requeue_after_signal", lambda *_, **__: pytest.fail("that is of runs in parts")
     )
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")

@@ -14,8 +14,8 @@ import pytest
 from mvat_dist import submit
 from mvat_dist.config import parser, sizes
 from mvat_dist.errors import UserError
-from mvat_dist.launch import slurm as slurmjob
 from mvat_dist.launch import submission
+from mvat_dist.launch.slurm import code_fingerprint
 from mvat_dist.runs import folder as rundir
 from mvat_dist.runs.folder import RunDir
 from tests.submit_place import Program, programs_in, write_place
@@ -358,4 +358,4 @@ def test_the_record_says_how_the_run_was_started(place: Path) -> None:
     submit.main([*COMMON, "--nodes=2"])
     record = json.loads((place / "runs" / "one" / "job.json").read_text())
     assert (record["cluster"], record["job_id"], record["nodes"]) == ("slurm", "7", 2)
-    assert record["code"] == slurmjob.code_fingerprint()
+    assert record["code"] == code_fingerprint()

@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from mvat_dist.launch import slurm as slurmjob
+from mvat_dist.distributed.slurm import job_state
 from mvat_dist.launch import submission
 from mvat_dist.runs.folder import RunDir
 from tests.conftest import REPOSITORY
@@ -49,7 +49,7 @@ class Job:
         self.ranks: dict[int, int] = {}
 
     def alive(self) -> bool:
-        return slurmjob.job_state(self.number, submission.job_name(self.run)).active
+        return job_state(self.number, submission.job_name(self.run)).active
 
     def hold_after(self, step: int) -> None:
         """Stop all ranks when `step` steps are recorded and the next one is not."""

@@ -22,12 +22,12 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Program:
 
 
 def test_what_a_job_pickles_is_its_command_line() -> None:
-    job = slurm.TrainJob(["--seed", "1"])
+    job = slurm.Command("mvat_dist.train", ["--seed", "1"])
     text = pickle.dumps(job.checkpoint())
     assert len(text) < 400
     again = pickle.loads(text).function  # noqa: S301, our own
-    assert vars(again) == {"argv": ["--seed", "1"]}
-    assert type(again) is slurm.TrainJob
+    assert vars(again) == {"module": "mvat_dist.train", "argv": ["--seed", "1"]}
+    assert type(again) is slurm.Command
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from mvat_dist.distributed import ranks
-from mvat_dist.launch import slurm as slurmjob
-from mvat_dist.launch.slurm import Resources
+from mvat_dist.distributed.slurm import job_state
+from mvat_dist.launch.slurm import Executor, Resources
 from mvat_dist.runs.folder import RunDir
 from tests.conftest import REPOSITORY
 from tests.slurm.conftest import accounting, slurm, submit, until
@@ -79,12 +79,12 @@ def test_four_nodes_meet_through_submitit(tmp_path: Path) -> None:
     folder = tmp_path / 'it\'s a "run" $(touch pwned) `touch pwned` #1 ü'
     folder.mkdir()
     resources = Resources(4, 1, 2, 10, 1, setup=(f'export PYTHONPATH="{REPOSITORY}"',))
-    job = slurmjob.executor(folder / "submitit", "mvat-report", resources).submit(RankReport(folder))
-    until(lambda: not slurmjob.job_state(job.job_id, "mvat-report").active, 300)
+    [job] = Executor(folder / "submitit", "mvat-report", resources).submit(RankReport(folder))
+    until(lambda: not job_state(job, "mvat-report").active, 300)
     found = reports(folder)
     assert places(found) == [(rank, f"node{rank + 1}", rank, 0) for rank in range(4)]
     assert {(one["total"], one["OMP_NUM_THREADS"]) for one in found} == {(1 + 2 + 3 + 4, "1")}
-    rows = accounting(job.job_id, "JobName", "State", "NNodes", "AllocCPUS")
+    rows = accounting(job, "JobName", "State", "NNodes", "AllocCPUS")
     assert rows[0] == ["mvat-report", "COMPLETED", "4", "8"]
     # The ranks got their two CPUs each, although srun does not take them over from sbatch.
     assert rows[-1][1:] == ["COMPLETED", "4", "8"]
@@ -113,7 +113,7 @@ def test_submit_and_sbatch_train_the_same_fleet_on_four_nodes(tmp_path: Path, tr
         text=True,
         check=True,
     ).stdout.strip()
-    until(lambda: not slurmjob.job_state(second, "mvat-distill").active, 600)
+    until(lambda: not job_state(second, "mvat-distill").active, 600)
     for job in (first, second):
         assert accounting(job, "State", "NNodes", "ExitCode")[0] == ["COMPLETED", "4", "0:0"]
     for student in ("tiny", "mini"):
@@ -167,7 +167,7 @@ def test_a_run_is_queued_once(tmp_path: Path, training: list[str]) -> None:
     queued = slurm("squeue", "--noheader", "--name=mvat-once", "--format=%i").split()
     assert len(queued) == 1
     slurm("scancel", queued[0])
-    until(lambda: not slurmjob.job_state(queued[0], "mvat-once").active, 20)
+    until(lambda: not job_state(queued[0], "mvat-once").active, 20)
     # A cancelled run may start again.
     submit("--name=once", "--slurm=hold", *training, cwd=tmp_path)
     again = slurm("squeue", "--noheader", "--name=mvat-once", "--format=%i").split()

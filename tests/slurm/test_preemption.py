@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from mvat_dist.launch import slurm as slurmjob
+from mvat_dist.distributed.slurm import job_state
 from mvat_dist.runs.folder import RunDir
 from tests.faults.cluster import ranks_of
 from tests.slurm.conftest import accounting, slurm, submit, until
@@ -47,7 +47,7 @@ def learnt(run: RunDir) -> None:
 
 
 def ended(run: RunDir, job: str) -> None:
-    until(lambda: not slurmjob.job_state(job, f"mvat-{run.path.name}").active, 180)
+    until(lambda: not job_state(job, f"mvat-{run.path.name}").active, 180)
 
 
 def saved(run: RunDir) -> tuple[int, dict[str, list[str]]]:

@@ -8,28 +8,25 @@ A job that Slurm has started again goes on with its own trial and asks nobody.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mvat_dist import trial
 from mvat_dist.config.cli import CommandParser
 from mvat_dist.distributed import slurm
 from mvat_dist.errors import EXIT_BUSY, UserError, exit_code
 from mvat_dist.io import make_folder, write_text
+from mvat_dist.launch import bayes, processes, sweep_file, trials
 from mvat_dist.launch import slurm as slurmjob
-from mvat_dist.launch import sweep_file, trial_command, trial_record
 from mvat_dist.launch.slurm import Resources
-from mvat_dist.launch.sweep_file import Sweep
+from mvat_dist.launch.sweep_folder import SweepFolder
+from mvat_dist.launch.trials import TrialRecord
 
 _SCRIPT = Path(__file__).parent.parent.parent / "slurm" / "sweep_agent.sh"
-_PR_SET_CHILD_SUBREAPER = 36
 
 _USAGE = """usage: python -m mvat_dist.launch.sweep_jobs ENTITY/PROJECT/ID
 
@@ -37,11 +34,6 @@ slurm/sweep_agent.sh calls it in a job: one trial of a W&B sweep.
 
 example:
   python -m mvat_dist.launch.sweep_jobs ann/mvat_dist/1a2b3c4d"""
-
-
-def folder(sweep: Sweep, seed: int, runs: Path) -> Path:
-    """Where the trials of a file without a server lie: the same file and seed, the same place."""
-    return runs.absolute() / f"sweep-{sweep.identity}-{seed}"
 
 
 # ---------------------------------------------------------------------------------------- submission
@@ -66,8 +58,8 @@ def on_slurm(
     trials = _trials(target, count if file.is_file() else count or 1, arguments)
     if file.is_file():
         sweep = sweep_file.read(file)
-        count = sweep.points(count)
-        target = str(Path("runs/slurm").absolute() / f"sweep-{sweep.identity}.yaml")
+        count = sweep.size(count)
+        target = str(Path("runs/slurm").absolute() / f"sweep-{sweep.fingerprint}.yaml")
     command = ["sbatch", "--parsable", *_options(count or 1, resources)]
     text = _script([target, *arguments], resources)
     if dry_run:
@@ -100,17 +92,17 @@ def locally(
     Raises:
         SystemExit: the exit code of the agent or of `mvat_dist.sweep`.
     """
-    processes = resources.nodes * resources.tasks_per_node
+    ranks = resources.nodes * resources.tasks_per_node
     counted = [] if count is None else [f"--count={count}"]
     if Path(target).is_file():
-        command = ["mvat_dist.sweep", target, *counted, f"--processes={processes}", *arguments]
+        command = ["mvat_dist.sweep", target, *counted, f"--processes={ranks}", *arguments]
     else:
         command = ["wandb", "agent", *counted, target]
     if dry_run:
         print(f"start    python -m {shlex.join(command)}\n{_trials(target, count, arguments)}")
         return
-    environment = {**_with_python(os.environ), trial.PROCESSES: str(processes)}
-    if code := _wait_for([sys.executable, "-m", *command], environment):
+    environment = {**_with_python(os.environ), trials.PROCESSES: str(ranks)}
+    if code := processes.run_with_descendants([sys.executable, "-m", *command], environment):
         raise SystemExit(code)
 
 
@@ -123,7 +115,7 @@ def checked(target: str, arguments: Sequence[str], resources: Resources) -> str:
         resources: of each trial.
 
     Raises:
-        UserError: it is none of them, or `arguments` are not for it; see also `trialcommand.check`.
+        UserError: it is none of them, or `arguments` are not for it; see also `trials.check`.
     """
     file = Path(target)
     own, others = _parser().parse_known_args(arguments) if file.is_file() else (None, arguments)
@@ -135,8 +127,10 @@ def checked(target: str, arguments: Sequence[str], resources: Resources) -> str:
         )
     if own is not None:
         sweep = sweep_file.read(file)
-        group = folder(sweep, own.seed, own.runs).name
-        trial_command.check(sweep, sweep.point(0, own.seed), f"{group}-0000", group, resources)
+        if sweep.method == "bayes":
+            bayes.check_installed()
+        folder = SweepFolder.of(sweep, own.seed, own.runs)
+        trials.check(sweep, sweep.point(0, own.seed), folder.run_id(0), folder.path.name, resources)
     return target
 
 
@@ -168,9 +162,13 @@ def _trials(target: str, count: int | None, arguments: Sequence[str]) -> str:
     if not Path(target).is_file():
         return f"trials   {count}" if count else "trials   until the sweep ends"
     sweep, seed = sweep_file.read(Path(target)), _parser().parse_args(arguments).seed
-    number = sweep.points(count)
-    points = [f"         {n}: {sweep_file.in_words(sweep.point(n, seed))}" for n in range(number)]
-    return "\n".join([f"trials   {number}", *points])
+    size = sweep.size(count)
+    if sweep.method == "bayes":
+        return f"trials   {size}, each with the point that Optuna proposes when it starts"
+    points = [
+        f"         {number}: {sweep_file.describe(sweep.point(number, seed))}" for number in range(size)
+    ]
+    return "\n".join([f"trials   {size}", *points])
 
 
 def _options(count: int, resources: Resources) -> list[str]:
@@ -197,7 +195,7 @@ def _script(arguments: Sequence[str], resources: Resources) -> str:
     lines = ["#!/bin/bash", f"export MVAT_MAX_RESTARTS={resources.max_restarts}"]
     lines += [f"export MVAT_SIGNAL_LEAD={resources.signal_delay}"]
     if resources.srun_args:
-        lines += [f"export {trial.SRUN_ARGS}={shlex.quote(shlex.join(resources.srun_args))}"]
+        lines += [f"export {trials.SRUN_ARGS}={shlex.quote(shlex.join(resources.srun_args))}"]
     lines += [*resources.setup, f"exec bash {shlex.quote(str(_SCRIPT))} {shlex.join(arguments)}"]
     return "\n".join(lines) + "\n"
 
@@ -231,22 +229,24 @@ def main(argv: list[str] | None = None) -> None:
 
 def _my_own_again(file: Path) -> int | None:
     """Go on with the trial of this job's former life; None where there is none, or somebody else has it."""
-    found = trial_record.read(file) if int(os.environ.get("SLURM_RESTART_COUNT", "0")) else None
+    found = TrialRecord.read(file) if int(os.environ.get("SLURM_RESTART_COUNT", "0")) else None
     if found is None or found.exit_code == 0:
         return None
     print(f"start again: this job goes on with trial {found.environment['WANDB_RUN_ID']}", flush=True)
-    environment = {**os.environ, **found.environment, trial_record.RECORD: str(file)}
-    code = _wait_for([sys.executable, "-m", "mvat_dist.trial", *found.argv], environment)
+    environment = {**os.environ, **found.environment, trials.RECORD: str(file)}
+    code = processes.run_with_descendants([sys.executable, "-m", "mvat_dist.trial", *found.argv], environment)
     return None if code == EXIT_BUSY else code
 
 
 def _ask_for_one(target: str, file: Path) -> int:
     """Let an agent ask for one trial and start it; the trial's exit code."""
-    environment = {**_with_python(os.environ), trial_record.RECORD: str(file)}
+    environment = {**_with_python(os.environ), trials.RECORD: str(file)}
     # It kills a trial that has not ended so many seconds after it was asked: time for a step and a save.
     environment.setdefault("WANDB_AGENT_KILL_DELAY", "300")
-    code = _wait_for([sys.executable, "-m", "wandb", "agent", "--count=1", target], environment)
-    found = trial_record.read(file)
+    code = processes.run_with_descendants(
+        [sys.executable, "-m", "wandb", "agent", "--count=1", target], environment
+    )
+    found = TrialRecord.read(file)
     if found is None:
         print("the agent has started no trial")
         return code
@@ -256,23 +256,6 @@ def _ask_for_one(target: str, file: Path) -> int:
 def _with_python(environ: Mapping[str, str]) -> dict[str, str]:
     """W&B's agent starts `python`: let it be this one."""
     return {**environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environ['PATH']}"}
-
-
-def _wait_for(command: Sequence[str], environment: dict[str, str]) -> int:
-    """Run a command; wait until it and all that it has left behind have ended.
-
-    Slurm's signals reach this process, the agent and the trial alike. The agent dies of them, but the
-    trial has to save, and the job must not end before.
-    """
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
-        signal.signal(number, lambda *_: None)  # not SIG_IGN, which children inherit
-    code = subprocess.run(command, env=environment, check=False).returncode
-    try:
-        while True:
-            os.wait()
-    except ChildProcessError:
-        return code if code >= 0 else 128 - code
 
 
 if __name__ == "__main__":

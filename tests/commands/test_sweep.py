@@ -17,13 +17,13 @@ import yaml
 from safetensors.numpy import load_file
 from wandb.sdk.lib.config_util import dict_from_config_file
 
-from mvat_dist import submit, sweep, trial
+from mvat_dist import submit, sweep
 from mvat_dist.errors import UserError
 from mvat_dist.launch import sweep_file as sweepfile
-from mvat_dist.launch import sweep_jobs, trial_record
-from mvat_dist.launch.trial_record import TrialRecord
+from mvat_dist.launch import sweep_jobs, trials
+from mvat_dist.launch.sweep_folder import SweepFolder
+from mvat_dist.launch.trials import TrialRecord
 from mvat_dist.runs.folder import RunDir
-from mvat_dist.sweep import Plan
 from tests.sweep_place import OBJECTIVE, STUDENTS, environment, sweep_file, write_place
 from tests.waiting import until
 from tests.wandb_server import serving
@@ -109,8 +109,8 @@ def test_a_killed_sweep_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
     laws = {"train.keep": {"values": [2, 3]}, "train.steps": {"value": 24}, "train.save_every": {"value": 3}}
     file = sweep_file(place, laws, method="grid")
     command = [sys.executable, "-m", "mvat_dist.sweep", str(file)]
-    folder = sweep_jobs.folder(sweepfile.read(file), 0, place / "runs")
-    whole, struck = (RunDir(folder / f"{folder.name}-{number:04}") for number in (0, 1))
+    folder = SweepFolder.of(sweepfile.read(file), 0, place / "runs")
+    whole, struck = (RunDir(folder.path / folder.run_id(number)) for number in (0, 1))
     with (place / "log").open("w") as log:
         first = subprocess.Popen(command, cwd=place, env=environment(), stdout=log, stderr=log)
         until(lambda: len(list(struck.checkpoints.glob("step-*"))) > 1, 240, (place / "log").read_text)
@@ -139,14 +139,14 @@ def test_a_killed_sweep_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
     assert "24 | finished" in done.stdout
 
 
-def finished(plan: Plan, number: int, values: list[float | None]) -> None:
+def finished(folder: SweepFolder, number: int, values: list[float | None]) -> None:
     """A trial with these scores at its validations."""
-    run = RunDir(plan.folder / f"trial {number}")
+    run = RunDir(folder.path / f"trial {number}")
     run.student("a").mkdir(parents=True)
     rows = [{"step": 10 * at, "valid/si_sdr": value} for at, value in enumerate(values, start=1)]
     run.history("a").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"step": 99, "loss": 1.0}]))
     run.write_status("finished", 99)
-    trial_record.write_json(plan.record(number), vars(TrialRecord(str(run.path), "a", [], {}, 0)))
+    TrialRecord(str(run.path), "a", [], {}, 0).write(folder.record_file(number))
 
 
 @pytest.mark.parametrize(("goal", "order"), [("maximize", [2, 0, 1]), ("minimize", [1, 0, 2])])
@@ -155,10 +155,9 @@ def test_the_ranking_is_by_the_last_score(
 ) -> None:
     laws = {"optim.lr": {"values": [1, 2, 3, 4, 5]}}
     file = write_sweep(place, laws, ["true"], metric={"name": "valid/si_sdr", "goal": goal})
-    made = sweepfile.read(file)
-    plan = Plan(made, 0, sweep_jobs.folder(made, 0, place / "runs"))
+    folder = SweepFolder.of(sweepfile.read(file), 0, place / "runs")
     for number, values in enumerate([[9.0, 5.0], [1.0], [-3.0, 7.0], [None]]):
-        finished(plan, number, values)
+        finished(folder, number, values)
     sweep.main([str(file), "--ranking"])
     told = capsys.readouterr().out
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in told.splitlines()[2:-1]]
@@ -193,13 +192,73 @@ def test_a_signal_reaches_the_trial_and_ends_the_sweep(place: Path) -> None:
 
 
 def test_what_needs_a_server_is_named_in_one_line(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    more = {"method": "bayes", "early_terminate": {"type": "hyperband", "min_iter": 3}}
+    more = {"method": "random", "early_terminate": {"type": "hyperband", "min_iter": 3}}
     file = write_sweep(place, {"x": {"min": 0.0, "max": 1.0}}, ["true"], **more)
     sweep.main([str(file), "--count=1"])
     warnings = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning")]
     assert len(warnings) == 1
-    assert "bayes" in warnings[0]
     assert "hyperband" in warnings[0]
+
+
+# A trial that takes no time: its score is best at x = 0.7, and below 0.1 its loss diverges.
+TRAINING = """\
+import json, os, pathlib, sys
+import yaml
+from mvat_dist.launch.trials import TrialRecord
+from mvat_dist.runs.folder import RunDir
+x = yaml.safe_load(pathlib.Path(os.environ["WANDB_SWEEP_PARAM_PATH"]).read_text())["x"]["value"]
+place = pathlib.Path.cwd()
+if (place / "kill").exists() and len(list(place.glob("runs/sweep-*/trial-*.json"))) == 7:
+    (place / "kill").unlink()
+    os.kill(os.getppid(), 9)
+diverged = x < 0.1
+run = RunDir(place / "runs" / os.environ["WANDB_RUN_ID"])
+run.student("a").mkdir(parents=True, exist_ok=True)
+rows = [{"step": 10, "valid/si_sdr": -3.0}, {"step": 20, "valid/si_sdr": None if diverged else -abs(x - 0.7)}]
+run.history("a").write_text("".join(json.dumps(row) + "\\n" for row in rows))
+run.write_status("failed" if diverged else "finished", 20)
+TrialRecord(str(run.path), "a", [], {}, int(diverged)).write(pathlib.Path(os.environ["MVAT_TRIAL_RECORD"]))
+sys.exit(int(diverged))
+"""
+
+
+def test_a_bayesian_search_goes_on_after_a_kill_and_hears_of_failures(
+    place: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The sweep's process is killed during its eighth trial; the points are those of one never killed."""
+    import optuna
+
+    (place / "tell me.py").write_text(TRAINING)
+    laws = {"x": {"min": 0.0, "max": 1.0}}
+    file = write_sweep(place, laws, ["${interpreter}", "${program}"], method="bayes")
+    command = [sys.executable, "-m", "mvat_dist.sweep", str(file), "--count=16"]
+    points = []
+    for name, exit_codes in (("never", (1,)), ("killed", (-signal.SIGKILL, 1))):
+        (place / name).mkdir()
+        (place / name / "tell me.py").write_text(TRAINING)
+        for code in exit_codes:
+            if code < 0:
+                (place / name / "kill").touch()
+            at = place / name
+            done = subprocess.run(command, cwd=at, env=environment(), capture_output=True, text=True)
+            assert done.returncode == code, done.stderr
+        folder = SweepFolder.of(sweepfile.read(file), 0, place / name / "runs")
+        points.append([folder.point(number) for number in range(16)])
+    assert None not in points[0]
+    assert points[0] == points[1]
+    journal = optuna.storages.journal.JournalFileBackend(str(folder.path / "optuna.jsonl"))
+    storage = optuna.storages.JournalStorage(journal)
+    study = optuna.load_study(study_name=folder.sweep.fingerprint, storage=storage)
+    states = {trial.user_attrs["trial"]: trial.state.name for trial in study.trials[:-1]}
+    assert states == {
+        number: "FAIL" if point and point["x"] < 0.1 else "COMPLETE"
+        for number, point in enumerate(points[0][:-1])
+    }
+    assert "FAIL" in states.values()
+    assert re.search(r"^best: .*/a/best/model", done.stdout, re.MULTILINE)
+    capfd.readouterr()
+    submit.main([f"--sweep={file}", "--cluster=local", "--dry-run", "--count=16"])
+    assert "trials   16, each with the point that Optuna proposes" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -287,7 +346,7 @@ def test_a_mistake_of_every_trial_is_told_before_the_first(
 ) -> None:
     place = write_place(tmp_path)
     monkeypatch.chdir(place)
-    monkeypatch.setenv(trial.PROCESSES, "1")  # restored afterwards
+    monkeypatch.setenv(trials.PROCESSES, "1")  # restored afterwards
     file = sweep_file(place, {law: {"values": [0.1, 0.2]}}, method="grid")
     content = yaml.safe_load(file.read_text())
     content["command"].insert(-1, option or "--train.steps=1")

@@ -87,7 +87,7 @@ def test_a_law_of_very_many_values_costs_nothing(tmp_path: Path) -> None:
     """As in W&B's own examples, where a seed is any of two thousand million."""
     steps = {"distribution": "q_uniform", "min": 0, "max": 1e9, "q": 0.5}
     made = sweep(tmp_path, {"seed": {"min": 0, "max": 2**31 - 1}, "lr": steps}, method="grid")
-    assert made.points() == 2**31 * (2 * 10**9 + 1)
+    assert made.size() == 2**31 * (2 * 10**9 + 1)
     assert made.point(5 * (2 * 10**9 + 1) + 7, 0) == {"seed": 5, "lr": 3.5}
 
 
@@ -115,7 +115,7 @@ def test_a_point_depends_on_its_number_and_the_seed_alone(tmp_path: Path) -> Non
     more = sweep(tmp_path, {"another": lr, "lr": lr})
     assert [more.point(number, 3)["lr"] for number in range(50)] == [point["lr"] for point in points]
     assert more.point(0, 3)["another"] != more.point(0, 3)["lr"]
-    assert one.identity == again.identity != more.identity
+    assert one.fingerprint == again.fingerprint != more.fingerprint
 
 
 def test_a_grid_is_the_product_of_its_values(tmp_path: Path) -> None:
@@ -128,22 +128,22 @@ def test_a_grid_is_the_product_of_its_values(tmp_path: Path) -> None:
         },
         method="grid",
     )
-    points = [made.point(number, 0) for number in range(made.points())]
+    points = [made.point(number, 0) for number in range(made.size())]
     expected = [
         {"a": a, "group": {"b": b, "c": {"d": True}}, "e.f": f}
         for a, b, f in itertools.product([1, 2], [3, 4, 5], [0, 0.1, 0.2])
     ]
     assert len(points) == len(expected)
     assert all(point in points for point in expected)
-    assert made.points(4) == 4
+    assert made.size(4) == 4
 
 
 def test_how_many_points(tmp_path: Path) -> None:
     law = {"x": {"min": 0.0, "max": 1.0}}
-    assert sweep(tmp_path, law, run_cap=7).points() == 7
-    assert sweep(tmp_path, law, run_cap=7).points(3) == 3
+    assert sweep(tmp_path, law, run_cap=7).size() == 7
+    assert sweep(tmp_path, law, run_cap=7).size(3) == 3
     with pytest.raises(UserError, match="no end: give --count"):
-        sweep(tmp_path, law).points()
+        sweep(tmp_path, law).size()
 
 
 @pytest.mark.parametrize(
@@ -192,6 +192,6 @@ def test_the_shipped_file_names_its_objective() -> None:
     made = sweep_file.read(REPOSITORY / "configs" / "sweep.yaml")
     assert (made.metric, made.goal) == ("valid/pesq_wb", "maximize")
     assert any(part.startswith("--track.objective=") for part in made.command)
-    names = {".".join(path) for path in made.laws}
+    names = {".".join(path) for path in made.parameters}
     assert {"optim.lr", "distil.weight", "distil.method", "train.batch"} <= names
     assert {f"distil.beta_{view}" for view in ("channel", "global", "local")} <= names

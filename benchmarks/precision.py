@@ -1,8 +1,8 @@
-"""What fewer bits cost in PESQ and save in time: a trained network in fp32, bf16 and int8 on the same clips.
+"""What fewer bits cost in PESQ and save in time: a trained network in fp32 and bf16 on the same clips.
 
     python -m benchmarks.precision runs/teacher/students/teacher --data shards/dns --clips 40
 
-One thread, CPU time. Ranges of int8 activations come from clips that are not scored.
+One thread, CPU time.
 """
 
 from __future__ import annotations
@@ -21,16 +21,13 @@ from mvat_dist.config.schema import SAMPLE_RATE
 from mvat_dist.data.clips import Clip
 from mvat_dist.data.test_sets import held_out
 from mvat_dist.evaluation.scorer import Pair, score_pairs
-from mvat_dist.inference import onnx_file
+from mvat_dist.inference import graph
 from mvat_dist.inference.enhancer import Enhancer
-from mvat_dist.inference.export import Run
+from mvat_dist.inference.graph import Run
 from mvat_dist.inference.overlap_add import Audio
 from mvat_dist.models import weights
 from mvat_dist.models.weights import LoadedModel
 from mvat_dist.runs import weights as weightsfile
-
-RANGES = 8
-"""Clips whose activations give int8 its ranges."""
 
 
 def torch_run(loaded: LoadedModel, precision: str) -> Run:
@@ -39,14 +36,12 @@ def torch_run(loaded: LoadedModel, precision: str) -> Run:
     return lambda noisy: network.enhance(noisy[0], SAMPLE_RATE)[None]
 
 
-def runs(loaded: LoadedModel, folder: Path, ranges: Sequence[Audio]) -> dict[str, Run]:
-    onnx_file.save(loaded.model, folder / "full.onnx", {})
-    onnx_file.save_int8(folder / "full.onnx", folder / "int8.onnx", ranges, {})
+def runs(loaded: LoadedModel, folder: Path) -> dict[str, Run]:
+    graph.save_onnx(loaded.model, folder / "full.onnx", {})
     return {
         "fp32": torch_run(loaded, "fp32"),
         "bf16": torch_run(loaded, "bf16"),
-        "fp32, ONNX": onnx_file.runner(folder / "full.onnx"),
-        "int8, ONNX": onnx_file.runner(folder / "int8.onnx"),
+        "fp32, ONNX": graph.load_onnx(folder / "full.onnx"),
     }
 
 
@@ -82,7 +77,7 @@ def table(several: dict[str, Run], clips: Sequence[Clip]) -> str:
 def main() -> None:
     """Print the table of one network."""
     parser = argparse.ArgumentParser(
-        description="PESQ and time of a trained network in fp32, bf16 and int8.",
+        description="PESQ and time of a trained network in fp32 and bf16.",
         epilog="example: python -m benchmarks.precision best.safetensors --data shards/dns --clips 40",
     )
     parser.add_argument("model", type=Path, help="a student's folder in a run, or a model file")
@@ -91,11 +86,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     loaded = weights.load(weightsfile.resolve(arguments.model, "best"))
-    (clips, *_) = held_out(arguments.data, arguments.clips + RANGES, 8.0).values()
+    (clips, *_) = held_out(arguments.data, arguments.clips, 8.0).values()
     chosen = list(clips)
     with tempfile.TemporaryDirectory() as folder:
-        several = runs(loaded, Path(folder), [clip.noisy for clip in chosen[:RANGES]])
-        print(f"{loaded.name}, {len(chosen) - RANGES} clips\n\n{table(several, chosen[RANGES:])}")
+        print(f"{loaded.name}, {len(chosen)} clips\n\n{table(runs(loaded, Path(folder)), chosen)}")
 
 
 if __name__ == "__main__":

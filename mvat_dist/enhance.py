@@ -3,60 +3,32 @@
 from __future__ import annotations
 
 import argparse
-import errno
-import multiprocessing
 import os
-import signal
 import sys
-import threading
-import time
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
-from multiprocessing.process import BaseProcess
-from multiprocessing.sharedctypes import Synchronized
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from mvat_dist.config.cli import CommandParser
-from mvat_dist.errors import UserError, exit_code
+from mvat_dist.errors import UserError, clean_end, exit_code
 from mvat_dist.inference import enhancer
-from mvat_dist.inference.audio_files import (
-    Enhanced,
-    Job,
-    Progress,
-    check_writable,
-    enhance_file,
-    plan,
-    remove_abandoned,
-    seconds,
-)
-from mvat_dist.inference.endings import SIGNALS, TIDY_SECONDS, Ended, clean_end, handler
+from mvat_dist.inference.audio_files import Job, check_writable, duration, plan, remove_abandoned
 from mvat_dist.inference.enhancer import BLOCK, Enhancer
+from mvat_dist.inference.many_files import Result, enhance_in_parallel, enhance_one_by_one
 from mvat_dist.inference.overlap_add import Audio
 from mvat_dist.io import make_folder
 
 STANDARD = Path("-")
 """Standard input and output."""
 
-_POLL_SECONDS = 0.5
-_REQUESTS = 3
 _UNIT = " s of audio"
 _BAR = "{percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f}{unit} [{remaining} left, {rate_noinv_fmt}]"
 _BAR_WITHOUT_END = "{n:.0f}{unit} [{elapsed}, {rate_noinv_fmt}]"
 _CONTAINERS = (b"RIFF", b"RF64", b"fLaC", b"OggS", b"FORM", b"ID3\x03", b"ID3\x04")
-
-
-_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What the next file would meet, too."""
-
-Result = Enhanced | str
-"""Of one file: what was written, or why it could not be enhanced."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -131,17 +103,16 @@ def _files(arguments: argparse.Namespace) -> None:
     network = _enhancer(arguments)
     _make_ready(arguments.out, jobs, todo)
     clipped = failed = 0
-    run = _one_by_one if arguments.processes == 1 else _in_parallel
-    with _bar(todo) as bar, closing(run(network, todo, arguments, bar)) as results:
-        for job, result in results:
+    with _bar(todo) as bar:
+        for job, result in _results(network, todo, arguments, bar):
             if isinstance(result, str):
                 bar.write(f"error: {result}", file=sys.stderr)
                 failed += 1
                 continue
             clipped += result.clipped
             if result.missing:
-                told = f"warning: {job.source} was cut off ({result.missing}): the enhanced file is as short"
-                bar.write(told, file=sys.stderr)
+                warning = f"{job.source} was cut off ({result.missing}): the enhanced file is as short"
+                bar.write(f"warning: {warning}", file=sys.stderr)
     print(f"{len(todo) - failed} files written to {arguments.out}", file=sys.stderr)
     if len(todo) < len(jobs):
         print(f"{len(jobs) - len(todo)} were there already: --overwrite makes them anew", file=sys.stderr)
@@ -152,7 +123,7 @@ def _files(arguments: argparse.Namespace) -> None:
 
 
 def _make_ready(out: Path, jobs: Sequence[Job], todo: Sequence[Job]) -> None:
-    """A folder that can be written, without what killed runs left in it."""
+    """Make the output folder, check that it can be written, and remove what killed runs left in it."""
     make_folder(out)
     if any(job.target.parent == out for job in todo):
         check_writable(out)
@@ -161,8 +132,8 @@ def _make_ready(out: Path, jobs: Sequence[Job], todo: Sequence[Job]) -> None:
 
 
 def _bar(jobs: Sequence[Job]) -> tqdm[NoReturn]:
-    """With an end where all files say how long they are."""
-    known = [length for job in jobs if (length := seconds(job.source)) is not None]
+    """A progress bar in seconds of audio; it has an end where all files state their length."""
+    known = [seconds for job in jobs if (seconds := duration(job.source)) is not None]
     if len(known) < len(jobs):
         return tqdm(unit=_UNIT, bar_format=_BAR_WITHOUT_END)
     return tqdm(total=sum(known), unit=_UNIT, bar_format=_BAR)
@@ -172,116 +143,18 @@ def _enhancer(arguments: argparse.Namespace) -> Enhancer:
     return enhancer.load(arguments.model, arguments.device, arguments.batch, arguments.precision)
 
 
-def _attempt(network: Enhancer, job: Job, dry: float, progress: Progress) -> Result:
-    try:
-        return enhance_file(network, job, dry, progress)
-    except UserError as error:
-        return str(error)
-    except (OSError, UnicodeError) as error:
-        if isinstance(error, OSError) and error.errno in _FULL_DISK:
-            raise
-        return f"{job.source}: {error}"
-
-
-def _show(bar: tqdm[NoReturn], written: float) -> None:
-    # A header may promise less than there is, and sums of seconds are not exact.
-    bar.update((written if bar.total is None else min(written, bar.total)) - bar.n)
-
-
-def _one_by_one(
+def _results(
     network: Enhancer, jobs: Sequence[Job], arguments: argparse.Namespace, bar: tqdm[NoReturn]
-) -> Generator[tuple[Job, Result]]:
-    for job in jobs:
-        yield job, _attempt(network, job, arguments.dry, lambda more: _show(bar, bar.n + more))
+) -> Iterator[tuple[Job, Result]]:
+    def progress(seconds: float) -> None:
+        # A header may promise less than there is, and sums of seconds are not exact.
+        bar.update(seconds if bar.total is None else min(seconds, bar.total - bar.n))
 
-
-def _in_parallel(
-    _: Enhancer, jobs: Sequence[Job], arguments: argparse.Namespace, bar: tqdm[NoReturn]
-) -> Generator[tuple[Job, Result]]:
-    """In the order in which the files are done; every process loads a network of its own.
-
-    Raises:
-        UserError: a process was ended.
-    """
-    context = multiprocessing.get_context("spawn")
-    written = context.Value("d", 0.0)
-    pool = ProcessPoolExecutor(arguments.processes, context, _begin, (arguments, written))
-    try:
-        pending = {pool.submit(_attempt_here, job) for job in jobs}
-        while pending:
-            done, pending = wait(pending, _POLL_SECONDS, FIRST_COMPLETED)
-            _show(bar, written.value)
-            yield from (one.result() for one in done)
-    except BrokenProcessPool as error:
-        raise UserError("a process was ended, perhaps for lack of memory: use fewer --processes") from error
-    except BaseException:
-        # Their files would be finished first, and those that they have been handed for later.
-        _end(multiprocessing.active_children())
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _end(processes: Sequence[BaseProcess]) -> None:
-    """Have them remove what is half written, and end."""
-    for _ in range(_REQUESTS):
-        for process in processes:
-            process.terminate()
-        # The exception that it raises there may have been lost in a finaliser: the next one is not.
-        deadline = time.monotonic() + TIDY_SECONDS + 1
-        for process in processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-        if not any(process.is_alive() for process in processes):
-            return
-    for process in processes:
-        process.kill()
-
-
-class _Child:
-    """What a process of the pool keeps between files."""
-
-    network: Enhancer
-    dry: float
-    written: Synchronized[float]
-
-
-def _begin(arguments: argparse.Namespace, written: Synchronized[float]) -> None:
-    """Make this process ready for files."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_follow_parent, daemon=True).start()
-    torch.set_num_threads(max(1, torch.get_num_threads() // arguments.processes))
-    _Child.network, _Child.dry, _Child.written = _enhancer(arguments), arguments.dry, written
-
-
-def _follow_parent() -> None:
-    """End with the parent: a process of a pool would wait for the next file for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(TIDY_SECONDS)
-    os._exit(1)
-
-
-def _attempt_here(job: Job) -> tuple[Job, Result]:
-    # A process at work removes what it has half written. Of the idle ones, Ctrl-C, which reaches every
-    # process, is kept away: they are ended later.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number in SIGNALS:
-        signal.signal(number, handler)
-    try:
-        return job, _attempt(_Child.network, job, _Child.dry, _count)
-    except Ended:
-        os._exit(1)  # an exception would be handed to the parent, and the next file begun
-    finally:
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _count(more: float) -> None:
-    with _Child.written.get_lock():
-        _Child.written.value += more
+    dry, processes = arguments.dry, arguments.processes
+    if processes == 1:
+        return enhance_one_by_one(network, jobs, dry, progress)
+    load = partial(enhancer.load, arguments.model, arguments.device, arguments.batch, arguments.precision)
+    return enhance_in_parallel(load, jobs, dry, processes, progress)
 
 
 def _pipe(network: Enhancer, arguments: argparse.Namespace, source: BinaryIO, target: BinaryIO) -> None:
@@ -304,9 +177,9 @@ def _pipe(network: Enhancer, arguments: argparse.Namespace, source: BinaryIO, ta
                     "itself, or decode it with `ffmpeg -i FILE -f s16le -`"
                 )
             first = False
-            whole = len(content) - len(content) % frame
-            left[:] = content[whole:]
-            pcm = np.frombuffer(content[:whole], "<i2").reshape(-1, arguments.channels)
+            complete = len(content) - len(content) % frame
+            left[:] = content[complete:]
+            pcm = np.frombuffer(content[:complete], "<i2").reshape(-1, arguments.channels)
             yield pcm.astype(np.float32) * np.float32(1 / 32768)
 
     try:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import difflib
 import errno
+import math
 import os
 import select
+import signal
 import sys
-from collections.abc import Callable, Iterable
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
 
 EXIT_USER_ERROR = 2
 
@@ -129,3 +135,48 @@ def _nobody_reads() -> bool:
     # Python would flush it once more at its end, and complain.
     os.dup2(os.open(os.devnull, os.O_WRONLY), output)
     return True
+
+
+_CLEANUP_SECONDS = 5.0
+"""Time in which half-written files are removed; further signals are ignored meanwhile."""
+
+
+class TerminatedError(SystemExit):
+    """A signal asked the process to end; the exit code is 128 + its number, as in a shell."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.number = number
+
+
+@contextmanager
+def clean_end() -> Iterator[None]:
+    """Make SIGTERM and SIGHUP end a command as Ctrl-C does: half-written files are removed.
+
+    An ignored signal, as under ``nohup``, stays ignored. systemd sends SIGHUP right after SIGTERM, so a
+    second signal does not interrupt the removal. A later one does: an exception in a finaliser is lost.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread can have handlers
+        return
+    last_raised = -math.inf
+
+    def end(number: int, _: FrameType | None) -> None:
+        nonlocal last_raised
+        if time.monotonic() - last_raised > _CLEANUP_SECONDS:
+            last_raised = time.monotonic()
+            raise TerminatedError(number)
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    heeded = [number for number, handler in handlers.items() if handler != signal.SIG_IGN]
+    try:
+        for number in heeded:
+            signal.signal(number, end)
+        yield
+    except TerminatedError as ended:
+        with suppress(OSError):  # the terminal may have hung up
+            print(f"ended by {signal.Signals(ended.number).name}", file=sys.stderr)
+        raise
+    finally:
+        for number in heeded:
+            signal.signal(number, handlers[number])

@@ -224,6 +224,11 @@ def remove_leftovers(folder: Path) -> list[Path]:
     return left
 
 
+def remove_temporary(path: Path) -> None:
+    """Remove what this process has half written of `path`."""
+    _temporary(path).unlink(missing_ok=True)
+
+
 def abandoned(folder: Path) -> Iterator[tuple[Path, str]]:
     """Temporary files in `folder` of processes of this host that are no more, each with its target's name.
 

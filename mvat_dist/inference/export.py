@@ -1,104 +1,164 @@
-"""A network as one traced graph for any batch and length, and how exported files are checked.
-
-TorchScript files and ONNX files (`inference.onnx_file`) come from the same trace. It is TorchScript's
-and not `torch.export`'s because a trace keeps every length symbolic, from one sample on, where
-`torch.export` guards what it has seen of the lengths (torch 2.13).
-"""
+"""Export a network: write each format, read it back, and keep it if it computes what the network does."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from tqdm import tqdm
 
 from mvat_dist.config.schema import SAMPLE_RATE
-from mvat_dist.config.sizes import Size
+from mvat_dist.data.clips import Clip
 from mvat_dist.errors import UserError
+from mvat_dist.inference import graph
+from mvat_dist.inference.graph import Run, run_torch
+from mvat_dist.inference.model_card import Exported, card
 from mvat_dist.inference.overlap_add import Audio
-from mvat_dist.models.fold import folded
-from mvat_dist.models.manner import NORMALISATION_EPS, Manner
+from mvat_dist.inference.provenance import fingerprint_of
+from mvat_dist.io import atomic_file, fsync, make_folder, scratch_directory, write_text
+from mvat_dist.models import weights
+from mvat_dist.models.weights import LoadedModel
 
-Run = Callable[[Audio], Audio]
-"""Maps noisy (B, T) to enhanced (B, T)."""
-
-_TRACED_SAMPLES = SAMPLE_RATE + 1
-
-
-class Traceable(nn.Module):
-    """`Manner` with its arithmetic on lengths in a form that a trace keeps: no branch, no Python integer."""
-
-    def __init__(self, model: Manner) -> None:
-        super().__init__()
-        self.size = model.size
-        self.manner_block = model.manner_block
-
-    def forward(self, noisy: Tensor) -> Tensor:
-        """(B, T) -> (B, T), any B and T of 1 or more."""
-        samples = noisy.shape[-1]
-        deviations = noisy - noisy.mean(dim=-1, keepdim=True)
-        freedom = 1 + _positive(samples - 2)
-        deviation = (deviations.square().sum(dim=-1, keepdim=True) / freedom).sqrt()
-        padding = padded_length(self.size, samples) - samples
-        padded = F.pad(noisy / (NORMALISATION_EPS + deviation), (0, padding))
-        estimate, _ = self.manner_block(padded.unsqueeze(1), False)
-        enhanced: Tensor = deviation * estimate[:, 0, :samples]
-        return enhanced
+FP32_BOUND = 1e-4
+"""Largest difference from the network, relative to the peak of its output: -80 dB."""
+FP16_BOUND = 1e-2
+"""For weights with 11 bits."""
 
 
-def padded_length(size: Size, samples: int) -> int:
-    """``size.frames(samples)[0]`` in closed form: the shortest, and whole frames of the deepest level."""
-    shortest, step = size.frames(1)[0], int(size.stride**size.depth)
-    return shortest + _positive(samples - shortest + step - 1) // step * step
+@dataclass(frozen=True)
+class Subject:
+    """The network to export, its description, and the clips to check the files on."""
+
+    loaded: LoadedModel
+    about: Mapping[str, str]
+    clips: Sequence[Clip]
+
+    def difference(self, exported: Run, bound: float) -> str:
+        """Say how far an exported file's output is from the network's.
+
+        Raises:
+            UserError: further than `bound`.
+        """
+        reference = run_torch(self.loaded.model)
+        error = largest_error(exported, reference, probes([clip.noisy for clip in self.clips]))
+        verdict = f"differs by at most {error:.1e} of the output's peak"
+        if error > bound:
+            raise UserError(f"{verdict}, more than {bound:g}")
+        return f"{verdict} (bound {bound:g})"
 
 
-def _positive(length: int) -> int:
-    """max(length, 0) without a comparison, whose outcome a trace would keep for all lengths."""
-    return (length + abs(length)) // 2
+@dataclass(frozen=True)
+class Format:
+    """One kind of file."""
+
+    suffix: str
+    kind: str
+    make: Callable[[Subject, Path], str]
+    """Writes a file, reads it back, compares it with the network and says how they differ.
+
+    Raises `UserError` where they differ too much.
+    """
 
 
-def traced(model: Manner) -> torch.jit.ScriptModule:
-    """The graph of `model`, its weights as constants: what is computed from them alone is done once."""
-    graph = Traceable(folded(model)).eval()
-    with quiet(), torch.no_grad():
-        trace = torch.jit.trace(graph, (example(),), check_trace=False)  # type: ignore[no-untyped-call]
-        frozen: torch.jit.ScriptModule = torch.jit.freeze(trace)
-        return frozen
+def _safetensors(subject: Subject, file: Path) -> str:
+    return _weights(subject, file, torch.float32, 0.0)
 
 
-def save(model: Manner, file: Path, sha256: str = "") -> None:
-    """Write `model` as a TorchScript file, a zip, in which ``extra/sha256`` says of which weights it is."""
-    with quiet():
-        torch.jit.save(traced(model), file, _extra_files={"sha256": sha256})
+def _fp16(subject: Subject, file: Path) -> str:
+    return _weights(subject, file, torch.float16, FP16_BOUND)
 
 
-def run_torch(model: nn.Module) -> Run:
-    """`model`, or a loaded TorchScript module, as a function of arrays."""
+def _weights(subject: Subject, file: Path, dtype: torch.dtype, bound: float) -> str:
+    loaded = subject.loaded
+    # BatchNorm's statistics stay float32: variances exceed the range of 16 bits, and there are few.
+    parameters = {name: value.detach().to(dtype) for name, value in loaded.model.named_parameters()}
+    state = loaded.model.state_dict() | parameters
+    size, about = loaded.model.size, subject.about
+    weights.save(file, state, name=loaded.name, size=size, step=loaded.step, about=about)
+    return subject.difference(run_torch(weights.load(file).model), bound)
 
-    @torch.inference_mode()
-    def run(noisy: Audio) -> Audio:
-        enhanced: Audio = model(torch.from_numpy(noisy)).numpy()
-        return enhanced
 
-    return run
+def _torchscript(subject: Subject, file: Path) -> str:
+    graph.save_torchscript(subject.loaded.model, file, subject.about["sha256"])
+    return subject.difference(graph.load_torchscript(file), FP32_BOUND)
 
 
-def runner(file: Path) -> Run:
-    """A TorchScript file as a function of arrays."""
-    with quiet():
-        return run_torch(torch.jit.load(file, map_location="cpu"))  # type: ignore[no-untyped-call]
+def _onnx(subject: Subject, file: Path) -> str:
+    # ONNX has no other place for the name and the rate than its metadata.
+    about = {**subject.about, "name": subject.loaded.name, "sample_rate": str(SAMPLE_RATE)}
+    graph.save_onnx(subject.loaded.model, file, about)
+    return subject.difference(graph.load_onnx(file), FP32_BOUND)
+
+
+FORMATS = {
+    "safetensors": Format(".safetensors", "weights, fp32, with origin and scores", _safetensors),
+    "fp16": Format(".fp16.safetensors", "weights, fp16", _fp16),
+    "torchscript": Format(".pt", "TorchScript, BatchNorm folded", _torchscript),
+    "onnx": Format(".onnx", "ONNX, BatchNorm folded", _onnx),
+}
+
+
+def export(subject: Subject, names: Sequence[str], out: Path) -> list[Exported]:
+    """Write the formats called `names` and the model card into `out`; drop a file that fails its check.
+
+    Where a format is not kept, the file of an earlier export is removed too. Nothing in `out` changes before
+    all files, the card included, are complete.
+
+    Raises:
+        UserError: a folder is in the place of a file.
+    """
+    targets = [out / (subject.loaded.name + FORMATS[name].suffix) for name in names]
+    card_path = out / f"{subject.loaded.name}.md"
+    if taken := [str(place) for place in (*targets, card_path) if place.is_dir()]:
+        raise UserError(f"a folder is in the place of {', '.join(taken)}: move it, or choose another --out")
+    make_folder(out)
+    with scratch_directory(out, "export") as staged:
+        bar = tqdm(names, unit="file", desc="exporting")
+        files = [_write_checked(subject, FORMATS[name], staged) for name in bar]
+        text = card(subject.loaded, subject.about, files)
+        for exported in files:
+            if exported.kept:
+                (staged / exported.file).replace(out / exported.file)
+            else:
+                (out / exported.file).unlink(missing_ok=True)
+        fsync(out)
+    write_text(card_path, text)
+    return files
+
+
+def _write_checked(subject: Subject, kind: Format, folder: Path) -> Exported:
+    """Write one file into `folder` if it passes its check."""
+    target = folder / (subject.loaded.name + kind.suffix)
+    try:
+        with atomic_file(target) as temporary, scratch_directory(folder, "making") as scratch:
+            # Readers go by the ending, so the file has its own name, in a folder that a failure removes.
+            file = scratch / target.name
+            check = kind.make(subject, file)
+            size = file.stat().st_size
+            file.replace(temporary)
+        return Exported(target.name, kind.kind, size, check)
+    except UserError as refusal:
+        return Exported(target.name, kind.kind, 0, str(refusal), kept=False)
+
+
+def outdated(subject: Subject, names: Sequence[str], out: Path) -> Iterator[str]:
+    """Name the files of earlier exports, in formats other than `names`, that hold other weights."""
+    for file in (out / (subject.loaded.name + FORMATS[name].suffix) for name in FORMATS if name not in names):
+        if file.is_file() and (sha256 := fingerprint_of(file)) != subject.about["sha256"]:
+            reason = (
+                f"is of other weights (SHA-256 {sha256})" if sha256 else "does not say of which weights it is"
+            )
+            yield f"{file}, of an earlier export, {reason}: remove it or export it again"
 
 
 def probes(clips: Sequence[Audio]) -> Iterator[Audio]:
-    """Inputs (B, T) of real audio to compare on: lengths and batches that no trace has seen.
+    """Inputs (B, T) of real audio to compare on, with lengths and batches that no trace has seen.
 
-    Every clip whole; all of them cut to the length of the shortest, at once; and short cuts of the first,
-    down to one sample.
+    They are every clip by itself, all clips as one batch of the shortest length, and short cuts of the first
+    clip, down to one sample.
     """
     for clip in clips:
         yield clip[None]
@@ -110,29 +170,16 @@ def probes(clips: Sequence[Audio]) -> Iterator[Audio]:
 
 
 def largest_error(exported: Run, reference: Run, inputs: Iterable[Audio]) -> float:
-    """Largest difference of any sample, relative to the peak of what the network makes of that input.
+    """Largest difference of any sample, relative to the peak of the network's output for that input.
 
     Raises:
         UserError: a shape that differs, or an output that is not finite.
     """
     worst = 0.0
     for noisy in inputs:
-        expected, found = reference(noisy), exported(noisy)
-        if found.shape != expected.shape or not np.isfinite(found).all():
-            raise UserError(f"maps {noisy.shape} to {found.shape}, or to what is not finite")
-        peak = max(float(np.abs(expected).max()), 1e-4)  # -80 dB: below that, nothing is heard
-        worst = max(worst, float(np.abs(found - expected).max()) / peak)
+        expected, estimate = reference(noisy), exported(noisy)
+        if estimate.shape != expected.shape or not np.isfinite(estimate).all():
+            raise UserError(f"maps {noisy.shape} to {estimate.shape}, or to values that are not finite")
+        peak = max(float(np.abs(expected).max()), 1e-4)  # -80 dB: nothing is heard below that
+        worst = max(worst, float(np.abs(estimate - expected).max()) / peak)
     return worst
-
-
-def example() -> Tensor:
-    """What the graph is traced on: (2, 1 s and a sample) of noise."""
-    return 0.1 * torch.randn(2, _TRACED_SAMPLES, generator=torch.Generator().manual_seed(0))
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the warnings that torch's newer exporters should be used."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

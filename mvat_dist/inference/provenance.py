@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import sys
+import zipfile
 from collections.abc import Callable, Mapping
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ from mvat_dist.errors import UserError
 from mvat_dist.evaluation.statistics import NOISY
 from mvat_dist.evaluation.systems import CLASSICAL
 from mvat_dist.io import read_json
-from mvat_dist.models import weights
+from mvat_dist.models import metadata, weights
 from mvat_dist.models.weights import LoadedModel
 from mvat_dist.runs.folder import RunDir
 
@@ -51,7 +52,7 @@ def describe(file: Path, loaded: LoadedModel, licence: str) -> dict[str, str]:
     about = {**loaded.about, **_of_run(file, loaded.name, sha256)}
     about["licence"] = licence or about.get("licence", UNSTATED)
     about["sha256"] = sha256
-    about["exported_with"] = f"mvat_dist {metadata.version('mvat_dist')}, torch {torch.__version__}"
+    about["exported_with"] = f"mvat_dist {importlib.metadata.version('mvat_dist')}, torch {torch.__version__}"
     return about
 
 
@@ -182,3 +183,33 @@ def _name(location: str) -> str:
 def read(about: Mapping[str, str], key: str) -> Any:
     """The JSON value at `key` of a description; None where there is none."""
     return json.loads(about[key]) if key in about else None
+
+
+def fingerprint_of(file: Path) -> str:
+    """Fingerprint of the weights in an exported file (`models.weights.fingerprint`), as the file states it.
+
+    Empty where the file does not state it: another program's, damaged, or an ONNX file without ``onnx`` here.
+    """
+    read = {".safetensors": _of_safetensors, ".pt": _of_torchscript, ".onnx": _of_onnx}[file.suffix]
+    try:
+        return read(file)
+    except Exception:  # each format has damages of its own
+        return ""
+
+
+def _of_safetensors(file: Path) -> str:
+    description = metadata.read(file)
+    return description.about.get("sha256", "") if description else ""
+
+
+def _of_torchscript(file: Path) -> str:
+    with zipfile.ZipFile(file) as archive:
+        names = [name for name in archive.namelist() if name.endswith("/extra/sha256")]
+        return archive.read(names[0]).decode("ascii") if names else ""
+
+
+def _of_onnx(file: Path) -> str:
+    import onnx
+
+    properties = onnx.load(file, load_external_data=False).metadata_props
+    return next((entry.value for entry in properties if entry.key == "sha256"), "")

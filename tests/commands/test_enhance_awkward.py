@@ -17,8 +17,8 @@ import soundfile
 
 from mvat_dist.enhance import main
 from mvat_dist.errors import exit_code
-from mvat_dist.inference import export
-from mvat_dist.inference.audio_files import seconds
+from mvat_dist.inference import graph
+from mvat_dist.inference.audio_files import duration
 from mvat_dist.models import weights as modelfile
 from tests.conftest import REPOSITORY
 from tests.networks import tiny_file
@@ -104,8 +104,8 @@ def streamed_flac(speech, tmp_path) -> Path:
 def test_a_flac_that_leaves_its_length_open_is_read_to_its_end(
     weights, speech, streamed_flac, tmp_path, capsys
 ):
-    assert seconds(streamed_flac) is None
-    assert seconds(speech) == 3.0
+    assert duration(streamed_flac) is None
+    assert duration(speech) == 3.0
     assert run(weights, streamed_flac, tmp_path / "whole.flac", "--out", tmp_path / "out") == 0
     found, expected = (soundfile.read(tmp_path / "out" / f"{name}.flac")[0] for name in ("streamed", "whole"))
     np.testing.assert_array_equal(found, expected)
@@ -116,8 +116,8 @@ def test_a_flac_that_leaves_its_length_open_is_read_to_its_end(
 
 
 def test_the_example_reads_it_too(weights, streamed_flac, tmp_path):
-    onnxfile = pytest.importorskip("mvat_dist.inference.onnx_file")
-    onnxfile.save(modelfile.load(weights).model, tmp_path / "tiny.onnx", {})
+    pytest.importorskip("onnx")
+    graph.save_onnx(modelfile.load(weights).model, tmp_path / "tiny.onnx", {})
     example = REPOSITORY / "docs" / "examples" / "enhance_onnx.py"
     command = [sys.executable, example, "tiny.onnx", streamed_flac, "enhanced.flac"]
     subprocess.run(command, check=True, cwd=tmp_path)
@@ -136,8 +136,8 @@ def test_the_example_reads_it_too(weights, streamed_flac, tmp_path):
     ],
 )
 def test_the_example_refuses_in_one_line(weights, tmp_path, model, source, message):
-    onnxfile = pytest.importorskip("mvat_dist.inference.onnx_file")
-    onnxfile.save(modelfile.load(weights).model, tmp_path / "tiny.onnx", {})
+    pytest.importorskip("onnx")
+    graph.save_onnx(modelfile.load(weights).model, tmp_path / "tiny.onnx", {})
     (tmp_path / "notes.wav").write_text("no audio, and no graph")
     example = REPOSITORY / "docs" / "examples" / "enhance_onnx.py"
     command = [sys.executable, example, model, source, "enhanced.wav"]
@@ -289,9 +289,10 @@ def test_an_exported_graph_is_no_model_and_is_called_what_it_is(
 ):
     model = modelfile.load(weights).model
     if kind == "ONNX":
-        pytest.importorskip("mvat_dist.inference.onnx_file").save(model, tmp_path / name, {})
+        pytest.importorskip("onnx")
+        graph.save_onnx(model, tmp_path / name, {})
     else:
-        export.save(model, tmp_path / name, "abc")
+        graph.save_torchscript(model, tmp_path / name, "abc")
     recwarn.clear()
     assert run(tmp_path / name, speech, "--out", tmp_path / "out") == 2
     assert capsys.readouterr().err == (

@@ -20,16 +20,15 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-import mvat_dist.inference
-from mvat_dist import export
+import mvat_dist
 from mvat_dist.config.sizes import SIZES, Size
 from mvat_dist.errors import UserError, exit_code
 from mvat_dist.export import main
-from mvat_dist.inference import export as exporting
-from mvat_dist.inference import onnx_file
+from mvat_dist.inference import export, graph
 from mvat_dist.models import metadata
 from mvat_dist.models import weights as modelfile
 from mvat_dist.models.manner import Manner
+from mvat_dist.runs.weights import resolve
 from mvat_dist.training.teacher import LiveTeacher
 from tests.conftest import REPOSITORY
 from tests.export_runs import a_run, a_test_set
@@ -55,7 +54,7 @@ def clips(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(run, clips, tmp_path_factory) -> Path:
-    """Everything but int8, of the run."""
+    """Every format of the run."""
     out = tmp_path_factory.mktemp("a release")
     main(["--model", str(run), "--data", str(clips), "--out", str(out), "--licence", "CC0-1.0"])
     return out
@@ -87,16 +86,16 @@ def test_variances_beyond_16_bits_are_kept_in_fp16(clips, tmp_path):
 )
 def test_the_padded_length_in_closed_form(samples, kernel_size, stride, depth):
     size = Size("base", 6, depth=depth, kernel_size=max(kernel_size, stride), stride=stride)
-    assert exporting.padded_length(size, samples) == size.frames(samples)[0]
+    assert graph.padded_length(size, samples) == size.frames(samples)[0]
 
 
 @pytest.mark.parametrize("size", [TINY, ODD, SIZES["manner-s-0.6gf"]], ids=["tiny", "odd", "0.6gf"])
 def test_files_compute_what_the_network_computes_at_lengths_that_no_trace_has_seen(size, tmp_path):
     made = loud(size)
-    exporting.save(made, tmp_path / "a.pt")
-    onnx_file.save(made, tmp_path / "a.onnx", {})
+    graph.save_torchscript(made, tmp_path / "a.pt")
+    graph.save_onnx(made, tmp_path / "a.onnx", {})
     noise = 0.1 * np.random.default_rng(0).standard_normal((3, 17001)).astype(np.float32)
-    for run in (exporting.runner(tmp_path / "a.pt"), onnx_file.runner(tmp_path / "a.onnx")):
+    for run in (graph.load_torchscript(tmp_path / "a.pt"), graph.load_onnx(tmp_path / "a.onnx")):
         for batch, samples in [(1, 1), (3, 2), (2, 84), (1, 339), (2, 5000), (1, 17001)]:
             noisy = noise[:batch, :samples]
             with torch.no_grad():
@@ -134,7 +133,7 @@ def test_an_export_is_its_files_and_a_card(exported):
 
 
 def test_weights_are_the_trained_ones_with_their_origin(run, exported):
-    before, after = modelfile.load(run), modelfile.load(exported / "tiny.safetensors")
+    before, after = modelfile.load(resolve(run)), modelfile.load(exported / "tiny.safetensors")
     assert (after.name, after.step, after.model.size) == ("tiny", 70, TINY)
     assert modelfile.fingerprint(after.model) == modelfile.fingerprint(before.model)
     assert after.about["licence"] == "CC0-1.0"
@@ -160,7 +159,7 @@ def test_an_exported_file_enhances_teaches_and_is_exported_again(run, exported, 
     half = mvat_dist.load(exported / "tiny.fp16.safetensors").enhance(noisy, rate)
     assert 0 < np.abs(half - expected).max() < 0.01 * np.abs(expected).max()
     teacher = LiveTeacher(exported / "tiny.safetensors", torch.device("cpu"), "fp32")
-    assert teacher.describe()["sha256"] == modelfile.fingerprint(modelfile.load(run).model)
+    assert teacher.describe()["sha256"] == modelfile.fingerprint(modelfile.load(resolve(run)).model)
     again = ["--formats", "safetensors", "--data", str(clips), "--out", str(tmp_path)]
     main(["--model", str(exported / "tiny.safetensors"), *again])
     first, second = (modelfile.load(folder / "tiny.safetensors") for folder in (exported, tmp_path))
@@ -218,8 +217,8 @@ def test_a_file_that_differs_is_not_kept(run, clips, tmp_path, monkeypatch, caps
             other.manner_block.out_conv[0].bias += 0.01
         return honest(other)
 
-    honest = exporting.traced
-    monkeypatch.setattr(exporting, "traced", shifted)
+    honest = graph.traced
+    monkeypatch.setattr(graph, "traced", shifted)
     options = ["--formats", "torchscript,safetensors", "--data", str(clips), "--out", str(tmp_path)]
     assert exit_code(main, ["--model", str(run), *options]) == 2
     captured = capsys.readouterr()
@@ -230,8 +229,6 @@ def test_a_file_that_differs_is_not_kept(run, clips, tmp_path, monkeypatch, caps
 
 
 def test_without_the_extra_the_other_formats_are_written(run, clips, tmp_path, monkeypatch, capsys):
-    monkeypatch.delitem(sys.modules, "mvat_dist.inference.onnx_file")
-    monkeypatch.delattr(mvat_dist.inference, "onnx_file")
     monkeypatch.setitem(sys.modules, "onnx", None)
     options = ["--formats", "onnx,fp16", "--data", str(clips), "--out", str(tmp_path)]
     assert exit_code(main, ["--model", str(run), *options]) == 2
@@ -269,4 +266,4 @@ def test_mistakes_are_one_line(run, clips, tmp_path, monkeypatch, capsys, change
 
 
 def test_every_format_has_a_suffix_of_its_own():
-    assert len({one.suffix for one in export.FORMATS.values()}) == len(export.FORMATS)
+    assert len({kind.suffix for kind in export.FORMATS.values()}) == len(export.FORMATS)

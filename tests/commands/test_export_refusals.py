@@ -12,18 +12,15 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 import soundfile
 
-from mvat_dist import export
-from mvat_dist.config.sizes import Size
+import mvat_dist.inference.export
 from mvat_dist.errors import exit_code
-from mvat_dist.evaluation.metrics.registry import Score
-from mvat_dist.evaluation.scorer import Pair
 from mvat_dist.export import main
-from mvat_dist.inference import leftovers
+from mvat_dist.inference.provenance import fingerprint_of
 from mvat_dist.models import weights as modelfile
+from mvat_dist.runs.weights import resolve
 from tests.conftest import REPOSITORY
 from tests.export_runs import a_run, a_test_set
 from tests.mistakes import assert_refused
@@ -51,94 +48,6 @@ def names(folder: Path) -> list[str]:
     return sorted(file.name for file in folder.iterdir())
 
 
-# --- 8 bits ---------------------------------------------------------------------------------------
-
-
-def paces(monkeypatch, share: float) -> None:
-    """As if 8 bits took `share` of the time."""
-    monkeypatch.setattr(export, "_time_share", lambda *_: share)
-
-
-def test_8_bits_are_kept_or_refused_by_what_they_cost(run, clips, tmp_path, monkeypatch, capsys):
-    paces(monkeypatch, 0.5)
-    given = options(run, clips, tmp_path, "int8")
-    assert exit_code(main, [*given, "--max-pesq-loss", "9"]) == 0
-    said = capsys.readouterr().out
-    assert "on 2 clips (95 %, paired)" in said
-    types = {one.data_type for one in onnx.load(tmp_path / "tiny.int8.onnx").graph.initializer}
-    assert onnx.TensorProto.INT8 in types
-    assert exit_code(main, [*given, "--max-pesq-loss", "-9"]) == 2
-    assert "NOT KEPT, PESQ-WB" in capsys.readouterr().out
-    assert names(tmp_path) == ["tiny.md"]  # not what was kept before, either
-
-
-@pytest.mark.parametrize(
-    ("time_share", "smaller", "kept"), [(0.5, False, True), (1.0, False, False), (1.0, True, True)]
-)
-def test_8_bits_must_be_faster_or_smaller(
-    run, clips, tmp_path, monkeypatch, capsys, time_share, smaller, kept
-):
-    paces(monkeypatch, time_share)
-    if smaller:
-        of_size = Size("small", 24, depth=2, chunk=16)
-        run = tmp_path / "wide.safetensors"
-        modelfile.save(run, loud(of_size).state_dict(), name="tiny", size=of_size, step=1)
-    out = tmp_path / "out"
-    given = [*options(run, clips, out, "int8,onnx"), "--max-pesq-loss", "9"]
-    assert exit_code(main, given) == (0 if kept else 2)
-    assert (out / "tiny.int8.onnx").exists() == kept
-    if kept:
-        sizes = [(out / name).stat().st_size for name in ("tiny.int8.onnx", "tiny.onnx")]
-        assert (sizes[0] < export.WORTH_IT * sizes[1]) == smaller
-    assert ("neither faster nor smaller" in capsys.readouterr().out) == (not kept)
-
-
-def test_8_bits_are_not_judged_on_one_clip(run, clips, tmp_path, capsys):
-    given = [*options(run, clips, tmp_path, "int8,fp16"), "--clips", "3"]  # two of them for the ranges
-    assert exit_code(main, given) == 2
-    assert "tiny.int8.onnx: NOT KEPT, 8 bits need at least 4 clips" in capsys.readouterr().out
-    rows = (tmp_path / "tiny.md").read_text().splitlines()
-    megabytes = {row.split("|")[1].strip(): row.split("|")[3].strip() for row in rows if "int8" in row}
-    assert megabytes == {"tiny.int8.onnx (not kept)": "-"}
-
-
-def test_8_bits_are_not_judged_on_one_score(run, clips, tmp_path, monkeypatch, capsys):
-    paces(monkeypatch, 0.5)
-
-    def one_fails(pairs: list[Pair], metrics: list[str]) -> list[dict[str, Score]]:
-        scores = honest(pairs, metrics)
-        scores[1] = {"pesq_wb": Score(None, "no utterance")}
-        return scores
-
-    honest = export.score_pairs
-    monkeypatch.setattr(export, "score_pairs", one_fails)
-    assert exit_code(main, [*options(run, clips, tmp_path, "int8"), "--max-pesq-loss", "9"]) == 2
-    assert "NOT KEPT, PESQ has a score for 1 of 2 clips" in capsys.readouterr().out
-
-
-def test_the_cost_of_8_bits_is_paired(run, clips, tmp_path, monkeypatch, capsys):
-    paces(monkeypatch, 0.5)
-    # Two clips, far apart, that each lose 0.1: the cost is sure, whatever the spread between the clips.
-    monkeypatch.setattr(export, "_pesq", lambda *_: np.array([[1.5, 4.0], [1.4, 3.9]]))
-    assert exit_code(main, [*options(run, clips, tmp_path, "int8"), "--max-pesq-loss", "0.2"]) == 0
-    assert "PESQ-WB 2.750 -> 2.650, a cost of 0.100 [0.100, 0.100] on 2 clips" in capsys.readouterr().out
-
-
-def test_times_are_medians_of_pairs(monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr(export.time, "perf_counter", lambda: clock[0])
-    slow_moments = iter([1, 30, 1, 1, 1, 30, 1, 1, 1, 1, 1] * 2)
-
-    def taking(seconds: float):
-        def passes(_: object) -> None:
-            clock[0] += seconds * (next(slow_moments) if seconds < 1 else 1)
-
-        return passes
-
-    clip = export.Clip("a", np.zeros(10, np.float32), np.zeros(10, np.float32))
-    assert export._time_share(taking(0.5), taking(1.0), clip) == pytest.approx(0.5)
-
-
 # --- what an earlier export left ------------------------------------------------------------------
 
 
@@ -150,20 +59,20 @@ def test_files_of_other_weights_are_named(run, clips, tmp_path, capsys):
     modelfile.save(other, weights, name="tiny", size=TINY, step=1)
     out = tmp_path / "out"
     assert exit_code(main, options(run, clips, out, everything)) == 0
-    before = modelfile.fingerprint(modelfile.load(run).model)
+    before = modelfile.fingerprint(modelfile.load(resolve(run)).model)
     for file in out.iterdir():
-        assert file.suffix == ".md" or leftovers.sha256_of(file) == before
-    (out / "tiny.int8.onnx").write_text("torn")
+        assert file.suffix == ".md" or fingerprint_of(file) == before
+    (out / "tiny.pt").write_text("torn")
     capsys.readouterr()
     assert exit_code(main, options(run, clips, out, "safetensors")) == 0  # the same weights once more
     said = capsys.readouterr().err
     assert [line for line in said.splitlines() if line.startswith("note: ")] == [
-        f"note: {out / 'tiny.int8.onnx'}, of an earlier export, does not say of which weights it is: remove "
+        f"note: {out / 'tiny.pt'}, of an earlier export, does not say of which weights it is: remove "
         "it or export it again"
     ]
     assert exit_code(main, options(other, clips, out, "safetensors")) == 0
     said = capsys.readouterr().err
-    for name in ("tiny.fp16.safetensors", "tiny.pt", "tiny.onnx"):
+    for name in ("tiny.fp16.safetensors", "tiny.onnx"):
         assert f"note: {out / name}, of an earlier export, is of other weights (SHA-256 {before})" in said
     assert "tiny.safetensors, of" not in said
 
@@ -266,7 +175,7 @@ def test_without_a_card_there_are_no_files(run, clips, tmp_path, monkeypatch):
     def fails(*_: object) -> str:
         raise RuntimeError("no card")
 
-    monkeypatch.setattr(export, "card", fails)
+    monkeypatch.setattr(mvat_dist.inference.export, "card", fails)
     with pytest.raises(RuntimeError, match="no card"):
         main(options(run, clips, tmp_path, "safetensors"))
     assert names(tmp_path) == []
@@ -302,7 +211,7 @@ def test_a_signal_leaves_nothing_half_written(run, clips, tmp_path):
         sys.executable,
         "-m",
         "mvat_dist.export",
-        *options(run, clips, tmp_path, "torchscript,onnx,int8"),
+        *options(run, clips, tmp_path, "torchscript,onnx"),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     begun = subprocess.Popen(

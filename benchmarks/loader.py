@@ -137,7 +137,7 @@ def _mixing(subset: ShardSet, long: np.ndarray) -> Way:
 def _sources(shards: Path) -> Way:
     """What the training stream does for a segment; rooms and changes of tempo are left out."""
     config = DataConfig(
-        train=str(shards), mode="sources", segment_seconds=4.0, reverb_probability=0.0, tempo_probability=0.0
+        train=str(shards), mode="dynamic", segment_seconds=4.0, reverb_probability=0.0, tempo_probability=0.0
     )
     data = TrainingData(config, seed=0)
 

@@ -49,7 +49,7 @@ def sources(corpus: Path, **changes) -> DataConfig:
 
 
 def pairs(corpus: Path, **changes) -> DataConfig:
-    plain = DataConfig(train=str(corpus), segment_seconds=SEGMENT, mode="pairs", tempo_probability=0.0)
+    plain = DataConfig(train=str(corpus), segment_seconds=SEGMENT, mode="premixed", tempo_probability=0.0)
     return replace(plain, **changes)
 
 

@@ -43,38 +43,38 @@ class DataConfig:
     mvat_dist in $XDG_CACHE_HOME, or in ~/.cache."""
     cache_gb: PositiveNumber = 200.0
     """Most room for these copies in GB; those used the longest time ago go first."""
-    mode: Literal["auto", "sources", "pairs"] = "auto"
-    """`sources` mixes clean speech and noise on the fly, `pairs` reads mixtures made before;
-    `auto` prefers sources where the corpus has them."""
+    mode: Literal["auto", "dynamic", "premixed"] = "auto"
+    """`dynamic` mixes clean speech and noise on the fly, `premixed` reads pairs of noisy and clean
+    recordings; `auto` prefers `dynamic` where the corpus has speech and noise."""
     segment_seconds: PositiveNumber = 4.0
     """Length of one training segment in seconds."""
     stride_seconds: NonNegativeNumber = 0.0
-    """Pairs mode: hop in seconds of a fixed grid of segments, each visited once an epoch;
+    """Premixed mode: hop in seconds of a fixed grid of segments, each visited once an epoch;
     0 takes one random crop of every utterance an epoch instead."""
     snr_db: tuple[FiniteNumber, FiniteNumber] = (-5.0, 20.0)
-    """Sources mode: lowest and highest signal-to-noise ratio in dB, drawn uniformly."""
+    """Dynamic mode: lowest and highest signal-to-noise ratio in dB, drawn uniformly."""
     level_dbfs: tuple[Dbfs, Dbfs] = (-35.0, -15.0)
-    """Sources mode: lowest and highest RMS level of the mixture in dBFS, drawn uniformly."""
+    """Dynamic mode: lowest and highest RMS level of the mixture in dBFS, drawn uniformly."""
     reverb_probability: ClosedUnitInterval = 0.3
-    """Sources mode: share of segments whose speech is convolved with a room impulse response."""
-    made_up_rooms: ClosedUnitInterval = 0.0
-    """Sources mode: share of these rooms that are made up, as exponentially decaying noise of 0.2 to 1 s, and
-    not of the corpus: against few or similar ones; 1 needs none."""
+    """Dynamic mode: share of segments whose speech is convolved with a room impulse response."""
+    synthetic_rooms: ClosedUnitInterval = 0.0
+    """Dynamic mode: share of these rooms that are synthetic (exponentially decaying noise of 0.2 to 1 s), for
+    a corpus with few or similar rooms; 1 needs none."""
     tempo_probability: ClosedUnitInterval = 0.2
     """Share of segments whose tempo is changed (pitch kept)."""
     tempo_range: tuple[TempoFactor, TempoFactor] = (0.9, 1.1)
     """Lowest and highest tempo factor; above 1 is faster."""
     gain_db: tuple[FiniteNumber, FiniteNumber] = (0.0, 0.0)
-    """Pairs mode: range in dB of a random gain applied to noisy and clean alike."""
+    """Premixed mode: range in dB of a random gain applied to noisy and clean alike."""
     remix_probability: ClosedUnitInterval = 0.0
-    """Pairs mode: share of segments whose noise is exchanged for that of another pair."""
+    """Premixed mode: share of segments whose noise is exchanged for that of another pair."""
     activity_threshold: ClosedUnitInterval = 0.0
-    """Sources mode: stretches of speech with a smaller share of active 50 ms frames are drawn again;
-    the DNS synthesizer takes 0.6, 0 asks only that they are not silent."""
+    """Dynamic mode: speech with a smaller share of active 50 ms frames is drawn again; the DNS synthesizer
+    takes 0.6, 0 asks only that it is not silent."""
     snr_kind: Literal["whole", "active"] = "whole"
-    """Sources mode: the ratio over the whole segment, or over the frames in which the noise is active."""
+    """Dynamic mode: the ratio over the whole segment, or over the frames in which the noise is active."""
     reverb_target: Literal["reverberant", "early", "dry"] = "reverberant"
-    """Sources mode: what of a reverberant room stays in the clean target: all of it, the first 50 ms, or the
+    """Dynamic mode: what of a reverberant room stays in the clean target: all of it, the first 50 ms, or the
     direct sound alone."""
     bandwidth_probability: ClosedUnitInterval = 0.0
     """Share of segments whose noisy side is limited in bandwidth."""
@@ -88,10 +88,10 @@ class DataConfig:
     variants: NonNegativeInt = 0
     """Different segments made of every item, taken in turn by the epochs, so that a cache of the
     teacher can hold them all; 0 makes new ones in every epoch."""
-    on_damage: Literal["fatal", "skip"] = "fatal"
-    """A damaged utterance ends the run, or its segment is replaced by another one and counted."""
-    max_damaged: ClosedUnitInterval = 0.001
-    """Share of damaged segments that `skip` bears."""
+    on_bad_sample: Literal["fatal", "skip"] = "fatal"
+    """A damaged utterance ends the run, or its segment is replaced by another one and counted (`skip`)."""
+    max_bad_samples: ClosedUnitInterval = 0.001
+    """Largest share of segments that `skip` may replace."""
     workers: NonNegativeInt = 2
     """Reader processes per rank; 0 reads in the training process."""
 

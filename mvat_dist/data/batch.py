@@ -44,9 +44,9 @@ class Batch:
     """The teacher's targets of these segments, where the data was opened with a teacher cache."""
 
     @property
-    def damaged(self) -> int:
+    def replaced(self) -> int:
         """Segments that replace bad samples."""
-        return sum(bool(recipe["damage"]) for recipe in self.recipes)
+        return sum(bool(recipe["bad_samples"]) for recipe in self.recipes)
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory; DataLoader calls this where there is a GPU."""

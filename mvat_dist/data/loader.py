@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from mvat_dist.data import workers as readers
 from mvat_dist.data.batch import Batch, collate
-from mvat_dist.data.mixing.bad_samples import DamageLog
+from mvat_dist.data.mixing.dataset import BadSampleLog
 from mvat_dist.data.mixing.dataset import TrainingData as TrainingData
 from mvat_dist.data.mixing.fingerprint import differences, with_newer_fields
-from mvat_dist.data.mixing.sampler import RankSlices, micro_batch_size
+from mvat_dist.data.mixing.sampler import RankSampler, micro_batch_size
 from mvat_dist.errors import UserError
 
 PREFETCH = 4
@@ -80,40 +80,44 @@ class BatchStream(Iterator[list[Batch]]):
     """A rank's micro-batches, one list per optimiser step; see `batches`."""
 
     def __init__(
-        self, data: TrainingData, slices: RankSlices, workers: int, damage_log: DamageLog | None = None
+        self,
+        data: TrainingData,
+        sampler: RankSampler,
+        workers: int,
+        bad_sample_log: BadSampleLog | None = None,
     ) -> None:
         self._data = data
-        self._slices = slices
+        self._sampler = sampler
         self._workers = workers
-        self._damage_log = damage_log or DamageLog()
-        self._identity: dict[str, Any] | None = None
+        self._bad_sample_log = bad_sample_log or BadSampleLog()
+        self._fingerprint: dict[str, Any] | None = None
         self._micro_batches: Iterator[Batch | UserError] | None = None
 
     def __next__(self) -> list[Batch]:
-        if not self._slices.steps:
+        if not self._sampler.steps:
             raise StopIteration
         if self._micro_batches is None:
             self._micro_batches = self._start()
         step: list[Batch] = []
-        for _ in range(self._slices.accumulation):
+        for _ in range(self._sampler.accumulation):
             made = next(self._micro_batches)
             if isinstance(made, UserError):
                 self._micro_batches = None  # whoever asks again gets this step again, from its start
                 raise made
             step.append(made)
-            self._damage_log.tell(line for recipe in made.recipes for line in recipe["damage"])
-        self._go_to(self._slices.first_step + 1)
+            self._bad_sample_log.warn(line for recipe in made.recipes for line in recipe["bad_samples"])
+        self._go_to(self._sampler.first_step + 1)
         return step
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values: the next step, and what the stream is a stream of. The same on every rank."""
-        return {"step": self._slices.first_step, **self._subject()}
+        return {"step": self._sampler.first_step, **self._subject()}
 
     def _subject(self) -> dict[str, Any]:
-        if self._identity is None:
-            self._identity = self._data.identity()
-        # The identity leaves the seed out where no segment depends on it; the order always does.
-        return {**self._identity, "batch": self._slices.batch, "seed": self._data.seed}
+        if self._fingerprint is None:
+            self._fingerprint = self._data.fingerprint()
+        # The fingerprint leaves the seed out where no segment depends on it; the order always does.
+        return {**self._fingerprint, "batch": self._sampler.batch, "seed": self._data.seed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where another stream of the same data was, on whatever ranks, micro-batches and workers.
@@ -133,14 +137,14 @@ class BatchStream(Iterator[list[Batch]]):
         self._go_to(state["step"])
 
     def _go_to(self, step: int) -> None:
-        last = self._slices.first_step + self._slices.steps
-        self._slices = replace(self._slices, first_step=step, steps=max(0, last - step))
+        last = self._sampler.first_step + self._sampler.steps
+        self._sampler = replace(self._sampler, first_step=step, steps=max(0, last - step))
 
     def _start(self) -> Iterator[Batch | UserError]:
         workers = self._workers
         loader = DataLoader(
             _MicroBatches(self._data),
-            sampler=self._slices,
+            sampler=self._sampler,
             batch_size=None,
             num_workers=workers,
             multiprocessing_context=readers.START_METHOD if workers else None,
@@ -173,9 +177,9 @@ def batches(
 
     Raises:
         UserError: at once where `batch` cannot be shared or is larger than an epoch.
-        ShardError: while iterating, for a damaged shard that is not borne; it names the shard and the key.
+        ShardError: while iterating, for a bad sample that is not skipped; it names the shard and the key.
     """
     micro, accumulation = split_batch(batch, world_size, micro_batch)
     check_batch(data, batch)
-    slices = RankSlices(batch, micro, accumulation, rank, world_size, first_step, steps)
-    return BatchStream(data, slices, workers)
+    sampler = RankSampler(batch, micro, accumulation, rank, world_size, first_step, steps)
+    return BatchStream(data, sampler, workers)

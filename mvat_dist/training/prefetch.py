@@ -7,8 +7,7 @@ import torch
 from mvat_dist.config.schema import Config
 from mvat_dist.data.batch import Batch
 from mvat_dist.data.loader import batches
-from mvat_dist.data.mixing.bad_samples import DamageBudget
-from mvat_dist.data.mixing.dataset import TrainingData
+from mvat_dist.data.mixing.dataset import BadSampleLimit, TrainingData
 from mvat_dist.distributed import collectives
 from mvat_dist.distributed.ranks import Ranks
 from mvat_dist.errors import UserError
@@ -29,9 +28,9 @@ class Intake:
             steps=config.train.steps - first_step,
             workers=config.data.workers,
         )
-        self._budget: DamageBudget | None = None
-        if config.data.on_damage == "skip":
-            self._budget = DamageBudget(config.data.max_damaged, len(data))
+        self._budget: BadSampleLimit | None = None
+        if config.data.on_bad_sample == "skip":
+            self._budget = BadSampleLimit(config.data.max_bad_samples, len(data))
         self._upcoming: list[Batch] = []
         self._error: Exception | None = None
 
@@ -43,7 +42,7 @@ class Intake:
     @property
     def damaged(self) -> int | None:
         """Segments replaced so far, of all ranks; None where damage ends the run."""
-        return None if self._budget is None else self._budget.damaged
+        return None if self._budget is None else self._budget.replaced
 
     def read_ahead(self) -> None:
         """Have the next step's micro-batches; a failure is kept until `check`.
@@ -69,11 +68,11 @@ class Intake:
         """Count replaced segments over all ranks, so that all of them refuse at the same step.
 
         Raises:
-            UserError: more than `data.max_damaged`.
+            UserError: more than `data.max_bad_samples`.
         """
         if self._budget is None:
             return
-        damaged = torch.tensor([float(sum(batch.damaged for batch in micro_batches))], device=device)
+        damaged = torch.tensor([float(sum(batch.replaced for batch in micro_batches))], device=device)
         collectives.all_reduce_sum([damaged])
         self._budget.count(int(damaged.item()), self._batch)
         if refusal := self._budget.refusal():

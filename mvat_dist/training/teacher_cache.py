@@ -81,7 +81,7 @@ class Colleague:
         self.order = order
         self.samples = round(order.config.data.segment_seconds * SAMPLE_RATE)
         # A substitute's lesson would be filed under the number of the segment that it stands for.
-        self.data = TrainingData(replace(order.config.data, on_damage="fatal"), order.config.seed)
+        self.data = TrainingData(replace(order.config.data, on_bad_sample="fatal"), order.config.seed)
         self.data.check_numbered()
         self.teacher = LiveTeacher(teacher_file(order.config), device, self.precision)
         self.maps = self.teacher.size.views(self.samples)
@@ -232,7 +232,7 @@ def describe(here: Colleague) -> dict[str, Any]:
         "format": FORMAT,
         "teacher": here.teacher.describe(),
         "precision": here.precision,
-        "data": here.data.identity(),
+        "data": here.data.fingerprint(),
         "codec": here.order.codec,
         "coarseness": here.order.coarseness if here.order.codec == "compact" else None,
         "output": here.order.output,

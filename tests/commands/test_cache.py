@@ -168,7 +168,7 @@ def test_a_grid_of_pairs(
     corpus: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     grid = [
-        "--data.mode=pairs",
+        "--data.mode=premixed",
         "--data.stride_seconds=0.2",
         "--data.tempo_probability=0",
         "--data.variants=0",

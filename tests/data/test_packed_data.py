@@ -149,9 +149,9 @@ def test_joined_subsets_are_concatenated_in_order(shards, pattern, order):
 @pytest.mark.parametrize("config", [sources, pairs])
 def test_training_on_joined_corpora(shards, config):
     data = TrainingData(config(shards / "dns-{en,de}"), seed=1)
-    assert len(data) == {"sources": 33, "pairs": 14}[data.mode]
+    assert len(data) == {"dynamic": 33, "premixed": 14}[data.mode]
     recipes = [data.item(0, position).recipe for position in range(len(data))]
-    visited = [recipe["speech"][0] if data.mode == "sources" else recipe for recipe in recipes]
+    visited = [recipe["speech"][0] if data.mode == "dynamic" else recipe for recipe in recipes]
     assert {first["key"] for first in visited} == set(data.iterated.keys)
     lengths = dict(zip(data.iterated.keys, data.iterated.samples, strict=True))
     assert all(first["start"] + first["frames"] <= lengths[first["key"]] for first in visited)
@@ -168,11 +168,11 @@ def test_joined_corpora_are_the_same_wherever_they_lie(shards, tmp_path):
     shutil.copytree(shards / "dns-de", tmp_path / "other" / "b" / "c")
     here = TrainingData(sources(shards / "dns-{en,de}"), seed=1)
     there = TrainingData(sources(tmp_path / "{one/a,other/b/c}"), seed=1)
-    assert there.identity() == here.identity()
+    assert there.fingerprint() == here.fingerprint()
     assert np.array_equal(there.item(0, 30).noisy, here.item(0, 30).noisy)
     turned = TrainingData(sources(tmp_path / "{other/b/c,one/a}"), seed=1)
-    assert turned.identity() != here.identity()
-    assert TrainingData(sources(shards / "dns-en"), seed=1).identity() != here.identity()
+    assert turned.fingerprint() != here.fingerprint()
+    assert TrainingData(sources(shards / "dns-en"), seed=1).fingerprint() != here.fingerprint()
 
 
 def test_joined_keys_name_no_other_folder(shards, monkeypatch):
@@ -235,22 +235,22 @@ def test_no_joined_corpus_is_left_out_without_a_word(shards, tmp_path):
     (tmp_path / "en").symlink_to(shards / "dns-en")
     clean = tone(np.random.default_rng(0), 9000)
     write_pairs(tmp_path / "only-pairs", "train_pairs", {"p": (clean, clean)})
-    with pytest.raises(UserError, match=r"only-pairs has nothing for --data.mode sources"):
+    with pytest.raises(UserError, match=r"only-pairs has nothing for --data.mode dynamic"):
         training_mode(sources(tmp_path / "{en,only-pairs}"))
-    assert training_mode(pairs(tmp_path / "{en,only-pairs}")) == "pairs"
+    assert training_mode(pairs(tmp_path / "{en,only-pairs}")) == "premixed"
 
 
-@pytest.mark.parametrize("changes", [{"made_up_rooms": 1.0}, {"reverb_probability": 0.0}])
+@pytest.mark.parametrize("changes", [{"synthetic_rooms": 1.0}, {"reverb_probability": 0.0}])
 def test_rooms_count_only_where_they_are_read(shards, tmp_path, monkeypatch, changes):
     (tmp_path / "en").symlink_to(shards / "dns-en")
     write_sources(tmp_path / "only-rooms", "train_rir", {"r": tone(np.random.default_rng(0), 900)})
     joined = sources(tmp_path / "{en,only-rooms}", workers=1)
     read: list[str] = []
     monkeypatch.setattr(checks, "remote_bytes", lambda folders: read.extend(one.name for one in folders) or 0)
-    check_readers(replace(joined, made_up_rooms=0.5), world_size=1)
+    check_readers(replace(joined, synthetic_rooms=0.5), world_size=1)
     assert read == ["train_clean", "train_noise", "train_rir", "train_rir"]
     with pytest.raises(
-        UserError, match=r"only-rooms has nothing for --data.mode sources, which reads train_c"
+        UserError, match=r"only-rooms has nothing for --data.mode dynamic, which reads train_c"
     ):
         training_mode(replace(joined, **changes))
     read.clear()
@@ -278,7 +278,7 @@ def test_globs_and_braces_over_s3(shards, tmp_path, monkeypatch):
         local = TrainingData(sources(shards / "dns-*"), seed=0)
         for pattern in ("s3://many/shards/dns-*", "s3://many/shards/{dns-de,dns-en}"):
             far = TrainingData(sources(pattern, cache_dir=str(tmp_path)), seed=0)
-            assert far.identity() == local.identity()
+            assert far.fingerprint() == local.fingerprint()
             assert all(same(far.item(0, at), local.item(0, at)) for at in range(len(local)))
         with pytest.raises(UserError, match="no folder is called so"):
             training_mode(sources("s3://many/none-*"))

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mvat_dist.data.loader import TrainingData, batches, split_batch
-from mvat_dist.data.mixing.sampler import RankSlices, epoch_order
+from mvat_dist.data.mixing.sampler import RankSampler, epoch_permutation
 from mvat_dist.errors import UserError
 from tests.tiny_corpus import write_sources
 from tests.training_corpus import pairs, sources, taken, tone, write_corpus
@@ -22,7 +22,7 @@ def global_batches(batch: int, micro_batch: int, world_size: int, first_step: in
     """Sample numbers of each step, put together from all ranks in the order of their forward passes."""
     micro, accumulation = split_batch(batch, world_size, micro_batch)
     ranks = [
-        list(RankSlices(batch, micro, accumulation, rank, world_size, first_step, steps))
+        list(RankSampler(batch, micro, accumulation, rank, world_size, first_step, steps))
         for rank in range(world_size)
     ]
     turns = [[number for one in turn for number in one] for turn in zip(*ranks, strict=True)]
@@ -54,7 +54,7 @@ def test_first_and_rest_are_all_when_the_topology_changes(data, batch, items, to
     # Whole epochs hold every utterance once; the batch that straddles two belongs to both, none is lost.
     places = [divmod(number, items) for number in numbers]
     for epoch in range(len(numbers) // items):
-        read = [epoch_order(3, epoch, items)[position] for of, position in places if of == epoch]
+        read = [epoch_permutation(3, epoch, items)[position] for of, position in places if of == epoch]
         assert sorted(read) == list(range(items))
 
 
@@ -115,7 +115,7 @@ def test_all_ranks_save_the_same(data):
         next(one)
         states.append(one.state_dict())
     assert states[0] == states[1] == states[2]
-    moved = TrainingData(replace(data.config, workers=7, on_damage="skip"), data.seed)
+    moved = TrainingData(replace(data.config, workers=7, on_bad_sample="skip"), data.seed)
     assert {**states[0], "step": 0} == stream(moved, 0, 1).state_dict()
 
 
@@ -126,8 +126,8 @@ def test_all_ranks_save_the_same(data):
         ({"snr_db": (0.0, 20.0)}, r"snr_db \[-5\.0, 20\.0\], not \[0\.0, 20\.0\]"),
         ({"variants": 2}, r"variants 0, not 2"),
         (
-            {"mode": "pairs", "batch": 12},
-            r'batch 24, not 12; mode "sources", not "pairs"; another corpus',
+            {"mode": "premixed", "batch": 12},
+            r'batch 24, not 12; mode "dynamic", not "premixed"; another corpus',
         ),
     ],
 )
@@ -146,10 +146,10 @@ def test_another_stream_is_refused(data, changes, message):
 
 def test_the_stream_of_a_version_that_knew_fewer_choices_is_one_with_their_defaults(data):
     saved = stream(data, 0, 1).state_dict()
-    saved["choices"] = {name: value for name, value in saved["choices"].items() if name != "made_up_rooms"}
+    saved["choices"] = {name: value for name, value in saved["choices"].items() if name != "synthetic_rooms"}
     stream(data, 0, 1).load_state_dict(saved)
-    other = TrainingData(replace(data.config, made_up_rooms=0.5), data.seed)
-    with pytest.raises(UserError, match=r"of other data \(made_up_rooms 0\.0, not 0\.5;"):
+    other = TrainingData(replace(data.config, synthetic_rooms=0.5), data.seed)
+    with pytest.raises(UserError, match=r"of other data \(.*synthetic_rooms 0\.0, not 0\.5\)"):
         stream(other, 0, 1).load_state_dict(saved)
 
 

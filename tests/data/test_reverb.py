@@ -68,8 +68,8 @@ def test_a_room_shorter_than_its_early_part_is_all_early():
 
 
 @pytest.mark.parametrize(("t60", "drr_db"), [(0.2, -3.0), (0.5, 5.0), (1.0, 12.0)])
-def test_a_made_up_room_decays_as_it_says(t60, drr_db):
-    response = reverb.MadeUpRoom(t60, drr_db, seed=3).impulse_response().astype(np.float64)
+def test_a_synthetic_room_decays_as_it_says(t60, drr_db):
+    response = reverb.SyntheticRoom(t60, drr_db, seed=3).impulse_response().astype(np.float64)
     assert reverb.direct_sound(response) == 0
     assert 10 * np.log10(response[0] ** 2 / np.sum(response[1:] ** 2)) == pytest.approx(drr_db, abs=1e-4)
     # Schroeder's backward integration: a line, of which T30 (ISO 3382-1) reads the slope from -5 to -35 dB.
@@ -77,9 +77,11 @@ def test_a_made_up_room_decays_as_it_says(t60, drr_db):
     decay = 10 * np.log10(np.cumsum(tail[::-1] ** 2)[::-1] / np.sum(tail**2) + 1e-30)
     from_, to = (int(np.argmax(decay < level)) for level in (-5, -35))
     assert 2 * (to - from_) / 16_000 == pytest.approx(t60, rel=0.08)
-    other = reverb.MadeUpRoom(t60, drr_db, seed=4).impulse_response()
+    other = reverb.SyntheticRoom(t60, drr_db, seed=4).impulse_response()
     assert abs(np.corrcoef(response[33:], other[33:])[0, 1]) < 0.1
-    assert np.array_equal(response.astype(np.float32), reverb.MadeUpRoom(t60, drr_db, 3).impulse_response())
+    assert np.array_equal(
+        response.astype(np.float32), reverb.SyntheticRoom(t60, drr_db, 3).impulse_response()
+    )
 
 
 # Recorded when the code was written: the direct sound, the end of the gap, the tail from its first sample.
@@ -97,8 +99,8 @@ TAILS = {
 
 
 @pytest.mark.parametrize("seed", TAILS)
-def test_a_made_up_room_is_that_of_the_runs_of_yesterday(seed):
+def test_a_synthetic_room_is_that_of_the_runs_of_yesterday(seed):
     """A change would give a cache's lessons, and every run that goes on, other speech."""
-    response = reverb.MadeUpRoom(0.3, 4.0, seed).impulse_response()
+    response = reverb.SyntheticRoom(0.3, 4.0, seed).impulse_response()
     assert response.shape == (4833,)
     np.testing.assert_allclose(response[[0, 32, 33, 34, 1000, 4832]], TAILS[seed], rtol=1e-6)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mvat_dist.data.mixing.sampler import Draws, epoch_order, raw_bits
+from mvat_dist.data.mixing.sampler import CounterRandom, epoch_permutation, random_bits
 
 UTTERANCES, PER_SHARD = 20_000, 200
 
@@ -19,11 +19,11 @@ INTEGERS = [296, 623, 852, 17]
 
 @given(seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 10**6), items=st.integers(1, 300))
 def test_every_item_once_an_epoch(seed, epoch, items):
-    assert sorted(epoch_order(seed, epoch, items).tolist()) == list(range(items))
+    assert sorted(epoch_permutation(seed, epoch, items).tolist()) == list(range(items))
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():
-    orders = [epoch_order(seed, epoch, UTTERANCES) for seed in range(3) for epoch in range(3)]
+    orders = [epoch_permutation(seed, epoch, UTTERANCES) for seed in range(3) for epoch in range(3)]
     for number, one in enumerate(orders):
         for other in orders[:number]:
             # Two independent permutations agree in one place on average (Poisson).
@@ -31,7 +31,7 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 
 
 def test_a_shard_is_spread_over_the_whole_epoch():
-    order = epoch_order(7, 3, UTTERANCES)
+    order = epoch_permutation(7, 3, UTTERANCES)
     shard_at = order // PER_SHARD
     shards = UTTERANCES // PER_SHARD
     # Neighbours come from one shard as often as by chance: 200 times, standard deviation 14.
@@ -53,7 +53,7 @@ def test_what_a_stretch_holds_of_a_shard_is_hypergeometric(share):
     """Samples drawn without replacement: mean n p, variance n p (1 - p) (N - n) / (N - 1)."""
     items, stretch, epochs = 2000, 200, 150
     in_shard = int(items * share)
-    member = np.array([epoch_order(1, epoch, items) < in_shard for epoch in range(epochs)])
+    member = np.array([epoch_permutation(1, epoch, items) < in_shard for epoch in range(epochs)])
     counts = member.reshape(epochs, -1, stretch).sum(axis=2)
     variance = stretch * share * (1 - share) * (items - stretch) / (items - 1)
     # Within an epoch the stretches sum to the shard; their mean is exact, their spread is not.
@@ -66,30 +66,36 @@ def test_what_a_stretch_holds_of_a_shard_is_hypergeometric(share):
 
 def test_the_order_is_that_of_the_runs_of_yesterday():
     """A change would move every resumed run onto other data."""
-    assert epoch_order(0, 0, 10).tolist() == ORDER_00
-    assert epoch_order(1, 2, 10).tolist() == ORDER_12
-    draws = Draws(1, 2, 3)
+    assert epoch_permutation(0, 0, 10).tolist() == ORDER_00
+    assert epoch_permutation(1, 2, 10).tolist() == ORDER_12
+    draws = CounterRandom(1, 2, 3)
     assert [draws.integer(1000) for _ in range(4)] == INTEGERS
 
 
 def test_families_share_no_stream():
-    families = [raw_bits(family, 1, 0) for family in ("order", "place", "variant", "room")]
+    families = [random_bits(family, 1, 0) for family in ("permutation", "position", "variant", "room")]
     assert len({int(bits.random_raw()) for bits in families}) == 4
 
 
 def test_draws_are_uniform_and_of_one_item_alone():
-    first = np.array([Draws(0, 0, position).fraction() for position in range(4000)])
+    first = np.array([CounterRandom(0, 0, position).fraction() for position in range(4000)])
     assert 0.0 <= first.min() < first.max() < 1.0
     assert first.mean() == pytest.approx(0.5, abs=0.02)
     assert first.var() == pytest.approx(1 / 12, rel=0.05)
     assert np.corrcoef(first[:-1], first[1:])[0, 1] == pytest.approx(0.0, abs=0.06)
     assert (
-        len({Draws(*key).fraction() for key in [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (1, 1, 0)]}) == 5
+        len(
+            {
+                CounterRandom(*key).fraction()
+                for key in [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (1, 1, 0)]
+            }
+        )
+        == 5
     )
 
 
 def test_draws_keep_their_ranges():
-    draws = Draws(5, 0, 0)
+    draws = CounterRandom(5, 0, 0)
     integers = [draws.integer(7) for _ in range(3000)]
     assert set(integers) == set(range(7))
     assert np.bincount(integers).min() > 340

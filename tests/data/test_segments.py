@@ -18,7 +18,7 @@ from mvat_dist.data.loader import TrainingData
 from mvat_dist.data.mixing import reverb
 from mvat_dist.data.mixing.dynamic import FADE, GAP
 from mvat_dist.data.mixing.premixed import segment_grid
-from mvat_dist.data.mixing.sampler import Draws
+from mvat_dist.data.mixing.sampler import CounterRandom
 from tests.tiny_corpus import write_sources
 from tests.training_corpus import (
     LENGTH,
@@ -59,7 +59,7 @@ def test_an_item_depends_on_its_place_alone(corpus, config):
 
 def test_sources_visit_every_utterance_once_an_epoch(corpus):
     data = TrainingData(sources(corpus), seed=0)
-    assert data.mode == "sources"
+    assert data.mode == "dynamic"
     for epoch in (0, 5):
         first = [data.item(epoch, at).recipe["speech"][0]["key"] for at in range(len(data))]
         assert sorted(first) == sorted(data.iterated.keys)
@@ -113,29 +113,31 @@ def test_the_recipe_explains_the_mixture(corpus):
     assert joined > 3
 
 
-def test_made_up_rooms_need_none_of_the_corpus_and_are_in_the_recipe(corpus):
+def test_synthetic_rooms_need_none_of_the_corpus_and_are_in_the_recipe(corpus):
     plain = sources(corpus, tempo_probability=0.0, reverb_probability=1.0)
-    data = TrainingData(replace(plain, made_up_rooms=1.0), seed=1)
+    data = TrainingData(replace(plain, synthetic_rooms=1.0), seed=1)
     seconds = []
     for position in range(len(data)):
         segment = data.item(0, position)
-        room = reverb.MadeUpRoom(**segment.recipe["rir"])
+        room = reverb.SyntheticRoom(**segment.recipe["rir"])
         speech = rebuild(corpus, "train_clean", segment.recipe["speech"], GAP)
         wet = np.convolve(speech, room.impulse_response())[:LENGTH]
         np.testing.assert_allclose(segment.clean, segment.recipe["speech_gain"] * wet, atol=2e-6)
         seconds.append(room.t60)
     assert 0.2 <= min(seconds) < 0.4 < 0.8 < max(seconds) <= 1.0
-    some = TrainingData(replace(plain, made_up_rooms=0.5), seed=1)
+    some = TrainingData(replace(plain, synthetic_rooms=0.5), seed=1)
     kinds = {type(some.item(0, position).recipe["rir"]) for position in range(len(some))}
     assert kinds == {str, dict}
 
 
-def drawn_by_hand(draws: Draws, config: DataConfig, made_up: Callable[[Draws], bool]) -> dict:
+def drawn_by_hand(
+    draws: CounterRandom, config: DataConfig, is_synthetic: Callable[[CounterRandom], bool]
+) -> dict:
     """What a recipe says of room, ratio and level, by the numbers drawn when the code was written."""
     draws.fraction(), draws.fraction()  # tempo: whether, and how much
     rir = None
     if draws.fraction() < config.reverb_probability:
-        if made_up(draws):
+        if is_synthetic(draws):
             t60, drr_db = 0.2 + 0.8 * draws.fraction(), -3.0 + 15.0 * draws.fraction()
             rir = {"t60": t60, "drr_db": drr_db, "seed": draws.integer(2**32)}
         else:
@@ -148,17 +150,17 @@ def drawn_by_hand(draws: Draws, config: DataConfig, made_up: Callable[[Draws], b
 
 
 @pytest.mark.parametrize(
-    ("share", "made_up"),
+    ("share", "is_synthetic"),
     [(0.0, lambda _: False), (0.5, lambda draws: draws.fraction() < 0.5), (1.0, lambda _: True)],
 )
-def test_a_room_takes_as_many_numbers_as_in_the_runs_of_yesterday(corpus, share, made_up):
-    """Segments without made-up rooms are those from before there were any: nothing more is drawn for them."""
-    config = sources(corpus, tempo_probability=0.0, reverb_probability=0.6, made_up_rooms=share)
+def test_a_room_takes_as_many_numbers_as_in_the_runs_of_yesterday(corpus, share, is_synthetic):
+    """Segments without synthetic rooms are those from before there were any: nothing more is drawn."""
+    config = sources(corpus, tempo_probability=0.0, reverb_probability=0.6, synthetic_rooms=share)
     data = TrainingData(config, seed=7)
     found = []
     for position in range(len(data)):
         recipe = data.item(1, position).recipe
-        expected = drawn_by_hand(Draws(7, 1, position), config, made_up)
+        expected = drawn_by_hand(CounterRandom(7, 1, position), config, is_synthetic)
         assert {name: recipe[name] for name in expected} == expected
         found.append(type(recipe["rir"]))
     kinds = {0.0: {str}, 0.5: {str, dict}, 1.0: {dict}}

@@ -79,7 +79,7 @@ def test_a_cache_of_a_version_that_knew_fewer_choices_is_one_with_their_defaults
     older = tmp_path / "older"
     shutil.copytree(compact_maps, older)
     header = json.loads((older / "teacher.json").read_text())
-    del header["data"]["choices"]["made_up_rooms"]
+    del header["data"]["choices"]["synthetic_rooms"]
     (older / "teacher.json").write_text(json.dumps(header))
 
     def shards() -> dict[str, bytes]:
@@ -90,10 +90,10 @@ def test_a_cache_of_a_version_that_knew_fewer_choices_is_one_with_their_defaults
     cache.main(options(corpus, teacher, older))
     assert before
     assert shards() == before
-    with pytest.raises(UserError, match=r"other segments \(made_up_rooms 0\.0, not 0\.5;"):
-        opened(corpus, "--data.made_up_rooms=0.5", lessons=Lessons(older))
-    with pytest.raises(UserError, match=r"another teacher cache \(made_up_rooms 0\.0, not 0\.5;"):
-        cache.main(options(corpus, teacher, older, "--data.made_up_rooms=0.5"))
+    with pytest.raises(UserError, match=r"other segments \(.*synthetic_rooms 0\.0, not 0\.5\)"):
+        opened(corpus, "--data.synthetic_rooms=0.5", lessons=Lessons(older))
+    with pytest.raises(UserError, match=r"another teacher cache \(.*synthetic_rooms 0\.0, not 0\.5\)"):
+        cache.main(options(corpus, teacher, older, "--data.synthetic_rooms=0.5"))
 
 
 def test_an_unfinished_or_torn_cache_is_refused(compact: Path, tmp_path: Path) -> None:
@@ -138,10 +138,10 @@ def test_a_flipped_byte_is_found_by_verifying_and_by_training(
     number = int(np.load(index_path(shard_path(torn, 0)), allow_pickle=False)["segment"][0])
     with pytest.raises(UserError, match=rf"teacher-000000\.tar, segment {number}: its checksum"):
         opened(corpus, lessons=lessons).segment(number)
-    substitute = opened(corpus, "--data.on_damage=skip", lessons=lessons).segment(number)
+    substitute = opened(corpus, "--data.on_bad_sample=skip", lessons=lessons).segment(number)
     other = substitute.recipe["segment"]
     assert other != number
-    assert "teacher-000000.tar" in substitute.recipe["damage"][0]
+    assert "teacher-000000.tar" in substitute.recipe["bad_samples"][0]
     assert np.array_equal(substitute.noisy, opened(corpus).segment(other).noisy)
     assert substitute.lesson is not None
 

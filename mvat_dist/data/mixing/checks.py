@@ -1,109 +1,70 @@
-"""What is refused about the training data before anything is opened; needs no torch.
+"""Refuse training data that cannot be used, before anything is opened; needs no torch.
 
-A login node asks these questions before a job waits in a queue, the trainer asks them again.
+A login node checks before a job waits in a queue, and the trainer checks again.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
-from mvat_dist.config.schema import SAMPLE_RATE, DataConfig
-from mvat_dist.data.mixing.bandwidth import CODECS, codec_names, writable
+from mvat_dist.config.schema import DataConfig
+from mvat_dist.data.mixing.augment import CODECS, codec_names, writable_codecs
 from mvat_dist.data.mixing.segments import segment_length, stride_length
 from mvat_dist.data.shards.corpus import Corpus, remote_bytes, shard_count
 from mvat_dist.data.shards.folders import Folder
 from mvat_dist.errors import UserError, nearest
 
-Mode = Literal["sources", "pairs"]
-ITERATED: dict[Mode, str] = {"sources": "train_clean", "pairs": "train_pairs"}
+Mode = Literal["dynamic", "premixed"]
+ITERATED: dict[Mode, str] = {"dynamic": "train_clean", "premixed": "train_pairs"}
 """The subset whose utterances are visited in turn."""
 _NEEDED: dict[Mode, tuple[str, ...]] = {
-    "sources": ("train_clean", "train_noise"),
-    "pairs": ("train_pairs",),
+    "dynamic": ("train_clean", "train_noise"),
+    "premixed": ("train_pairs",),
 }
 
 
 def reads_rooms(config: DataConfig) -> bool:
-    """Whether segments mixed from sources take rooms of the corpus."""
-    return config.reverb_probability > 0.0 and config.made_up_rooms < 1.0
+    """Whether dynamic mixing takes rooms of the corpus."""
+    return config.reverb_probability > 0.0 and config.synthetic_rooms < 1.0
 
 
-def _read(config: DataConfig, mode: Mode) -> tuple[str, ...]:
+def _subsets_read(config: DataConfig, mode: Mode) -> tuple[str, ...]:
     """The subsets that training reads."""
-    return (*_NEEDED[mode], "train_rir") if mode == "sources" and reads_rooms(config) else _NEEDED[mode]
+    return (*_NEEDED[mode], "train_rir") if mode == "dynamic" and reads_rooms(config) else _NEEDED[mode]
 
 
 def check_config(config: DataConfig) -> None:
-    """Refuse values that no corpus can serve.
+    """Refuse values that contradict each other or that no corpus can serve.
+
+    The types of the options bound each of them alone.
 
     Raises:
         UserError: names the option, its value and what is allowed.
     """
-    _check_ranges(config)
-    _check_lengths(config)
-    if config.level_dbfs[1] > 0.0:
-        raise UserError(f"--data.level_dbfs {list(config.level_dbfs)}: full scale is 0 dBFS, so at most 0")
-    if not 0.5 <= config.tempo_range[0] <= config.tempo_range[1] <= 2.0:
-        raise UserError(f"--data.tempo_range {list(config.tempo_range)}: factors lie between 0.5 and 2")
-    _check_channel(config)
-
-
-_PROBABILITIES = (
-    "reverb_probability",
-    "tempo_probability",
-    "remix_probability",
-    "bandwidth_probability",
-    "codec_probability",
-)
-
-
-def _check_ranges(config: DataConfig) -> None:
     for name in ("snr_db", "level_dbfs", "tempo_range", "gain_db", "bandwidth_hz"):
         low, high = getattr(config, name)
         if not low <= high:
             raise UserError(f"--data.{name} [{low}, {high}]: give the lower bound first")
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise UserError(f"--data.{name} [{low}, {high}]: both must be finite")
-    for name in (*_PROBABILITIES, "made_up_rooms", "activity_threshold", "max_damaged"):
-        if not 0.0 <= getattr(config, name) <= 1.0:
-            what = "probability" if name in _PROBABILITIES else "share"
-            raise UserError(f"--data.{name} {getattr(config, name)}: a {what} lies between 0 and 1")
-    for name in ("workers", "variants"):
-        if not getattr(config, name) >= 0:
-            raise UserError(f"--data.{name} {getattr(config, name)}: must be 0 or above")
-
-
-def _check_lengths(config: DataConfig) -> None:
-    for name in ("segment_seconds", "stride_seconds"):
-        if not math.isfinite(getattr(config, name)):
-            raise UserError(f"--data.{name} {getattr(config, name)}: must be finite")
     if segment_length(config) < 1:
-        raise UserError(f"--data.segment_seconds {config.segment_seconds}: must be above 0")
-    if config.stride_seconds < 0:
-        raise UserError(f"--data.stride_seconds {config.stride_seconds}: must be 0 or above")
+        raise UserError(f"--data.segment_seconds {config.segment_seconds}: shorter than one sample at 16 kHz")
     if config.stride_seconds > 0 and stride_length(config) < 1:
         raise UserError(f"--data.stride_seconds {config.stride_seconds:g}: shorter than one sample at 16 kHz")
+    if config.codec_probability > 0.0:
+        _check_codecs(config)
 
 
-def _check_channel(config: DataConfig) -> None:
-    low, high = config.bandwidth_hz
-    if not 100.0 <= low <= high <= SAMPLE_RATE / 2:
-        edges = f"band edges lie from 100 to {SAMPLE_RATE // 2} Hz"
-        raise UserError(f"--data.bandwidth_hz {[low, high]}: {edges}")
-    if config.codec_probability == 0.0:
-        return
+def _check_codecs(config: DataConfig) -> None:
     names = codec_names(config)
     if not names:
         raise UserError("--data.codecs is empty: name some, or set --data.codec_probability 0")
     for name in names:
         if name not in CODECS:
             raise UserError(f"--data.codecs: no codec {name!r}; did you mean {nearest(name, CODECS)}?")
-        if name not in writable():
+        if name not in writable_codecs():
             raise UserError(
                 f"--data.codecs: this machine's libsndfile does not write {name}; it writes "
-                f"{', '.join(sorted(writable()))}"
+                f"{', '.join(sorted(writable_codecs()))}"
             )
 
 
@@ -111,7 +72,7 @@ def training_mode(config: DataConfig) -> Mode:
     """The mode asked for, or the one that the corpus offers.
 
     Raises:
-        UserError: no packed corpus, one without what the mode needs, or a grid in mode `sources`.
+        UserError: no packed corpus, one without what the mode needs, or a grid in mode `dynamic`.
     """
     corpus = Corpus.of(config)
     names = corpus.names
@@ -124,11 +85,11 @@ def training_mode(config: DataConfig) -> Mode:
         )
     for mode in _NEEDED:
         if config.mode in ("auto", mode) and not missing[mode]:
-            _check_all_used(corpus, mode, _read(config, mode))
-            if mode == "sources" and config.stride_seconds > 0:
+            _check_all_used(corpus, mode, _subsets_read(config, mode))
+            if mode == "dynamic" and config.stride_seconds > 0:
                 raise UserError(
-                    f"--data.stride_seconds {config.stride_seconds:g}: {config.train} is mixed from sources, "
-                    "which have no grid of segments: leave it out, or read pairs with --data.mode pairs"
+                    f"--data.stride_seconds {config.stride_seconds:g}: {config.train} is mixed dynamically, "
+                    "which has no grid of segments: leave it out, or read pairs with --data.mode premixed"
                 )
             return mode
     raise UserError(
@@ -138,7 +99,7 @@ def training_mode(config: DataConfig) -> Mode:
 
 
 def _check_all_used(corpus: Corpus, mode: Mode, read: Sequence[str]) -> None:
-    """Of several corpora, none may be left out without a word."""
+    """Refuse several corpora of which one would not be read at all."""
     if idle := corpus.without(read):
         raise UserError(
             f"{idle[0]} has nothing for --data.mode {mode}, which reads {', '.join(read)} of {corpus.data}: "
@@ -150,9 +111,9 @@ def check_readers(config: DataConfig, world_size: int) -> None:
     """Refuse fewer shards than processes that read them at once.
 
     The order does not depend on shards, and any reader opens any of them, so the data would be the same. But
-    more readers than files means that many nodes pull on one file at the same time, which neither a parallel
-    file system (striped by file) nor a cache (filled by file) serves well: it is noticed at the start, not
-    as a slow run. The subset that is visited in turn counts; noise and rooms are small.
+    with more readers than files many nodes read one file at the same time, which neither a parallel file
+    system (striped by file) nor a cache (filled by file) serves well. Refusing at the start is better than a
+    slow run. The subset that is visited in turn counts; noise and rooms are small.
 
     Raises:
         UserError: with the three ways out.
@@ -168,11 +129,11 @@ def check_readers(config: DataConfig, world_size: int) -> None:
             f"({world_size} ranks x {max(1, config.workers)} workers): pack it into more shards "
             "(python -m mvat_dist.pack ... --min-shards), or use fewer ranks, or fewer --data.workers"
         )
-    _check_cache(config, [folder for name in _read(config, mode) for folder in corpus.subset(name)])
+    _check_cache(config, [folder for name in _subsets_read(config, mode) for folder in corpus.subset(name)])
 
 
 def readable_shards(config: DataConfig) -> int:
-    """Shards of the subset that is visited in turn: as many readers it can serve."""
+    """Shards of the subset that is visited in turn, which is the most readers that it can serve."""
     return shard_count(Corpus.of(config).subset(ITERATED[training_mode(config)]))
 
 

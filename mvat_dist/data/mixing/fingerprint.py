@@ -1,4 +1,4 @@
-"""What decides the segments of a stream or of a teacher cache, and whether two of them are the same."""
+"""Fingerprints of training segments: whether two streams, or a stream and a teacher cache, are the same."""
 
 from __future__ import annotations
 
@@ -10,36 +10,39 @@ from typing import Any
 from mvat_dist.config.schema import DataConfig
 from mvat_dist.data.mixing import reverb
 
-_NO_CHOICE = (
-    "train", "valid", "mode", "workers", "variants", "on_damage", "max_damaged", "cache_dir", "cache_gb"
+_LEFT_OUT = (
+    "train", "valid", "mode", "workers", "variants", "on_bad_sample", "max_bad_samples", "cache_dir",
+    "cache_gb",
 )  # fmt: skip
-"""Fields of the configuration that `TrainingData.identity` leaves out or has in another form."""
+"""Options that decide no sample, or that `TrainingData.fingerprint` has in another form."""
 
 
 def choices(config: DataConfig) -> dict[str, Any]:
-    """What `config` says of making segments, as plain values, equal to themselves after JSON."""
-    said = {name: value for name, value in asdict(config).items() if name not in _NO_CHOICE}
-    if config.made_up_rooms:
-        said["rooms_version"] = reverb.VERSION
-    plain: dict[str, Any] = json.loads(json.dumps(said))
+    """The options that decide how segments are made, as plain values, equal to themselves after JSON."""
+    options = {name: value for name, value in asdict(config).items() if name not in _LEFT_OUT}
+    if config.synthetic_rooms:
+        options["rooms_version"] = reverb.VERSION
+    plain: dict[str, Any] = json.loads(json.dumps(options))
     return plain
 
 
 def with_newer_fields(saved: dict[str, Any]) -> dict[str, Any]:
-    """A saved `TrainingData.identity` as this version would have written it.
+    """A saved `TrainingData.fingerprint` as this version would have written it.
 
-    Fields of the configuration that did not exist yet get their defaults, which always are what was done
-    before there was a choice.
+    Options that did not exist yet get their defaults, which always are what was done before there was a
+    choice.
     """
     if not isinstance(saved.get("choices"), dict):
         return saved
     return saved | {"choices": choices(DataConfig()) | saved["choices"]}
 
 
-def differences(before: Any, here: Any, name: str = "") -> Iterator[str]:
-    """``name before, not here`` for every value in which two descriptions differ."""
-    if isinstance(before, dict) and isinstance(here, dict):
-        for key in sorted(before.keys() | here.keys()):
-            yield from differences(before.get(key), here.get(key), key)
-    elif before != here:
-        yield "another corpus" if name == "corpus" else f"{name} {json.dumps(before)}, not {json.dumps(here)}"
+def differences(saved: Any, current: Any, name: str = "") -> Iterator[str]:
+    """``name saved, not current`` for every value in which two fingerprints differ."""
+    if isinstance(saved, dict) and isinstance(current, dict):
+        for key in sorted(saved.keys() | current.keys()):
+            yield from differences(saved.get(key), current.get(key), key)
+    elif saved != current:
+        yield (
+            "another corpus" if name == "corpus" else f"{name} {json.dumps(saved)}, not {json.dumps(current)}"
+        )

@@ -1,4 +1,4 @@
-"""Rooms made up, speech in a room of either kind, and what of the room the target keeps."""
+"""Synthetic rooms, speech in a room, and the target that keeps all, a part or nothing of the room."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from mvat_dist.config.schema import SAMPLE_RATE
 from mvat_dist.data.mixing.mix import Audio
-from mvat_dist.data.mixing.sampler import raw_bits
+from mvat_dist.data.mixing.sampler import random_bits
 
 EARLY = round(0.05 * SAMPLE_RATE)
 """Samples after the direct sound that count as early: 50 ms, the limit of the early-to-late index C50 for
@@ -17,18 +17,18 @@ speech (ISO 3382-1, annex A)."""
 Target = Literal["reverberant", "early", "dry"]
 
 VERSION = 2
-"""Of made-up rooms: raised where the same draws come to make other samples."""
+"""Of synthetic rooms: raised when the same random numbers come to give other samples."""
 T60 = (0.2, 1.0)
-"""Shortest and longest reverberation time of made-up rooms in seconds (design choice): a furnished office, a
-lecture hall."""
+"""Shortest and longest reverberation time of synthetic rooms in seconds (design choice): a furnished office,
+a lecture hall."""
 DRR_DB = (-3.0, 12.0)
-"""Smallest and largest ratio of direct to reverberant energy in made-up rooms (design choice): far from the
-speaker, near."""
+"""Smallest and largest ratio of direct to reverberant energy in synthetic rooms (design choice): far from
+the speaker, near."""
 _GAP = round(0.002 * SAMPLE_RATE)
 """Samples between the direct sound and the tail (design choice): about 0.7 m of detour."""
 
 
-class MadeUpRoom(NamedTuple):
+class SyntheticRoom(NamedTuple):
     """A room of Polack's model: the direct sound, then white noise that decays exponentially.
 
     Source: Polack, "La transmission de l'énergie sonore dans les salles", thesis, Université du Maine, 1988.
@@ -45,8 +45,8 @@ class MadeUpRoom(NamedTuple):
     def impulse_response(self) -> Audio:
         """(T,), the direct sound first, with magnitude 1."""
         tail = round(self.t60 * SAMPLE_RATE)
-        # Raw bits, for numpy promises that they stay as they are, and of no distribution.
-        bits = raw_bits("room", self.seed).random_raw(tail)
+        # Uniform noise from raw bits: NumPy keeps those as they are, but promises that of no distribution.
+        bits = random_bits("room", self.seed).random_raw(tail)
         noise = (bits >> np.uint64(11)) * 2.0**-52 - 1.0
         noise *= 10.0 ** (-3.0 * np.arange(tail) / tail)
         response = np.zeros(1 + _GAP + tail, np.float32)
@@ -61,11 +61,11 @@ def direct_sound(impulse_response: Audio) -> int:
 
 
 def reverberate(speech: Audio, impulse_response: Audio) -> Audio:
-    """`speech` in the room, as long as before and not delayed: the direct sound lies at lag zero.
+    """Convolve `speech` with the room; the length stays, and the direct sound is not delayed.
 
     The DNS synthesizer leaves the delay in.
     """
-    # Imported late: it takes half a second, which only those need pay that have rooms. (scipy.signal: one.)
+    # Imported here because it takes half a second, which only runs with rooms need. (scipy.signal: one.)
     from scipy import fft
 
     direct = direct_sound(impulse_response)
@@ -76,7 +76,7 @@ def reverberate(speech: Audio, impulse_response: Audio) -> Audio:
 
 
 def target(speech: Audio, wet: Audio, impulse_response: Audio, kind: Target) -> Audio:
-    """The clean target for `speech` that became `wet`, aligned with it.
+    """The clean target for `speech` that became `wet` in the room, aligned with it.
 
     `reverberant` is `wet` itself, the DNS synthesizer's choice; `early` keeps what arrives until `EARLY`
     after the direct sound; `dry` is the direct sound: the speech with its gain and sign. So

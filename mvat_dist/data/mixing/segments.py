@@ -1,7 +1,7 @@
-"""What a training segment is, and what the two ways of making one share.
+"""What a training segment is, and what dynamic mixing and pre-mixed pairs have in common.
 
-A segment is a function of the item and of its `Draws` alone. Its recipe holds every choice as plain
-values, so that any mixture can be explained, and made again, from the record.
+A segment is a function of its item and of its `CounterRandom` alone. Its recipe holds every choice as plain
+values, so any mixture can be explained, and made again, from the record.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mvat_dist.config.schema import SAMPLE_RATE, DataConfig
 from mvat_dist.data.mixing import augment
 from mvat_dist.data.mixing.mix import Audio
-from mvat_dist.data.mixing.sampler import Draws
+from mvat_dist.data.mixing.sampler import CounterRandom
 from mvat_dist.data.shards.reader import ShardSet
 from mvat_dist.data.shards.target_codec import LessonArrays
 
@@ -25,19 +25,19 @@ Recipe = dict[str, Any]
 
 @dataclass(frozen=True)
 class Segment:
-    """One training segment: two waveforms in [-1, 1] at 16 kHz, and how they came about."""
+    """One training segment: two waveforms in [-1, 1] at 16 kHz, and how they were made."""
 
     noisy: Audio
     """(T,) float32: the network's input."""
     clean: Audio
     """(T,) float32: the target."""
     recipe: Recipe
-    """Plain values, ready for JSON: see `SourceSegments`, `PairSegments` and `TrainingData.item`."""
+    """Plain values, ready for JSON: see `DynamicMixing`, `PremixedPairs` and `TrainingData.item`."""
     lesson: LessonArrays | None = None
-    """What the teacher says of it, where a cache was opened."""
+    """The teacher's targets, where a teacher cache was opened."""
 
 
-class Maker(Protocol):
+class SegmentFactory(Protocol):
     """Makes the segments of one kind of corpus."""
 
     iterated: ShardSet
@@ -50,20 +50,20 @@ class Maker(Protocol):
     """(N,) the utterance, by its place in `iterated`, that each item begins with; never decreasing."""
 
     fixed: bool
-    """Whether nothing is drawn: an item gives the same segment whenever it is made."""
+    """Whether nothing is random: an item gives the same segment whenever it is made."""
 
     def __len__(self) -> int:
-        """Items an epoch."""
+        """Items per epoch."""
 
-    def make(self, item: int, draws: Draws) -> Segment:
+    def make(self, item: int, random: CounterRandom) -> Segment:
         """The segment of one item.
 
         Raises:
-            ShardError: what it is made of is damaged.
+            ShardError: an utterance that it needs is damaged.
         """
 
 
-class Stretch(NamedTuple):
+class Span(NamedTuple):
     """A part of one utterance."""
 
     utterance: int
@@ -81,10 +81,10 @@ def stride_length(config: DataConfig) -> int:
     return round(config.stride_seconds * SAMPLE_RATE)
 
 
-def draw_tempo(config: DataConfig, draws: Draws) -> float:
-    """A tempo factor; 1 where the tempo stays."""
-    changed = draws.chance(config.tempo_probability)
-    factor = draws.uniform(*config.tempo_range)
+def draw_tempo(config: DataConfig, random: CounterRandom) -> float:
+    """A random tempo factor; 1 where the tempo stays."""
+    changed = random.chance(config.tempo_probability)
+    factor = random.uniform(*config.tempo_range)
     return factor if changed else 1.0
 
 
@@ -93,8 +93,6 @@ def needed_length(length: int, tempo: float) -> int:
     return length if tempo == 1.0 else augment.input_length(length, tempo)
 
 
-def described(sources: ShardSet, parts: Sequence[Stretch]) -> list[Recipe]:
-    """The stretches as a recipe tells them."""
-    return [
-        {"key": sources.key(part.utterance), "start": part.start, "frames": part.frames} for part in parts
-    ]
+def describe_span(subset: ShardSet, span: Span) -> Recipe:
+    """A span as a recipe names it: key, first sample, samples."""
+    return {"key": subset.key(span.utterance), "start": span.start, "frames": span.frames}

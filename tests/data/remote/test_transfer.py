@@ -39,7 +39,7 @@ def test_training_on_a_url_equals_training_on_a_folder(corpus, server, tmp_path,
     assert len(far) == len(local)
     for position in range(len(local)):
         assert same(far.item(1, position), local.item(1, position))
-    assert far.identity() == local.identity()
+    assert far.fingerprint() == local.fingerprint()
     for name in copies(tmp_path / "my cache"):
         assert server.count(f"/{far.iterated.name}/{name}") == 1  # fetched once, however often it is read
 
@@ -133,10 +133,10 @@ def test_a_lasting_trouble_is_one_line(server, tmp_path, monkeypatch, kind, erro
 
 
 def test_an_outage_is_no_damage_that_a_run_may_skip(web, tmp_path):
-    config = sources(web.address, cache_dir=str(tmp_path), on_damage="skip", max_damaged=1.0)
+    config = sources(web.address, cache_dir=str(tmp_path), on_bad_sample="skip", max_bad_samples=1.0)
     data = TrainingData(config, seed=0)
     web.faults = [Fault(r"train_clean/audio-000000\.tar", "flipped")]
-    damaged = [data.item(0, at).recipe["damage"] for at in range(len(data))]
+    damaged = [data.item(0, at).recipe["bad_samples"] for at in range(len(data))]
     assert any(damaged)
     assert not all(damaged)
     assert web.count("train_clean/audio-000000.tar") == remote.TRIES

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mvat_dist.data.loader import TrainingData, batches
-from mvat_dist.data.mixing.bad_samples import DamageBudget, DamageLog
+from mvat_dist.data.mixing.dataset import BadSampleLimit, BadSampleLog
 from mvat_dist.data.shards.reader import ShardError
 from tests.tiny_corpus import write_pairs, write_sources
 from tests.training_corpus import UTTERANCES, pairs, same, sources, taken, tone, write_corpus
@@ -52,7 +52,7 @@ def damaged(tmp_path_factory) -> Path:
 def test_what_is_not_damaged_stays_as_it_was(whole, damaged, variants):
     config = sources(whole, variants=variants, reverb_probability=0.2)
     expected = TrainingData(config, seed=1)
-    data = TrainingData(replace(config, train=str(damaged), on_damage="skip"), seed=1)
+    data = TrainingData(replace(config, train=str(damaged), on_bad_sample="skip"), seed=1)
     replaced = set()
     for epoch in range(3):
         for position in range(UTTERANCES):
@@ -61,8 +61,8 @@ def test_what_is_not_damaged_stays_as_it_was(whole, damaged, variants):
             if used.isdisjoint({"s003", "s028", "r1"}):
                 assert same(before, after)
                 continue
-            assert after.recipe["damage"]
-            assert all(str(damaged) in line and "key " in line for line in after.recipe["damage"])
+            assert after.recipe["bad_samples"]
+            assert all(str(damaged) in line and "key " in line for line in after.recipe["bad_samples"])
             spared = {part["key"] for part in after.recipe["speech"]} | {after.recipe["rir"]}
             assert spared.isdisjoint({"s003", "s028", "r1"})
             assert np.isfinite(after.noisy).all()
@@ -73,9 +73,9 @@ def test_what_is_not_damaged_stays_as_it_was(whole, damaged, variants):
 
 
 def test_substitutes_are_the_same_on_any_topology(damaged):
-    data = TrainingData(sources(damaged, on_damage="skip"), seed=3)
+    data = TrainingData(sources(damaged, on_bad_sample="skip"), seed=3)
     alone = taken(data, world_size=1, first_step=0, steps=2)
-    assert sum(bool(recipe["damage"]) for step in alone for _, _, recipe in step) >= 2
+    assert sum(bool(recipe["bad_samples"]) for step in alone for _, _, recipe in step) >= 2
     assert taken(data, world_size=4, first_step=0, steps=2) == alone
     assert taken(data, world_size=2, workers=2, first_step=0, steps=1) == alone[:1]
 
@@ -91,21 +91,21 @@ def test_a_corpus_that_is_damaged_throughout_ends(tmp_path):
     folder = write_pairs(tmp_path, "train_pairs", {f"k{n}": (tone(random, 9000),) * 2 for n in range(4)})
     for n in range(4):
         flip(folder / "audio-000000.tar", f"k{n}.noisy.flac")
-    data = TrainingData(pairs(tmp_path, on_damage="skip"), seed=0)
+    data = TrainingData(pairs(tmp_path, on_bad_sample="skip"), seed=0)
     with pytest.raises(ShardError, match=r"9 segments in a row.*key k\d"):
         data.item(0, 0)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_stream_says_and_counts_it(damaged, caplog, workers):
-    data = TrainingData(sources(damaged, on_damage="skip", reverb_probability=0.0), seed=1)
+    data = TrainingData(sources(damaged, on_bad_sample="skip", reverb_probability=0.0), seed=1)
     with caplog.at_level(logging.WARNING):
         steps = list(
             batches(
                 data, batch=29, micro_batch=29, rank=0, world_size=1, first_step=0, steps=3, workers=workers
             )
         )
-    assert all(batch.damaged >= 2 for (batch,) in steps)
+    assert all(batch.replaced >= 2 for (batch,) in steps)
     # Three epochs, two damaged utterances: each is named once.
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 2
@@ -116,24 +116,24 @@ def test_a_stream_says_and_counts_it(damaged, caplog, workers):
 
 
 def test_many_are_named_ever_more_rarely(caplog):
-    log = DamageLog()
+    log = BadSampleLog()
     with caplog.at_level(logging.WARNING):
-        log.tell(f"shard, key {n}" for n in range(1000))
-        log.tell(f"shard, key {n}" for n in range(1000))
+        log.warn(f"shard, key {n}" for n in range(1000))
+        log.warn(f"shard, key {n}" for n in range(1000))
     counts = [record.args[0] for record in caplog.records]
     assert counts == [*range(1, 11), 20, 40, 80, 160, 320, 640]
 
 
 def test_the_budget_is_a_share_of_an_epoch_or_of_all():
-    budget = DamageBudget(0.001, epoch=5000)
+    budget = BadSampleLimit(0.001, epoch=5000)
     budget.count(5, 32)
     assert budget.refusal() is None
     budget.count(1, 32)
     assert "6 of 64 segments" in budget.refusal()
-    later = DamageBudget(0.001, epoch=5000)
+    later = BadSampleLimit(0.001, epoch=5000)
     later.count(6, 6000)
     assert later.refusal() is None
-    small = DamageBudget(0.001, epoch=10)
+    small = BadSampleLimit(0.001, epoch=10)
     small.count(1, 4)
     assert small.refusal() is None
     small.count(1, 4)
@@ -144,7 +144,7 @@ RUN = (
     "--sizes={tiny: {kind: small, hidden: 4, depth: 2}}", "--student=tiny", "--distil.method=none",
     "--data.reverb_probability=0", "--data.tempo_probability=0", "--data.segment_seconds=0.25",
     "--data.workers=1", "--train.batch=8", "--train.micro_batch=4", "--train.steps=2", "--valid.clips=1",
-    "--valid.best=si_sdr", "--track.every=1", "--data.on_damage=skip",
+    "--valid.best=si_sdr", "--track.every=1", "--data.on_bad_sample=skip",
 )  # fmt: skip
 
 
@@ -176,7 +176,7 @@ def train(corpus: Path, runs: Path, *arguments: str) -> subprocess.CompletedProc
 
 def test_a_run_counts_damage_over_its_ranks_and_ends_together(trainable, tmp_path):
     """An epoch is a step here: the damaged utterance comes once in each, on either rank."""
-    borne = train(trainable, tmp_path / "borne", "--data.max_damaged=0.2")
+    borne = train(trainable, tmp_path / "borne", "--data.max_bad_samples=0.2")
     assert borne.returncode == 0, borne.stderr[-3000:]
     history = tmp_path / "borne" / "run" / "students" / "tiny" / "history.jsonl"
     rows = [json.loads(line) for line in history.read_text().splitlines()]
@@ -189,7 +189,7 @@ def test_a_run_counts_damage_over_its_ranks_and_ends_together(trainable, tmp_pat
 
 def test_what_one_rank_cannot_read_ends_all_with_its_words(trainable, tmp_path):
     """Both end at once, and neither by way of a connection that the other has broken."""
-    ended = train(trainable, tmp_path, "--data.on_damage=fatal")
+    ended = train(trainable, tmp_path, "--data.on_bad_sample=fatal")
     assert ended.returncode == 2, ended.stderr[-3000:]
     assert ended.stderr.count("key c5") == 1
     assert "Traceback" not in ended.stderr

@@ -69,8 +69,8 @@ def test_a_plain_grid_has_its_numbers_by_itself(corpus):
     assert other.segments_per_corpus == len(data)
     for number in range(len(data)):
         assert same(data.segment(number), other.segment(number))
-    assert data.identity() == other.identity()
-    drawn = [TrainingData(sources(corpus, variants=1), seed).identity() for seed in (0, 9)]
+    assert data.fingerprint() == other.fingerprint()
+    drawn = [TrainingData(sources(corpus, variants=1), seed).fingerprint() for seed in (0, 9)]
     assert drawn[0] != drawn[1]
     for changes in ({"gain_db": (-3.0, 3.0)}, {"tempo_probability": 0.1}, {"codec_probability": 0.1}):
         assert (

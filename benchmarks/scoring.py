@@ -16,7 +16,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from mvat_dist.config.schema import SAMPLE_RATE
-from mvat_dist.evaluation.scorer import Pair, available_processes, score_pairs
+from mvat_dist.data.pool import available_cores
+from mvat_dist.evaluation.scorer import Pair, score_pairs
 
 METRICS = ["pesq_wb", "segsnr", "csig"]
 SECONDS = 8.0
@@ -25,7 +26,7 @@ SECONDS = 8.0
 def main() -> None:
     """Score the same clips in three ways, and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--processes", type=int, default=available_processes())
+    parser.add_argument("--processes", type=int, default=available_cores())
     parser.add_argument("--clips", type=int, default=60)
     arguments = parser.parse_args()
     clips = [_pair(seed) for seed in range(arguments.clips)]

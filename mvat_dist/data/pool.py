@@ -130,7 +130,7 @@ class ProcessPool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._end()
+        self.end()
 
     def map(self, function: Callable[[Job], Result], jobs: Iterable[Job], chunk: int = 1) -> Iterator[Result]:
         """Results in the order of the jobs, computed `chunk` jobs at a time.
@@ -231,14 +231,15 @@ class ProcessPool:
         Pebble gives a pool up when a worker dies that has no task, as one killed while it was idle.
         """
         self._restarts += 1
-        self._end()
+        self.end()
         if self._restarts > _MOST_RESTARTS:
             raise RuntimeError(f"worker processes could not start: {reason}")
         self._pool = self._new_pool()
         for task in in_flight:
             task.schedule(self._pool)
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """End the workers; what they work on has no result."""
         self._pool.stop()  # type: ignore[no-untyped-call]
         self._pool.join()
 

@@ -20,7 +20,7 @@ from mvat_dist.config.schema import SAMPLE_RATE
 from mvat_dist.data.clips import UnusableClipError
 from mvat_dist.evaluation.metrics.registry import Score
 from mvat_dist.evaluation.metrics.score import NO_SAMPLES, SILENCE
-from mvat_dist.evaluation.scorer import Pair, score_as_done
+from mvat_dist.evaluation.scorer import Pair, score_as_completed
 from mvat_dist.evaluation.statistics import NOISY, Row
 
 Audio = npt.NDArray[np.float32]
@@ -83,13 +83,13 @@ def rows_as_scored(
     """The row of each clip and model as soon as it is scored, in any order; the rest is as in `validate`.
 
     Args:
-        processes: scoring children of this rank; 0 takes one per available CPU.
+        processes: scoring workers of this rank; 0 takes one per available CPU.
         wanted: whether the model of a name is to be scored on the clip at a position.
     """
     begun: list[Row] = []
     with _evaluating(models.values()):
         estimates = _estimates(models, clips, device, noisy=noisy, wanted=wanted)
-        for number, scores in score_as_done(_pairs(estimates, begun), metrics, processes=processes):
+        for number, scores in score_as_completed(_pairs(estimates, begun), metrics, processes=processes):
             _fill(begun[number], scores)
             yield begun[number]
 

@@ -17,7 +17,7 @@ import torch
 from mvat_dist.config.sizes import Size
 from mvat_dist.errors import UserError
 from mvat_dist.evaluate import main
-from mvat_dist.evaluation import scorer as scoring
+from mvat_dist.evaluation import validate
 from mvat_dist.io import only_writer, write_json
 from mvat_dist.models import weights
 from mvat_dist.models.manner import build
@@ -226,7 +226,8 @@ def test_several_models_are_named_apart_and_compared(corpus, tmp_path, monkeypat
 
     named = [f"mine={first}", f"yours={second}", *base, "--out", str(tmp_path / "named")]
     main(named)
-    monkeypatch.setattr(scoring, "_Child", None)  # another comparison of the same rows scores nothing
+    # Another comparison of the same rows scores nothing.
+    monkeypatch.setattr(validate, "score_as_completed", None)
     main([*named, "--against", "yours"])
     record = json.loads((tmp_path / "named" / "scores.json").read_text())
     assert list(record["networks"]) == ["mine", "yours"]

@@ -296,7 +296,8 @@ def test_selection_keeps_its_order_and_shows_near_names():
 
 def test_scoring_processes_do_not_import_torch():
     code = (
-        "import sys, numpy; from mvat_dist.evaluation import scorer; x = numpy.random.randn(16000);"
+        "import sys, numpy; import mvat_dist.data.pool; from mvat_dist.evaluation import scorer;"
+        "x = numpy.random.randn(16000);"
         "[m.compute(x, x) for name, m in scorer.METRICS.items() if not name.startswith('dnsmos')];"
         "sys.exit(' '.join(name for name in ('torch', 'deepspeed') if name in sys.modules) or 0)"
     )

@@ -1,4 +1,4 @@
-"""Scores from child processes: equal to those computed here, and robust against children that die."""
+"""Scores from worker processes: equal to those computed here, and robust against workers that die or hang."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import wait
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from mvat_dist.data import pool
+from mvat_dist.data.pool import ProcessPool
 from mvat_dist.evaluation import scorer
-from mvat_dist.evaluation.metrics.registry import METRICS, Score
-from mvat_dist.evaluation.scorer import Pair, score_pairs
+from mvat_dist.evaluation.metrics.registry import METRICS, Audio, Score
+from mvat_dist.evaluation.scorer import Pair, end_workers, score_pairs
 from tests.signals import bursts, noise_at, syllables
 from tests.waiting import until
 
@@ -26,6 +28,8 @@ PAIRS = [Pair(CLEAN + noise_at(CLEAN, snr), CLEAN) for snr in (0, 5, 10, 15, 20)
 CROWDED = Pair(bursts(60, 60.0), bursts(60, 60.0))
 """More utterances than the PESQ code has room for: handed to it, they end the process."""
 FAST = ["si_sdr", "stoi"]
+HARMFUL = Pair(CLEAN + 0.5, CLEAN)
+"""The pair at which a metric of `harmful_stoi` harms its worker."""
 
 
 def own_children() -> set[int]:
@@ -34,26 +38,72 @@ def own_children() -> set[int]:
     return {int(pid) for pid in listed.split()}
 
 
+def failures(scores: list[dict[str, Score]]) -> list[str]:
+    return [score.failure for by_metric in scores for score in by_metric.values() if score.failure]
+
+
 @pytest.fixture
-def scorers() -> Callable[[], set[int]]:
+def workers() -> Iterator[Callable[[], set[int]]]:
     """Tells the children that were started since the test began; other tests may have left some of theirs."""
-    before = own_children()
-    return lambda: own_children() - before
+    end_workers()
+    earlier = own_children()
+    yield lambda: own_children() - earlier
+    end_workers()
 
 
-def test_scores_are_those_computed_here_in_the_order_of_the_pairs(scorers):
+def harmful_stoi(sent: signal.Signals, times: int, folder: Path) -> None:
+    """In a worker: let STOI of `HARMFUL` send its process a signal, so often; `folder` counts."""
+    honest = METRICS["stoi"]
+    honest.compute(CLEAN, CLEAN)  # importing its package is no part of a limit of seconds
+
+    def compute(estimate: Audio, clean: Audio) -> Score:
+        if np.array_equal(estimate, HARMFUL.estimate.astype(np.float32)):
+            sent_before = len(list(folder.iterdir()))
+            if sent_before < times:
+                (folder / f"{sent_before}").touch()
+                os.kill(os.getpid(), sent)
+        return honest.compute(estimate, clean)
+
+    METRICS["stoi"] = replace(honest, compute=compute)
+
+
+@pytest.fixture
+def harm(workers, tmp_path, monkeypatch) -> Callable[[signal.Signals, int], None]:
+    """Makes the workers those of `harmful_stoi`."""
+    assert workers() == set()
+
+    def begin(sent: signal.Signals, times: int) -> None:
+        harmful = partial(ProcessPool, initialiser=harmful_stoi, arguments=(sent, times, tmp_path))
+        monkeypatch.setattr(scorer, "ProcessPool", harmful)
+
+    return begin
+
+
+@pytest.mark.usefixtures("workers")
+def test_scores_are_those_computed_here_in_the_order_of_the_pairs():
     names = [name for name in METRICS if not name.startswith("dnsmos")]
     expected = [{name: METRICS[name].compute(pair.estimate, pair.clean) for name in names} for pair in PAIRS]
     ticks: list[int] = []
     scores = score_pairs(PAIRS, names, processes=2, progress=ticks.append)
-    assert [list(one) for one in scores] == [names] * len(PAIRS)
-    for found, wanted in zip(scores, expected, strict=True):
+    assert [list(pair_scores) for pair_scores in scores] == [names] * len(PAIRS)
+    for computed, wanted in zip(scores, expected, strict=True):
         # ESTOI adds noise of 1e-16 to its spectra.
-        assert {n: s.value for n, s in found.items()} == pytest.approx(
+        assert {n: s.value for n, s in computed.items()} == pytest.approx(
             {n: s.value for n, s in wanted.items()}
         )
     assert ticks == [1] * len(PAIRS)
-    assert scorers() == set()
+
+
+def test_workers_are_kept_for_the_next_pairs_as_many_as_asked_for(workers):
+    first = score_pairs(PAIRS, FAST, processes=2)
+    kept = workers()
+    assert len(kept) == 2
+    assert score_pairs(PAIRS, FAST, processes=2) == first
+    assert workers() == kept
+    assert score_pairs(PAIRS, FAST, processes=1) == first
+    assert len(workers()) == 1
+    end_workers()
+    assert workers() == set()
 
 
 def test_failures_come_back_with_their_reasons():
@@ -65,125 +115,86 @@ def test_failures_come_back_with_their_reasons():
         f"shapes differ: estimate (50,), reference ({CLEAN.size},)",
         "longer than 19 s",
     ]
-    assert [one["pesq_wb"] for one in scores] == [Score(None, reason) for reason in reasons]
+    assert [pair_scores["pesq_wb"] for pair_scores in scores] == [Score(None, reason) for reason in reasons]
 
 
-def signalling(
-    pairs: list[Pair], sent: signal.Signals, scorers: Callable[[], set[int]], times: int = 1
-) -> Iterator[Pair]:
-    """The pairs; while the first one is scored, the child, or one after the other, gets a signal."""
-    yield pairs[0]
-    before: set[int] = set()
-    for _ in range(times):
-        until(lambda: bool(scorers() - before), 20, "no child was started for the first pair")
-        (child,) = scorers() - before
-        os.kill(child, sent)
-        before.add(child)
-    yield from pairs[1:]
-
-
-@pytest.mark.parametrize(("kill", "times"), [(signal.SIGSEGV, 1), (signal.SIGKILL, 2)])
-def test_a_crash_costs_one_score_of_one_pair(kill, times, scorers):
-    long = syllables(15.0)
-    killing = signalling([Pair(long, long), *PAIRS], kill, scorers, times)
-    scores = score_pairs(killing, ["pesq_wb", "si_sdr"], processes=1)
-    assert scores[0] == {"pesq_wb": Score(None, f"scorer died ({kill.name})"), "si_sdr": Score(100.0)}
+@pytest.mark.parametrize("sent", [signal.SIGSEGV, signal.SIGKILL])
+def test_a_crash_costs_one_score_of_one_pair(sent, harm):
+    harm(sent, 2)
+    scores = score_pairs([HARMFUL, *PAIRS], ["stoi", "si_sdr"], processes=1)
+    assert scores[0]["stoi"] == Score(None, f"worker died ({sent.name})")
+    assert [*scores[0]] == ["stoi", "si_sdr"]
+    assert scores[0]["si_sdr"].failure is None
     assert len(scores) == 1 + len(PAIRS)
-    assert all(score.failure is None for one in scores[1:] for score in one.values())
+    assert failures(scores[1:]) == []
 
 
-def test_what_a_kill_interrupts_is_tried_once_more(scorers):
-    """There may be memory for it then."""
-    long = Pair(syllables(15.0), syllables(15.0))
-    scores = score_pairs(signalling([long, *PAIRS], signal.SIGKILL, scorers), ["pesq_wb"], processes=1)
-    assert scores == score_pairs([long, *PAIRS], ["pesq_wb"], processes=1)
+def test_a_hang_costs_one_score_of_one_pair(harm):
+    harm(signal.SIGSTOP, 2)
+    scores = score_pairs([HARMFUL, *PAIRS], FAST, processes=1, seconds_limit=3.0)
+    assert scores[0]["stoi"] == Score(None, "took more than 3 s")
+    assert scores[0]["si_sdr"].failure is None
+    assert failures(scores[1:]) == []
 
 
-def test_a_suspended_job_loses_no_score(monkeypatch):
-    """As by Ctrl-Z or `scontrol suspend`: the time in which nobody could run counts for nobody."""
-    away: list[float] = []
-
-    def away_once(sources: list, patience: float | None) -> list:
-        """What a wait is that the job was stopped in: late, and ended by its time."""
-        if patience is None or away:
-            return wait(sources, patience)
-        away.append(patience + 2.0)
-        return []
-
-    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + sum(away))
-    monkeypatch.setattr(scorer, "wait", away_once)
-    monkeypatch.setattr(scorer, "time", clock)
-    assert score_pairs(PAIRS[:1], FAST, processes=1, seconds_limit=60.0) == score_pairs(
-        PAIRS[:1], FAST, processes=1
-    )
-    assert away
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
+def test_what_is_killed_or_suspended_is_tried_once_more(sent, harm):
+    """There may be memory for it then, and a job that was suspended has its time again."""
+    harm(sent, 1)
+    scores = score_pairs([HARMFUL, *PAIRS], FAST, processes=1, seconds_limit=3.0)
+    assert scores == score_pairs([HARMFUL, *PAIRS], FAST, processes=1)
+    assert failures(scores) == []
 
 
-def test_a_child_that_dies_idle_costs_nothing(scorers):
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_worker_that_dies_or_is_suspended_idle_costs_nothing(sent, workers, monkeypatch):
+    """A pipe does not hold a clip: sending one must not wait for a suspended worker for ever."""
+    monkeypatch.setattr(pool, "_STALL_SECONDS", 5.0)
     scored = threading.Event()
 
-    def killing() -> Iterator[Pair]:
-        for pair in PAIRS[:3]:
-            yield pair
-            assert scored.wait(60), "the pair was not scored"
-            scored.clear()
-            (child,) = scorers()
-            os.kill(child, signal.SIGKILL)
-
-    expected = score_pairs(PAIRS[:3], FAST, processes=1)
-    assert score_pairs(killing(), FAST, processes=1, progress=lambda _: scored.set()) == expected
-    assert all(score.failure is None for one in expected for score in one.values())
-
-
-def test_a_child_that_hangs_is_ended(scorers):
-    names = ["si_sdr", "pesq_wb"]
-    scores = score_pairs(signalling(PAIRS, signal.SIGSTOP, scorers), names, processes=1, seconds_limit=3.0)
-    assert scores[0]["si_sdr"] == Score(None, "took more than 3 s")
-    assert scores[0]["pesq_wb"].failure is None
-    assert all(score.failure is None for one in scores[1:] for score in one.values())
-
-
-def test_a_child_that_is_suspended_idle_is_ended(scorers):
-    """Its pipe does not hold a clip: sending one must not wait for it for ever."""
-    scored = threading.Event()
-
-    def suspending() -> Iterator[Pair]:
+    def pairs() -> Iterator[Pair]:
         yield PAIRS[0]
         assert scored.wait(60), "the pair was not scored"
-        (child,) = scorers()
-        os.kill(child, signal.SIGSTOP)
+        (worker,) = workers()
+        os.kill(worker, sent)
         yield CROWDED
+        yield PAIRS[1]
 
-    pairs = suspending()
-    scores = score_pairs(pairs, ["si_sdr"], processes=1, seconds_limit=3.0, progress=lambda _: scored.set())
-    assert scores == score_pairs([PAIRS[0], CROWDED], ["si_sdr"], processes=1)
+    scores = score_pairs(pairs(), FAST, processes=1, progress=lambda _: scored.set())
+    assert scores == score_pairs([PAIRS[0], CROWDED, PAIRS[1]], FAST, processes=1)
+    assert failures(scores) == []
 
 
 @pytest.mark.parametrize("to_job", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
-def test_signals_of_slurm_and_of_the_terminal_do_not_reach_the_children(to_job, scorers):
-    scores = score_pairs(signalling(PAIRS, to_job, scorers), FAST, processes=2)
-    assert all(score.failure is None for one in scores for score in one.values())
+def test_signals_of_slurm_and_of_the_terminal_do_not_reach_the_workers(to_job, workers):
+    def pairs() -> Iterator[Pair]:
+        yield PAIRS[0]
+        until(lambda: len(workers()) == 2, 20, "no worker was started for the first pair")
+        # Of another process: what this one sends ends them.
+        subprocess.run(["kill", f"-{to_job:d}", *map(str, workers())], check=True)
+        yield from PAIRS[1:]
+
+    # The resource tracker of multiprocessing is a child too, from the first start of a worker on.
+    score_pairs(PAIRS[:1], FAST, processes=1)
+    end_workers()
+    scores = score_pairs(pairs(), FAST, processes=2)
+    assert failures(scores) == []
+    assert len(workers()) == 2
 
 
-def test_an_error_of_the_caller_ends_the_children(scorers):
+def test_an_error_of_the_caller_ends_the_workers(workers):
     def broken():
         yield PAIRS[0]
         raise LookupError("the clip is gone")
 
     with pytest.raises(LookupError, match="the clip is gone"):
         score_pairs(broken(), FAST, processes=2)
-    assert scorers() == set()
+    assert workers() == set()
 
 
-def test_children_that_cannot_start_are_an_error(monkeypatch):
-    monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(RuntimeError, match="could not start"):
-        score_pairs(PAIRS, FAST, processes=1)
-
-
-def test_pairs_are_taken_as_the_children_get_free():
+def test_pairs_are_taken_as_the_workers_get_free():
     taken = 0
-    lead = []
+    lead: list[int] = []
 
     def counting():
         nonlocal taken
@@ -191,7 +202,7 @@ def test_pairs_are_taken_as_the_children_get_free():
             taken += 1
             yield pair
 
-    finished = []
+    finished: list[int] = []
 
     def progress(count: int) -> None:
         finished.append(count)
@@ -199,7 +210,7 @@ def test_pairs_are_taken_as_the_children_get_free():
 
     score_pairs(counting(), ["si_sdr"], processes=2, progress=progress)
     assert len(finished) == 20
-    assert max(lead) <= 4  # one at work and one waiting for each child
+    assert max(lead) <= 5  # one at work and one waiting for each worker, and the next one
 
 
 def test_scores_come_in_while_the_next_pair_is_computed():

@@ -117,29 +117,23 @@ def _folders(run: str, runs: Path) -> list[Path]:
     if run == "all":
         if not known:
             raise UserError(f"no runs in {runs}: --runs names the folder in which they lie")
-        return [part for path in known for part in _parts(path)]
+        return known
     for path in (Path(run), runs / run):
         if _is_run(path):
-            return _parts(path)
+            return [path]
     like = f"; did you mean {nearest(run, [path.name for path in known])}?" if known else ""
     raise UserError(f"no run at {run} and none of that name in {runs}{like}")
 
 
 def _is_run(path: Path) -> bool:
     run = RunDir(path)
-    return any(file.exists() for file in (run.status, run.job, run.config, run.parts)) and path.is_dir()
-
-
-def _parts(path: Path) -> list[Path]:
-    """The run's folder, or where its students are trained apart those of its parts."""
-    return RunDir(path).part_folders() or [path]
+    return any(file.exists() for file in (run.status, run.job, run.config)) and path.is_dir()
 
 
 def report(run: RunDir) -> Report:
     """What the folder of a run, and Slurm, say about it now."""
     status, owner, beat = run.read_status(), lock.holder(run.path), heartbeat.read(run.path)
-    name = run.path.name if run.path.parent.name != "parts" else "/".join(run.path.parts[-3:])
-    made = Report(name, status.get("state", "new"), status.get("reason", ""))
+    made = Report(run.path.name, status.get("state", "new"), status.get("reason", ""))
     made.step, made.steps = status.get("step", 0), status.get("steps", 0)
     made.restarts, made.starts = status.get("restarts", 0), status.get("starts", [])
     made.students = status.get("students", {})

@@ -18,8 +18,9 @@ from mvat_dist.config.cli import CommandParser
 from mvat_dist.config.schema import Config
 from mvat_dist.distributed import slurm
 from mvat_dist.errors import UserError, exit_code
-from mvat_dist.launch import placing, preflight, processes, submission, sweep_jobs
+from mvat_dist.launch import preflight, processes, submission, sweep_jobs
 from mvat_dist.launch.slurm import Resources
+from mvat_dist.runs.folder import RunDir, run_folder
 
 _SLURM_ONLY = ("partition", "account", "qos", "mem", "constraint", "exclude", "wckey", "time")
 
@@ -72,17 +73,6 @@ def parser() -> argparse.ArgumentParser:
 def _add_shape(made: argparse.ArgumentParser) -> None:
     shape = made.add_argument_group("size of the job")
     add = shape.add_argument
-    add(
-        "--placement",
-        choices=("auto", "together", "split", "jobs"),
-        default="auto",
-        help="of the students: all in every process; dealt with the processes to groups; or a job for each. "
-        "--parts names the groups. auto: as the run is already, else as forecast with --machine, else "
-        "together (default: auto)",
-    )
-    add(
-        "--machine", type=Path, metavar="FILE", help="measured rates for the forecast (benchmarks/scaling.py)"
-    )
     add("--nodes", type=int, default=1, help="default: 1")
     add("--gpus-per-node", type=int, help="one task runs per GPU")
     add("--tasks-per-node", type=int, help="processes per node (default: --gpus-per-node, else 1)")
@@ -136,25 +126,22 @@ def main(argv: list[str] | None = None) -> None:
     config = configfile.parse(rest, prog="python -m mvat_dist.submit")
     resources = _resources(options, config)
     preflight.check_inputs(config)
-    machine = preflight.machine_of(options.machine, resources)
+    preflight.check_sharing(config, resources)
     reason = _why_local(options)
-    asked = None if options.placement == "auto" else options.placement
-    placed, config, forecasts = preflight.place(
-        asked, config, resources, machine, measured=options.machine is not None, one_machine=bool(reason)
-    )
-    preflight.check_shares(placed, config, resources)
-    print(preflight.text(config, resources, placed))
+    run = RunDir(run_folder(config))
+    print(preflight.text(config, resources))
     if reason:
         _say_local(reason, resources, options)
     if options.dry_run:
-        print(preflight.forecast_text(forecasts, machine, resources))
-        for script in [] if reason else placing.job_scripts(placed, config, resources):
-            print(f"\n{script}")
+        if not reason:
+            print(f"\n{submission.job_script(run, resources)}")
         return
     if reason:
-        code = placing.locally(placed, config, rest, resources)
+        code = submission.locally(run, config, rest, resources)
     else:
-        code = placing.on_slurm(placed, config, resources, wait=options.wait)
+        code, job = submission.on_slurm(run, config, resources)
+        if job and options.wait:
+            code = submission.wait_for(run, job)
     if code:
         raise SystemExit(code)
 
@@ -286,7 +273,7 @@ def _why_local(options: argparse.Namespace) -> str | None:
 
 
 def _say_local(reason: str, resources: Resources, options: argparse.Namespace) -> None:
-    count = resources.nodes * resources.tasks_per_node
+    count = resources.processes
     what = "1 local process" if count == 1 else f"{count} local processes"
     print(f"local    {reason}: {preflight.shape(resources)} run as {what}")
     if count > processes.cores():

@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     options = parser().parse_args(argv)
     logging.basicConfig(format="%(levelname)s %(message)s", stream=sys.stderr)
-    runs = [part for folder in options.run for part in _parts(RunDir(folder.absolute()))]
+    runs = [RunDir(folder.absolute()) for folder in options.run]
     for run in runs:
         if not run.config.exists():
             raise UserError(f"{run.path} holds no run: give the folder of one, as in {PROG} runs/fleet")
@@ -64,10 +64,6 @@ def main(argv: list[str] | None = None) -> None:
             _check(run)
             _send(run)
         tqdm.write(f"W&B has every row of {run.path}")
-
-
-def _parts(run: RunDir) -> list[RunDir]:
-    return [RunDir(part) for part in run.part_folders()] or [run]
 
 
 def _check(run: RunDir) -> None:

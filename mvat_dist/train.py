@@ -18,7 +18,6 @@ from mvat_dist.config import parser
 from mvat_dist.config.schema import Config
 from mvat_dist.distributed import ranks, slurm
 from mvat_dist.errors import UserError, exit_code
-from mvat_dist.launch import placement
 from mvat_dist.runs import folder
 from mvat_dist.runs import status as runstate
 from mvat_dist.training import stopping
@@ -38,8 +37,7 @@ def main(argv: list[str] | None = None) -> None:
             saved, and the same command goes on. `errors.EXIT_HUNG` ends it at once, without this.
     """
     try:
-        whole = parser.parse(argv)
-        config, here = placement.mine(whole, ranks.read())
+        config, here = parser.parse(argv), ranks.read()
     except UserError as error:
         # Every rank finds the same mistake; one says it.
         raise UserError(str(error), say=ranks.read().rank == 0) from error
@@ -49,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{run.path} is finished ({config.train.steps} steps): nothing to do")
         return
     ranks.export(here)
-    code = _train(config, here, run, whole)
+    code = _train(config, here, run)
     if here.rank == 0:
         _say_how_it_ended(run, config)
     if code:
@@ -73,8 +71,8 @@ def _say_how_it_ended(run: folder.RunDir, config: Config) -> None:
         print(f"stopped and saved after step {status['step']}: the same command goes on from there")
 
 
-def _train(config: Config, here: ranks.Ranks, run: folder.RunDir, whole: Config) -> int:
-    """Run the trainer, of the `whole` run or of a part of it, inside a process group; the exit code."""
+def _train(config: Config, here: ranks.Ranks, run: folder.RunDir) -> int:
+    """Run the trainer inside a process group; the exit code."""
     # Before torch is imported, which may take a minute from a cold disk; a signal would end the process.
     stop = stopping.StopRequest()
     stop.listen()
@@ -93,8 +91,6 @@ def _train(config: Config, here: ranks.Ranks, run: folder.RunDir, whole: Config)
         # Watchdogs end a hang and explain it; the timeout is for a process whose threads hang too.
         process_group.init_distributed(device, timedelta(seconds=2 * config.train.watchdog_seconds))
         trainer = Trainer(config, here, run, device, precision, guard)
-        if whole.parts and here.rank == 0:
-            placement.explain(whole)
         first = trainer.step
         reason = trainer.train(stop)
         code, orderly = 128 + reason if reason else 0, True
@@ -109,8 +105,7 @@ def _train(config: Config, here: ranks.Ranks, run: folder.RunDir, whole: Config)
             trainer.close(code, words)
         process_group.leave(device, orderly=orderly)
         guard.leave()
-    if reason and not whole.parts and here.launcher == "slurm" and here.rank == 0:
-        # A job of several parts: `mvat_dist.launch.requeue`, when all have saved.
+    if reason and here.launcher == "slurm" and here.rank == 0:
         slurm.requeue_after_signal(reason, progressed=trainer.step > first)
     return code
 

@@ -72,7 +72,7 @@ def _command(arguments: Sequence[str], folder: Path, count: int) -> list[str]:
     """What starts the ranks: the tasks of the Slurm job, else `count` processes of this machine."""
     job = _allocation()
     if not job:
-        size = ["--cluster=local", f"--tasks-per-node={count}", "--placement=together"]
+        size = ["--cluster=local", f"--tasks-per-node={count}"]
         return [sys.executable, "-m", "mvat_dist.submit", *size, *arguments]
     logs = folder / "slurm"
     if set("%\\\n\r") & set(str(logs)):

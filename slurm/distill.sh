@@ -51,14 +51,8 @@ if ((gpus > tasks)); then
 fi
 
 project=$(find_project) || exit
-wait_as_asked=${SLURM_WAIT:-}
 # shellcheck source=slurm/environment.sh
 source "$project/slurm/environment.sh" || exit
-# Groups of students that are trained apart, by --parts or by the configuration, do not end together. A mistake
-# in the options is for the trainer to tell.
-parts=$(python -c 'import sys; from mvat_dist.config import parser; print(parser.parse(sys.argv[1:]).parts)' \
-    "$@" 2>/dev/null) || parts=
-[[ -n $parts && -z $wait_as_asked ]] && SLURM_WAIT=0
 
 logs=runs/slurm
 mkdir -p "$logs" || exit 2

@@ -27,7 +27,7 @@ settings.load_profile("project")
 
 REPOSITORY = Path(__file__).parent.parent
 
-LONG = ("faults", "train", "joining", "run_safety", "elastic", "placement", "sweep_agent", "experiment")
+LONG = ("faults", "train", "joining", "run_safety", "elastic", "sweep_agent", "experiment")
 """Modules that take a minute and more, the longest first."""
 
 

@@ -32,7 +32,6 @@ EXAMPLE = """example:
 UNIMPORTANT = (
     "runs",
     "name",
-    "parts",
     "resume",
     "data.workers",
     "data.cache_dir",

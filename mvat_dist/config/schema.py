@@ -265,9 +265,6 @@ class Config:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     sizes: dict[str, Size] = field(default_factory=dict)
     """Sizes of your own, by name."""
-    parts: str = ""
-    """Groups of students that are trained apart, each by its share of the processes: `a,b:3/c:1` is a and
-    b on three, c on one; without numbers the shares are equal; empty: all together."""
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     distil: DistilConfig = field(default_factory=DistilConfig)

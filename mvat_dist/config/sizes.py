@@ -1,6 +1,6 @@
 """The table of network sizes: every student, and the teachers, by name.
 
-Importable without torch, so that a login node can list sizes and forecast costs. The paper
+Importable without torch, so that a login node can list sizes and their costs. The paper
 (arXiv 2208.10367) publishes only the cost of its students; the widths here are a design choice
 that meets those costs.
 """
@@ -130,8 +130,6 @@ class Cost(NamedTuple):
     parameters: int
     macs: int
     """Multiply-accumulates of convolutions, linear layers and matrix products."""
-    values: int
-    """Numbers that these put out: what has to pass through memory, and in training to stay there."""
 
 
 def parameters(size: Size) -> int:
@@ -153,14 +151,6 @@ def macs(size: Size, samples: int) -> int:
     return _network(size, samples).macs
 
 
-def values(size: Size, samples: int) -> int:
-    """Numbers that the layers of a network put out in one forward pass over `samples` samples (one item).
-
-    What is done to them between layers is in proportion to it, in time and, in training, in memory.
-    """
-    return _network(size, samples).values
-
-
 def _sum(*costs: Cost) -> Cost:
     return Cost(*(sum(column) for column in zip(*costs, strict=True)))
 
@@ -170,7 +160,7 @@ def _conv(
 ) -> Cost:
     """A convolution whose kernel is applied `frames` times, with the BatchNorm behind it."""
     weights = inputs * outputs * taps
-    return Cost(weights + outputs * (bias + 2 * norm), weights * frames, outputs * frames)
+    return Cost(weights + outputs * (bias + 2 * norm), weights * frames)
 
 
 def _network(size: Size, samples: int) -> Cost:
@@ -221,7 +211,7 @@ def _multi_view(size: Size, channels: int, frames: int) -> Cost:
         _conv(bottleneck, branch, 1, 2, bias=True, norm=False),
         # Global view: query, key, value and output, then the two products of attention.
         *[_conv(size.chunk, token, 1, branch * chunks, norm=False)] * 4,
-        Cost(0, 2 * branch * token * chunks**2, branch * token * chunks),
+        Cost(0, 2 * branch * token * chunks**2),
         # Local view, on every frame of every chunk.
         _conv(1, branch, DEPTHWISE_KERNEL, chunks * size.chunk),
         _conv(2, 1, SPATIAL_KERNEL, chunks * size.chunk),

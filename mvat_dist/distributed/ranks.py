@@ -13,7 +13,7 @@ import re
 import socket
 import zlib
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from mvat_dist.distributed import slurm
@@ -81,36 +81,6 @@ def export(ranks: Ranks, environ: MutableMapping[str, str] = os.environ) -> None
     environ["LOCAL_WORLD_SIZE"] = str(ranks.local_world_size)
     environ["MASTER_ADDR"] = ranks.master_address
     environ["MASTER_PORT"] = str(ranks.master_port)
-
-
-def part(whole: Ranks, first: int, count: int, number: int, environ: Mapping[str, str] = os.environ) -> Ranks:
-    """This process's place among the `count` ranks from `first` on: part `number` of a divided world.
-
-    Every part meets at its own first rank, at a port of its own.
-
-    Raises:
-        UserError: the name of the node of the part's first rank is not to be had.
-    """
-    node, last = first // whole.local_world_size, (first + count - 1) // whole.local_world_size
-    if node == last:
-        address = "127.0.0.1"
-    elif whole.launcher == "slurm":
-        address = _reachable_node(environ["SLURM_STEP_NODELIST"], environ, node)
-    else:
-        raise UserError(
-            f"--parts over several nodes needs srun; {whole.launcher} tells only the first node's name"
-        )
-    return replace(
-        whole,
-        rank=whole.rank - first,
-        world_size=count,
-        local_world_size=min(count, whole.local_world_size),
-        node_rank=whole.node_rank - node,
-        nodes=last - node + 1,
-        master_address=address,
-        # The launcher itself may listen at the whole's.
-        master_port=whole.master_port + 1 + number if count > 1 else free_port(),
-    )
 
 
 def free_port() -> int:
@@ -272,14 +242,14 @@ def _expand_tasks(layout: str) -> list[int]:
     return tasks
 
 
-def _reachable_node(node_list: str, environ: Mapping[str, str], number: int = 0) -> str:
+def _reachable_node(node_list: str, environ: Mapping[str, str]) -> str:
     """The first node of a list: its name where that resolves, else the address by which Slurm reaches it.
 
     Raises:
         UserError: neither works; torch would wait for the unknown host in silence.
     """
     # Slurm reads lists better than we do, but its programs are not in most containers.
-    host = (slurm.host_names(node_list, environ) or expand_hosts(node_list))[number]
+    host = (slurm.host_names(node_list, environ) or expand_hosts(node_list))[0]
     try:
         socket.getaddrinfo(host, None)
     except OSError:

@@ -71,9 +71,7 @@ def _of_run(file: Path, name: str, sha256: str) -> dict[str, str]:
     for place, key, read_record in records:
         if place.is_file() and (said := _legible(place, read_record)) is not None:
             found[key] = said
-    # A part of a run is evaluated with the others.
-    whole = run.path.parents[1] if run.path.parent.name == run.parts.name else run.path
-    if scores := _scores(whole, name, file.parent.name, sha256):
+    if scores := _scores(run.path, name, file.parent.name, sha256):
         found["scores"] = json.dumps(scores)
     return found
 

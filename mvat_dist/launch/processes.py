@@ -234,7 +234,7 @@ def run_with_descendants(command: Sequence[str], environment: Mapping[str, str])
 # ----------------------------------------------------------------------------------------------- ranks
 
 
-def run_ranks(command: Sequence[str], processes: int, logs: Path, *, apart: bool = False) -> int:
+def run_ranks(command: Sequence[str], processes: int, logs: Path) -> int:
     """Run `command` as ranks 0 to `processes` - 1 and return the exit code of the first that fails.
 
     Rank 0 has this terminal; rank N > 0 appends to ``logs/rank-N.log``. Signals that ask to stop are passed
@@ -245,18 +245,17 @@ def run_ranks(command: Sequence[str], processes: int, logs: Path, *, apart: bool
         command: program and arguments, the same for all.
         processes: number of ranks.
         logs: folder, made where it is missing.
-        apart: whether the ranks belong to several runs: where one fails, the others are left to end.
     """
     with StopSignals() as signals:
         for attempt in range(1, _PORTS + 1):
-            code = _run_once(command, processes, logs, signals, math.inf if apart else _GRACE_SECONDS)
+            code = _run_once(command, processes, logs, signals)
             if code != EXIT_PORT or attempt == _PORTS or signals.received:
                 break
             print("another program was faster to take the port of the ranks: starting again", file=sys.stderr)
     return code
 
 
-def _run_once(command: Sequence[str], processes: int, logs: Path, signals: StopSignals, grace: float) -> int:
+def _run_once(command: Sequence[str], processes: int, logs: Path, signals: StopSignals) -> int:
     port = free_port()
     members: list[Child] = []
     try:
@@ -264,19 +263,20 @@ def _run_once(command: Sequence[str], processes: int, logs: Path, signals: StopS
             variables = rank_environment(rank, processes, port, os.environ)
             log = logs / f"rank-{rank}.log" if rank else None
             members.append(start(command, variables, log=log))
-        return _wait_for_all(members, signals, grace)
+        return _wait_for_all(members, signals)
     finally:
         for member in members:
             member.kill()
 
 
-def _wait_for_all(members: Sequence[Child], signals: StopSignals, grace: float) -> int:
+def _wait_for_all(members: Sequence[Child], signals: StopSignals) -> int:
     """Wait until all ranks have ended well or as asked, or one has failed and the rest had time to end."""
     deadline = math.inf
     failed: int | None = None
     while running := [member for member in members if member.exit_code() is None]:
         if failed is None and (failed := _failed(members, signals)) is not None:
-            deadline = time.monotonic() + (0.0 if members[failed].exit_code() == EXIT_PORT else grace)
+            grace = 0.0 if members[failed].exit_code() == EXIT_PORT else _GRACE_SECONDS
+            deadline = time.monotonic() + grace
         if time.monotonic() > deadline:
             break
         if received := signals.wait(_POLL_SECONDS):

@@ -56,25 +56,22 @@ def main(argv: list[str] | None = None) -> None:
     if code in _SETTLED:
         return
     config = parser.parse(given[1:], prog="python -m mvat_dist.launch.requeue")
-    whole = RunDir(run_folder(config))
-    runs = [RunDir(part) for part in whole.part_folders()] if config.parts else [whole]
-    if code in _ASKED and (config.parts or any(_begun(run.read_status()) for run in runs)):
-        if config.parts:  # only now have all of them saved
-            progressed = any(_progressed(run.read_status()) for run in runs)
-            slurm.requeue_after_signal(code - 128, progressed=progressed)
+    run = RunDir(run_folder(config))
+    if code in _ASKED and _begun(run.read_status()):
         return
+    ended = f"the ranks ended with exit code {code}"
     if _superseded():
-        print(f"the ranks ended with exit code {code}: the job was started again in the meantime")
+        print(f"{ended}: the job was started again in the meantime")
         return
-    decisions = [_settle(run, code) for run in runs]
-    told, wait = min(decisions, key=lambda one: one[0] is not None) if decisions else ("nothing began", 0.0)
-    if told is None and "SLURM_JOB_ID" in os.environ:
-        told = _again(os.environ["SLURM_JOB_ID"], wait)
-    print(f"the ranks ended with exit code {code}: {told or 'this is no job, start it again yourself'}")
+    outcome, wait = _settle(run, code)
+    job = os.environ.get("SLURM_JOB_ID")
+    if outcome is None:
+        outcome = _again(job, wait) if job else "this is no job, start it again yourself"
+    print(f"{ended}: {outcome}")
 
 
 def _settle(run: RunDir, code: int) -> tuple[str | None, float]:
-    """Note how the run, or a part of one, ended; what `decide` says of it."""
+    """Record how the run ended; what `decide` says of it."""
     owner = lock.holder(run.path)
     if owner and owner.job != os.environ.get("SLURM_JOB_ID", "") and not lock.why_gone(owner):
         return f"{run.path} is trained by {owner}", 0.0
@@ -84,11 +81,6 @@ def _settle(run: RunDir, code: int) -> tuple[str | None, float]:
         status = {"step": 0, **status, "state": "failed", "reason": runstate.why(code)}
         run.replace_status({**status, "fruitless": _fruitless(status)})
     return decide(status)
-
-
-def _progressed(status: dict[str, Any]) -> bool:
-    """Whether this life of the job has made a step."""
-    return _begun(status) and int(status["step"]) > int(status["starts"][-1]["step"])
 
 
 def _superseded() -> bool:

@@ -67,6 +67,11 @@ class Resources:
     more: Mapping[str, str | bool] = field(default_factory=dict)
     """Any other sbatch option, by its long name; True for one without a value."""
 
+    @property
+    def processes(self) -> int:
+        """Ranks of the job."""
+        return self.nodes * self.tasks_per_node
+
     def options(self) -> dict[str, Any]:
         """What sbatch is asked for, by its long options with underscores; None leaves it to the site."""
         return {

@@ -61,13 +61,12 @@ def locally(run: RunDir, config: Config, argv: list[str], resources: Resources) 
         command = [sys.executable, "-m", "mvat_dist.train", *argv]
         os.environ[INHERITED] = lock.token
         try:
-            count = resources.nodes * resources.tasks_per_node
-            code = processes.run_ranks(command, count, run.logs, apart=bool(config.parts))
+            code = processes.run_ranks(command, resources.processes, run.logs)
         finally:
             del os.environ[INHERITED]
         if code not in {0, EXIT_BUSY}:
             status.record_end(run, status.why(code))
-        if is_new and code == EXIT_USER_ERROR and not (run.status.exists() or run.parts.exists()):
+        if is_new and code == EXIT_USER_ERROR and not run.status.exists():
             # Nothing was trained: leave nothing that looks like a run.
             for file in [run.job, *run.logs.glob("rank-*.log")]:
                 file.unlink()
@@ -216,8 +215,7 @@ def wait_for(run: RunDir, job: str) -> int:
         print(f"job {job} goes on; cancel it with: scancel {job}", file=sys.stderr)
         raise
     # Without accounting Slurm forgets a job after some minutes; the run's own record does not.
-    folders = run.part_folders() or [run.path]
-    finished = all(RunDir(folder).read_status().get("state") == "finished" for folder in folders)
+    finished = run.read_status().get("state") == "finished"
     if state.state == "COMPLETED" or (state.state == "UNKNOWN" and finished):
         return 0
     print(f"job {job} ended as {state.state}", file=sys.stderr)

@@ -92,7 +92,7 @@ def locally(
     Raises:
         SystemExit: the exit code of the agent or of `mvat_dist.sweep`.
     """
-    ranks = resources.nodes * resources.tasks_per_node
+    ranks = resources.processes
     counted = [] if count is None else [f"--count={count}"]
     if Path(target).is_file():
         command = ["mvat_dist.sweep", target, *counted, f"--processes={ranks}", *arguments]

@@ -193,10 +193,6 @@ class Trial:
             raise UserError(
                 f"--name {config.name}: a trial's folder has the name of its W&B run; leave --name out"
             )
-        if config.parts:
-            raise UserError(
-                f"--parts {config.parts}: the students of a trial are trained together; leave it out"
-            )
         options = {
             "runs": str(Path(config.runs) / self.sweep),
             "name": self.run_id,
@@ -268,7 +264,7 @@ def check(sweep: Sweep, point: Point, run_id: str, group: str, resources: Resour
     _, given = parser().parse_known_args(line[line.index(MODULE) + 1 :])
     _, config = Trial(run_id, group, point, {}).arguments(given)
     preflight.check_inputs(config)
-    preflight.check_shares("together", config, resources)
+    preflight.check_sharing(config, resources)
 
 
 def _check_metric(metric: str) -> None:

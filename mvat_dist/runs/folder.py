@@ -37,7 +37,6 @@ deepspeed.json     the configuration that DeepSpeed got for each student
 checkpoints/       step-NNNNNNNN/: all that is needed to go on; safetensors and JSON
 students/NAME/     history.jsonl (losses, learning rate, scores by step), best/ and last/: model.safetensors;
                    first/: the weights that it was given to begin with, where train.init named some
-parts/             where students are trained apart, in place of the two above: such a folder for each group
 logs/, submitit/   output of the processes and of the Slurm job
 examples/          noisy, clean and teacher of a few clips; each student's own are in students/NAME/examples
 wandb/             W&B's logs (their ids lie beside the histories); with a network: `wandb sync --yes
@@ -88,19 +87,6 @@ class RunDir:
     @property
     def job(self) -> Path:
         return self.path / "job.json"
-
-    @property
-    def parts(self) -> Path:
-        return self.path / "parts"
-
-    @property
-    def fleet(self) -> str:
-        """Name of the fleet's folder: this run's, or where it is a part of a run, that one's."""
-        return (self.path.parents[1] if self.path.parent.name == self.parts.name else self.path).name
-
-    def part_folders(self) -> list[Path]:
-        """Folders of the runs that this one was divided into (`mvat_dist.launch.placement`); mostly none."""
-        return sorted(one for one in self.parts.iterdir() if one.is_dir()) if self.parts.is_dir() else []
 
     @property
     def examples(self) -> Path:
@@ -206,10 +192,9 @@ class RunDir:
 
     def finished(self, config: Config) -> bool:
         """Whether every student of `config` has done all its steps, or was given up on the way."""
-        runs = [RunDir(part) for part in self.part_folders()] or [self]
-        ended = [one for run in runs if (one := run.read_status()).get("state") == "finished"]
-        known = {name for status in ended for name in status.get("students", {})}
-        return bool(ended) and sizes.select(config.student, config.sizes).keys() <= known
+        status = self.read_status()
+        wanted = sizes.select(config.student, config.sizes).keys()
+        return status.get("state") == "finished" and wanted <= status.get("students", {}).keys()
 
     def read_status(self) -> dict[str, Any]:
         """The last written status, or an empty dict before the first."""

@@ -73,7 +73,7 @@ class Mirror:
         about: Mapping[str, dict[str, Any]],
         restarts: int = 0,
     ) -> None:
-        self._folder, self._fleet, self._histories = run.path, run.fleet, histories
+        self._folder, self._fleet, self._histories = run.path, run.path.name, histories
         self._config, self._about = config, about
         self._restarts = restarts
         self._mode = wandb_mode.mode(config)

@@ -69,18 +69,11 @@ def _weights(student_folder: Path, which: Which) -> Path | None:
 
 
 def students_of(run: Path, which: Which = "best") -> dict[str, Path]:
-    """Weights file of every student in a run folder, or in those of its parts, that has one, by name."""
-    places = [one.students for one in _runs(run)]
-    folders = sorted(
-        (folder for place in places if place.is_dir() for folder in place.iterdir()), key=lambda one: one.name
-    )
-    found = {folder.name: _weights(folder, which) for folder in folders}
-    return {name: file for name, file in found.items() if file is not None}
-
-
-def _runs(run: Path) -> list[RunDir]:
-    """The run, and those that it was divided into."""
-    return [RunDir(run), *(RunDir(part) for part in RunDir(run).part_folders())]
+    """Weights file of every student in a run folder that has one, by name."""
+    folder = RunDir(run).students
+    students = sorted(folder.iterdir(), key=lambda student: student.name) if folder.is_dir() else []
+    files = {student.name: _weights(student, which) for student in students}
+    return {name: file for name, file in files.items() if file is not None}
 
 
 def teacher_of(run: Path) -> tuple[Path, str] | None:
@@ -89,12 +82,12 @@ def teacher_of(run: Path) -> tuple[Path, str] | None:
     Raises:
         UserError: the run's record of it is damaged.
     """
-    records = [one.inputs for one in _runs(run) if one.inputs.is_file()]
+    record = RunDir(run).inputs
     try:
-        teacher = read_json(records[0])["teacher"] if records else None
+        teacher = read_json(record)["teacher"] if record.is_file() else None
         return (Path(teacher["file"]), str(teacher["sha256"])) if teacher else None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{records[0]} is damaged ({type(error).__name__}: {error}): copy it again, or score the "
+            f"{record} is damaged ({type(error).__name__}: {error}): copy it again, or score the "
             "students' folders"
         ) from error

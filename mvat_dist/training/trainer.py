@@ -79,8 +79,7 @@ class Trainer:
         except Exception as error:
             self._fail_to_start(error)
             raise
-        alone = run.fleet == run.path.name
-        self._energy = energy.Meter(device, energy.counter_of(device, ranks, whole_nodes=alone))
+        self._energy = energy.Meter(device, energy.counter_of(device, ranks, whole_nodes=True))
         self._first = self.step
         self._steps_in_row = 0
         self._intake: Intake

@@ -1,4 +1,4 @@
-"""Reports on what is incomplete, damaged, double, in parts or of several kinds."""
+"""Reports on what is incomplete, damaged, double or of several kinds."""
 
 from __future__ import annotations
 
@@ -183,44 +183,26 @@ def test_how_often_a_run_is_saved_makes_no_other_method_of_it(tmp_path):
     assert {head for _, head in page.table("PESQ-WB (MOS) ↑, higher is better: mean")} >= {"none"}
 
 
-def test_students_trained_in_parts_have_their_records(tmp_path):
-    run = make_run(tmp_path / "runs" / "divided", config_of("none", 0))
+def test_what_a_run_has_cost(tmp_path):
+    run = make_run(tmp_path / "runs" / "one", config_of("none", 0))
+    environment = json.loads(run.environment.read_text())
+    write_json(run.environment, {**environment, "host": "node-3", "ranks": {"world_size": 3}})
     for name in STUDENTS:
-        part = run.path / "parts" / name
-        part.mkdir(parents=True)
-        (part / "students").mkdir()
-        run.student(name).rename(part / "students" / name)
-    page = make(tmp_path / "runs", tmp_path / "out")
-    assert len(page.tables["Validation PESQ-WB (MOS) ↑: the best and the last of each run"]) == 3
-
-
-def test_what_parts_cost_is_added_up(tmp_path):
-    run = make_run(tmp_path / "runs" / "divided", config_of("none", 0))
-    whole = json.loads(run.environment.read_text())
-    run.environment.unlink()
-    for name, processes, speed, apart in ((STUDENTS[0], 3, 4.0, 0.0), (STUDENTS[1], 1, 8.0, 0.5)):
-        part = RunDir(run.path / "parts" / name)
-        part.students.mkdir(parents=True)
-        run.student(name).rename(part.student(name))
-        rows = [{"step": step, "audio_seconds_per_second": speed} for step in (20, 40)]
-        rows[1]["time"] = {"forward": 1 - apart, "checkpoint": apart}
-        rows[0]["joules"], rows[1]["joules"] = 0.9e6 * processes, 1.8e6 * processes
-        part.history(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-        write_json(
-            part.environment, {**whole, "host": f"node-{processes}", "ranks": {"world_size": processes}}
-        )
+        rows = [{"step": step, "audio_seconds_per_second": 8.0} for step in (20, 40)]
+        rows[1]["time"] = {"forward": 0.5, "checkpoint": 0.5}
+        rows[0]["joules"], rows[1]["joules"] = 0.9e6, 1.8e6
+        run.history(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     page = make(tmp_path / "runs", tmp_path / "out")
     spent = page.table("What was spent")
-    # 40 steps of 32 segments of 4 s; half of the second one's last 20 steps' time went into a checkpoint.
+    # 40 steps of 32 segments of 4 s; half of the time of the last 20 steps went into a checkpoint.
     heard = 40 * 32 * 4
-    first, second = heard / 4 / 3600, (heard / 2 / 8 + heard / 2 / 8 / 0.5) / 3600
-    assert numbers(spent["divided", "hours"]) == pytest.approx([first + second], abs=6e-3)
-    assert numbers(spent["divided", "GPU or CPU hours"]) == pytest.approx([3 * first + second], abs=6e-3)
-    assert spent["divided", "processes"] == "3 + 1, CPU"
-    assert spent["divided", "kWh"] == "3"  # 2.7 MJ by the GPUs of each process
-    assert f"In all: {3 * first + second:.2f} CPU hours." in page.text
+    hours = (heard / 2 / 8 + heard / 2 / 8 / 0.5) / 3600
+    assert numbers(spent["one", "hours"]) == pytest.approx([hours], abs=6e-3)
+    assert numbers(spent["one", "GPU or CPU hours"]) == pytest.approx([3 * hours], abs=6e-3)
+    assert spent["one", "processes"] == "3, CPU"
+    assert spent["one", "kWh"] == "0.75"  # 2.7 MJ
+    assert f"In all: {3 * hours:.2f} CPU hours." in page.text
     assert "on node-3" in page.text
-    assert "on node-1" in page.text
 
 
 def test_nothing_is_the_same_in_all_where_nothing_is(tmp_path):

@@ -209,7 +209,7 @@ def test_a_job_that_is_asked_to_stop_before_it_listens_comes_back(
     """As when it is preempted while torch is imported: the trainer has said nothing to Slurm."""
     monkeypatch.setattr(requeue, "_again", lambda job, wait: f"job {job} again after {wait:g} s")
     monkeypatch.setattr(
-        requeue.slurm, "requeue_after_signal", lambda *_, **__: pytest.fail("that is of runs in parts")
+        requeue.slurm, "requeue_after_signal", lambda *_, **__: pytest.fail("that is the trainer's matter")
     )
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")

@@ -34,8 +34,8 @@ def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def part(tmp_path: Path) -> RunDir:
-    """What a training has left of a part of a fleet that is trained apart, in a folder with a space."""
-    run = RunDir(tmp_path / "my fleet" / "parts" / "+".join(NAMES))
+    """What a training has left in a folder with a space."""
+    run = RunDir(tmp_path / "my fleet")
     for name in NAMES:
         run.student(name).mkdir(parents=True)
         run.history(name).write_text('{"step": 1, "loss": 0.5}\n')

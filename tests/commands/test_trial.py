@@ -115,7 +115,6 @@ def test_our_file_is_as_wandbs(file: Path, sent: dict[str, Any]) -> None:
         ({"optim.lr": "fast"}, "expected a finite number"),
         ({"optim.lr": -1.0}, "above 0"),
         ({"name": "mine"}, "leave --name out"),
-        ({"student": "manner-s-0.6gf,manner-s-0.9gf", "parts": "manner-s-0.6gf/manner-s-0.9gf"}, "together"),
         ({"track.objective": "manner-s-0.9gf"}, "none of the students.*manner-s-0.6gf"),
     ],
 )

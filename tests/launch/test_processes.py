@@ -166,9 +166,9 @@ def test_a_port_that_another_program_took_is_exchanged(
     # What every rank does first: rank 0 looks at the port, the others would wait for it.
     meet = """
 import os, sys, time
-from mvat_dist import errors, train
-from mvat_dist.distributed import ranks
-code = errors.exit_code(lambda _: train._await_port(ranks.read()))
+from mvat_dist import errors
+from mvat_dist.distributed import process_group, ranks
+code = errors.exit_code(lambda _: process_group.wait_for_port(ranks.read()))
 if os.environ["RANK"] == "1" and os.environ["MASTER_PORT"] == sys.argv[1]:
     time.sleep(600)
 sys.exit(code)
@@ -185,17 +185,23 @@ sys.exit(code)
 
 
 def test_a_stop_signal_waits_for_somebody_to_read_it_and_names_its_sender() -> None:
-    handler = signal.getsignal(signal.SIGTERM)
-    with processes.StopSignals() as signals:
-        os.kill(os.getpid(), signal.SIGHUP)
-        os.kill(os.getpid(), signal.SIGUSR2)
-        read = {signals.wait(1.0), signals.wait(1.0)}
-        assert signals.wait(0.0) is None
-        os.kill(os.getpid(), signal.SIGINT)  # nobody reads it: it does no harm afterwards
-    assert read == {processes.StopSignal(number, os.getpid()) for number in (signal.SIGTERM, signal.SIGUSR2)}
-    assert [received.number for received in signals.received[2:]] == [signal.SIGINT]
-    assert signal.getsignal(signal.SIGTERM) is handler
-    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+    """In a process without other threads, which might take the signals."""
+    code = """
+import os, signal
+from mvat_dist.launch.processes import StopSignal, StopSignals
+handler = signal.getsignal(signal.SIGTERM)
+with StopSignals() as signals:
+    os.kill(os.getpid(), signal.SIGHUP)
+    os.kill(os.getpid(), signal.SIGUSR2)
+    read = {signals.wait(1.0), signals.wait(1.0)}
+    assert signals.wait(0.0) is None
+    os.kill(os.getpid(), signal.SIGINT)  # nobody reads it: it does no harm afterwards
+assert read == {StopSignal(number, os.getpid()) for number in (signal.SIGTERM, signal.SIGUSR2)}, read
+assert [received.number for received in signals.received[2:]] == [signal.SIGINT]
+assert signal.getsignal(signal.SIGTERM) is handler
+assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+"""
+    assert subprocess.run(python(code), check=False, timeout=20).returncode == 0
 
 
 def test_a_stop_signal_that_another_thread_takes_is_not_lost() -> None:

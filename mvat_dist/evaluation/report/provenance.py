@@ -24,7 +24,7 @@ _LONGEST_STEP = 86_400.0
 
 @dataclass(frozen=True)
 class Spent:
-    """What training in one folder has cost: that of a run, or of a part that it was divided into."""
+    """What training in one folder has cost."""
 
     processes: int
     device: str
@@ -104,8 +104,8 @@ def cost(study: Study) -> Section:
     )
     text = (
         f"In all: {spent_on}. Hours are the time of training with its validations and checkpoints, from the "
-        "speed in each record; GPU or CPU hours are these times the number of processes, one per GPU. Of "
-        "students that were trained apart, those of all parts are added up. Energy is that of the GPUs, or "
+        "speed in each record; GPU or CPU hours are these times the number of processes, one per GPU. "
+        "Energy is that of the GPUs, or "
         "of whole nodes' CPUs and memory, up to the last row before each stop, where counters could be read."
     )
     heads = ["run", "state", "steps", "processes", "hours", "GPU or CPU hours", "kWh"]
@@ -148,7 +148,6 @@ def reproduction(study: Study) -> Section:
 
 def _run(run: Run) -> Block:
     facts = [f"configuration {parser.fingerprint(run.config)}, seed {run.config.seed}"]
-    # Of a divided run the parts mostly have the same code, and often one host: each is said once.
     facts += dict.fromkeys(_code(environment) for environment in run.environments.values())
     facts += dict.fromkeys(_host(environment) for environment in run.environments.values())
     if run.teacher:

@@ -44,7 +44,7 @@ class Run:
     inputs: dict[str, Any] = field(default_factory=dict)
     status: dict[str, Any] = field(default_factory=dict)
     environments: dict[Path, dict[str, Any]] = field(default_factory=dict)
-    """By the folders in which students were trained: that of the run, or those of its parts."""
+    """By the folders in which students were trained: that of the run."""
     histories: dict[str, list[Row]] = field(default_factory=dict)
     """By student: the rows of the record, each with its ``step``."""
     evaluations: list[Evaluation] = field(default_factory=list)
@@ -59,20 +59,15 @@ class Run:
         return students.select(self.config.student, self.config.sizes)
 
     def home_of(self, student: str) -> Path:
-        """The folder in which `student` was trained: that of the run, or of the part it was divided into."""
-        return home(self.path, student)
+        """The folder in which `student` was trained."""
+        del student
+        return self.path
 
     @property
     def teacher(self) -> dict[str, Any] | None:
         """``file``, ``name``, ``size`` and ``sha256`` of the weights; None for a run without one."""
         found = self.inputs.get("teacher")
         return found if isinstance(found, dict) else None
-
-
-def home(run: Path, student: str) -> Path:
-    """The folder that has the records of `student`: that of the run, or of one of its parts."""
-    parts = RunDir(run).part_folders()
-    return next((part for part in parts if RunDir(part).student(student).is_dir()), run)
 
 
 class Reader:
@@ -109,17 +104,14 @@ class Reader:
             self.problems.append(f"{path} is left out: its config.yaml cannot be used ({_one_line(error)})")
             return None
         found = sorted(path.glob("evaluate/*/scores.json"))
-        # A run that was divided has these in its parts: one teacher, and as far as the last of them.
-        places = [RunDir(part) for part in folder.part_folders()] or [folder]
-        statuses = [self._json(place.status) for place in places]
         made = Run(
             path,
             config,
-            self._json(places[0].inputs),
-            min(statuses, key=lambda one: number(one.get("step")) or 0.0),
-            {place.path: self._json(place.environment) for place in places},
+            self._json(folder.inputs),
+            self._json(folder.status),
+            {path: self._json(folder.environment)},
             {
-                name: self._rows(RunDir(home(path, name)).history(name), {"step": int})
+                name: self._rows(folder.history(name), {"step": int})
                 for name in students.select(config.student, config.sizes)
             },
             [one for one in map(self._evaluation, found) if one is not None],

@@ -30,8 +30,7 @@ import soxr
 from tabulate import tabulate
 
 from mvat_dist.data.prepare.corpora import Listing, Source
-from mvat_dist.data.prepare.inspection import Inspection
-from mvat_dist.data.prepare.inspection_log import inspect_all
+from mvat_dist.data.prepare.inspection import Inspection, inspect_all
 from mvat_dist.data.prepare.plan import make_plan
 from mvat_dist.data.prepare.recipes import DnsRecipe
 

@@ -14,7 +14,7 @@ from mvat_dist.config.schema import SAMPLE_RATE
 from mvat_dist.data.audio import withheld
 from mvat_dist.data.mixing.mix import Audio
 from mvat_dist.data.prepare.corpora import list_dns
-from mvat_dist.data.prepare.inspection import REASONS, UnusableError, read_whole
+from mvat_dist.data.prepare.reading import REASONS, UnusableError, read_whole
 from mvat_dist.data.shards.corpus import fingerprints, open_subset
 from mvat_dist.data.shards.folders import MANIFEST, Folder
 from mvat_dist.data.shards.reader import Field

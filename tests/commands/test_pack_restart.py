@@ -17,7 +17,7 @@ import pytest
 from mvat_dist.data.pool import parallel_map
 from mvat_dist.data.prepare import write as packing
 from mvat_dist.data.prepare.corpora import list_dns
-from mvat_dist.data.prepare.inspection_log import inspect_all
+from mvat_dist.data.prepare.inspection import inspect_all
 from mvat_dist.data.prepare.recipes import DnsRecipe
 from tests.dns_corpus import speech, write, write_dns
 from tests.packing_command import digests, run

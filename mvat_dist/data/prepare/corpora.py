@@ -1,7 +1,7 @@
-"""Know the folders of a corpus: which file is speech, noise, a room, or half of a pair.
+"""List the files of a corpus: which is speech, noise, a room, or half of a pair.
 
 Nothing is opened here. Every WAV or FLAC file below the corpus ends up in exactly one of the lists
-of a `Listing`, so that what is packed and what is left out adds up to what was found.
+of a `Listing`, so packed files and files left out add up to all files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from mvat_dist.data.prepare.inspection import Reason
+from mvat_dist.data.prepare.reading import Reason
 from mvat_dist.errors import UserError
 
 SUFFIXES = (".wav", ".flac")
@@ -28,17 +28,17 @@ Halves = dict[tuple[str, str], dict[Side, list[str]]]
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A recording to mix from."""
+    """A recording for dynamic mixing."""
 
     path: str
     role: Role
     group: str
-    """What must not be split between training and validation: a speaker, a noise recording."""
+    """Files of one group stay together in training or validation: a speaker, a noise recording."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A mixture made before, and its clean speech."""
+    """A pre-mixed recording, and its clean speech."""
 
     clean: str
     noisy: str
@@ -58,7 +58,7 @@ class Rejection:
 
 @dataclass
 class Listing:
-    """What a corpus holds. Paths are relative to it, with forward slashes, in sorted order."""
+    """The files of a corpus. Paths are relative to it, with forward slashes, in sorted order."""
 
     corpus: Path
     found: int
@@ -71,11 +71,11 @@ class Listing:
 
 
 def list_dns(corpus: Path) -> Listing:
-    """The DNS-Challenge layout: sources, mixed training pairs and test sets, anywhere below `corpus`.
+    """List a corpus in DNS-Challenge layout: sources, training pairs and test sets, anywhere below `corpus`.
 
     - below ``clean_fullband`` or ``clean``, ``noise_fullband`` or ``noise``, ``impulse_responses``: sources;
     - ``noisy`` and ``clean`` side by side: pairs, matched by ``fileid_N`` at the end of the name, or by the
-      whole name where there is no such number;
+      full name where there is no such number;
     - pairs below a folder named like ``test_set`` or ``dev_testset``: the test set ``test_<name>``.
 
     Raises:
@@ -127,7 +127,7 @@ def _dns_half(path: str, folders: set[str]) -> tuple[Side, str] | None:
 
 
 def _dns_source(path: str, folders: set[str]) -> Role | None:
-    """What a recording is for; never anything inside a test set."""
+    """The role of a recording; None for anything inside a test set."""
     for folder in reversed([*_parents(path)]):
         above, _, name = folder.rpartition("/")
         if _TEST_FOLDER.search(name.lower()):
@@ -148,7 +148,7 @@ def _dns_group(role: Role, path: str) -> str:
 
 
 def speaker(path: str) -> str:
-    """The speaker that a file name tells of, else the file itself.
+    """The speaker as far as the file name tells, else the file itself.
 
     Known are LibriVox readers as DNS names them (``..._reader_06709_...``), LibriSpeech
     (``1034-121119-0000``), VCTK and Valentini (``p226_001``) and CREMA-D (``1001_DFA_ANG_XX``).
@@ -173,7 +173,7 @@ def collection(path: str) -> str:
 
 
 def pair_name(path: str) -> str:
-    """What both halves of a pair are called: their folder, and ``fileid_N`` or the stem."""
+    """The common name of both halves of a pair: their folder, and ``fileid_N`` or the stem."""
     folder, _, name = path.rpartition("/")
     stem = name.rsplit(".", 1)[0]
     known = re.search(r"fileid_(\d+)$", stem)
@@ -181,7 +181,7 @@ def pair_name(path: str) -> str:
 
 
 def _test_names(corpus: Path, places: Iterable[str]) -> dict[str, str]:
-    """Folder with pairs -> ``test_<its name>``, for those in a test set; the whole path where names clash."""
+    """Folder with pairs of a test set -> ``test_<name>``, with the full path where names clash."""
     tests: dict[str, tuple[str, str]] = {}
     for place in places:
         parts = place.split("/")
@@ -189,13 +189,13 @@ def _test_names(corpus: Path, places: Iterable[str]) -> dict[str, str]:
             tests[place] = _name(parts[-1] or corpus.name), _name(place)
     short = Counter(name for name, _ in tests.values())
     return {
-        place: "test_" + (name if short[name] == 1 else whole).removeprefix("test_")
-        for place, (name, whole) in tests.items()
+        place: "test_" + (name if short[name] == 1 else full).removeprefix("test_")
+        for place, (name, full) in tests.items()
     }
 
 
 def list_valentini(corpus: Path, trainsets: Iterable[str], valid_speakers: Iterable[str]) -> Listing:
-    """VoiceBank+DEMAND of Valentini-Botinhao: ``{clean,noisy}_<set>_wav``, however deeply unpacked.
+    """List VoiceBank+DEMAND (Valentini-Botinhao): ``{clean,noisy}_<set>_wav``, at any depth.
 
     Args:
         corpus: folder anywhere above the sets.
@@ -242,7 +242,7 @@ def _held_out(pair: Pair, valid_speakers: set[str]) -> Pair:
 
 
 def _match(listing: Listing, halves: Halves, subset: Callable[[str], str]) -> None:
-    """Turn files of the same place and name into pairs; reject what has no single counterpart."""
+    """Turn files of the same place and name into pairs; reject those without exactly one counterpart."""
     for (place, name), sides in halves.items():
         clean, noisy = sides.get("clean", []), sides.get("noisy", [])
         if len(clean) == len(noisy) == 1:
@@ -257,11 +257,11 @@ def _find(corpus: Path) -> tuple[list[str], str]:
     """Sorted relative paths of all audio files below `corpus`, and a hash of the paths and sizes."""
     if not corpus.is_dir():
         raise UserError(f"no such corpus folder: {corpus}")
-    found = sorted(audio_files(str(corpus)))
+    files = sorted(audio_files(str(corpus)))
     digest = hashlib.blake2b(digest_size=16)
-    for path, size in found:
+    for path, size in files:
         digest.update(f"{path}\0{size}\0".encode("utf-8", "surrogateescape"))
-    return [path for path, _ in found], digest.hexdigest()
+    return [path for path, _ in files], digest.hexdigest()
 
 
 def audio_files(corpus: str, suffixes: tuple[str, ...] = SUFFIXES) -> Iterator[tuple[str, int]]:

@@ -1,62 +1,48 @@
-"""Read one audio file of a corpus: any rate, any channels, WAV or FLAC; or say why it is left out."""
+"""Inspect the files of a corpus, and remember the results: an interrupted packing reads no file twice."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
 import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal, cast
 
 import numpy as np
-import numpy.typing as npt
 import soundfile
-import soxr
+from tqdm import tqdm
 
-from mvat_dist.config.schema import SAMPLE_RATE
 from mvat_dist.data.audio import known_frames, open_sound, sound_blocks
+from mvat_dist.data.pool import Map
+from mvat_dist.data.prepare.corpora import Listing
+from mvat_dist.data.prepare.reading import (
+    REASONS,
+    Audio,
+    Reason,
+    UnusableError,
+    check_container,
+    one_line,
+    read_block,
+    to_mono,
+)
+from mvat_dist.data.prepare.recipes import Recipe
 
-Audio = npt.NDArray[np.float32]
-Reason = Literal[
-    "unreadable",
-    "git-lfs-pointer",
-    "empty",
-    "non-finite",
-    "silent",
-    "too-short",
-    "clipped",
-    "duplicate",
-    "unmatched",
-    "length-mismatch",
-    "held-out-speaker",
-    "not-used",
-]
-REASONS: dict[Reason, str] = {
-    "unreadable": "does not open or decode, or ends before its header says",
-    "git-lfs-pointer": "a pointer that git-lfs left in place of the audio: run `git lfs pull`",
-    "empty": "no bytes or no samples",
-    "non-finite": "holds NaN or infinity",
-    "silent": "nothing above -60 dBFS once the mean is taken off",
-    "too-short": "shorter than --min_seconds (impulse responses: 10 ms)",
-    "clipped": "more than 1 sample in 10,000 lies on a flat top at full scale",
-    "duplicate": "the same samples as another file of its role",
-    "unmatched": "its other half of the pair is missing, ambiguous or left out",
-    "length-mismatch": "the two halves of the pair differ by more than 10 ms",
-    "held-out-speaker": "a mixed training pair whose speaker was held out for validation",
-    "not-used": "lies in no folder that the layout uses",
-}
+INSPECTIONS = "inspections.jsonl"
+"""In the folder of an unfinished corpus: one line per inspected file."""
+MIN_RIR_SECONDS = 0.01
 SILENCE = 1e-3
 """-60 dBFS: largest distance from the mean that still counts as silent."""
 FULL_SCALE = 0.99
-"""Where a flat top is taken for clipping; DNS-Challenge's audiolib uses the same level."""
+"""Level from which a flat top counts as clipping; DNS-Challenge's audiolib uses the same."""
 CLIPPED_SHARE = 1e-4
 
 _FLAT_RUN = 4
-_LFS = b"version https://git-lfs.github.com/spec/"
-# Programs that write WAV into a pipe cannot know the size and put a huge number there.
-_STREAMED = 0x7FFFF000
+_CHUNK = 16
+"""Files that a worker inspects at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,82 +61,99 @@ class Inspection:
     content: bytes = b""
     """Hash of the rate and of the decoded mono samples: equal for a WAV file and its FLAC copy."""
     pieces: tuple[tuple[int, int], ...] = ()
-    """(start, stop) in samples at `rate` of the stretches to pack; silent ones are not among them."""
+    """(start, stop) in samples at `rate` of the pieces to pack; silent ones are not among them."""
 
 
-class UnusableError(Exception):
-    """A file that cannot be packed: (reason, detail)."""
+@dataclass(frozen=True, slots=True)
+class Criteria:
+    """How a file is read, and what it must hold."""
 
-    def __init__(self, reason: Reason, detail: str) -> None:
-        super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
+    first_channel: bool
+    """Take the first channel instead of the mean of all."""
+    piece_seconds: float
+    """Longest piece; a longer file is cut into pieces of equal length."""
+    min_seconds: float
+    """Shortest file."""
 
 
-def inspect(
-    corpus: Path, path: str, *, first_channel: bool, piece_seconds: float, min_seconds: float
-) -> Inspection:
+_Stamp = tuple[int, int]
+"""Size in bytes, and time of the last change in nanoseconds; zeros where the file cannot be reached."""
+
+
+def inspect_all(listing: Listing, recipe: Recipe, log: Path, run: Map) -> tuple[dict[str, Inspection], int]:
+    """Inspect every file that may be packed.
+
+    An inspection in `log`, which an earlier try wrote, counts where size and time of the file are the same.
+
+    Returns:
+        Path -> inspection, and how many inspections came from `log`.
+    """
+    jobs = _jobs(listing, recipe)
+    inspections = dict(_remembered(listing.corpus, log, jobs))
+    known = len(inspections)
+    waiting = [(path, criteria) for path, criteria in jobs.items() if path not in inspections]
+    results = run(partial(_inspect_with_stamp, listing.corpus), waiting, _CHUNK)
+    # Line by line, so that a kill loses nothing but what is under way.
+    with log.open("a", encoding="utf-8", buffering=1) as lines:
+        shown = tqdm(results, "inspecting", len(jobs), initial=known, unit="file", smoothing=0.05)
+        for (path, criteria), (stamp, inspection) in zip(waiting, shown, strict=True):
+            lines.write(_line(stamp, criteria, inspection))
+            # The worker's copy of the path would double what the listing holds.
+            inspections[path] = dataclasses.replace(inspection, path=path)
+    return inspections, known
+
+
+def _jobs(listing: Listing, recipe: Recipe) -> dict[str, Criteria]:
+    recording = Criteria(False, recipe.piece_seconds, recipe.min_seconds)
+    half = Criteria(False, math.inf, recipe.min_seconds)
+    room = Criteria(True, math.inf, MIN_RIR_SECONDS)
+    jobs = {source.path: room if source.role == "rir" else recording for source in listing.sources}
+    return jobs | {path: half for pair in listing.pairs for path in (pair.clean, pair.noisy)}
+
+
+def _inspect_with_stamp(corpus: Path, job: tuple[str, Criteria]) -> tuple[_Stamp, Inspection]:
+    path, criteria = job
+    stamp = _stamp(corpus / path)  # before reading, so that a change in between is noticed
+    return stamp, inspect(corpus, path, criteria)
+
+
+def inspect(corpus: Path, path: str, criteria: Criteria) -> Inspection:
     """Read a whole file, a piece at a time, and report what it holds; never raises for its content.
 
     Args:
         corpus: folder that `path` is relative to.
         path: the file.
-        first_channel: take the first channel instead of the mean of all.
-        piece_seconds: longest piece; a longer file is cut into pieces of equal length.
-        min_seconds: shortest file.
+        criteria: how to read it, and what it must hold.
     """
     try:
-        _check_container(corpus / path)
+        check_container(corpus / path)
         with open_sound(corpus / path) as sound:
             frames = known_frames(sound.frames)
             if frames is None:
-                frames = _counted(corpus / path)
-            return _inspect_sound(sound, frames, path, first_channel, piece_seconds, min_seconds)
+                frames = _count_frames(corpus / path)
+            return _inspect_sound(sound, frames, path, criteria)
     except UnusableError as unusable:
         return Inspection(path, unusable.reason, unusable.detail)
     except (soundfile.LibsndfileError, OSError, ValueError) as error:
-        return Inspection(path, "unreadable", _one_line(error))
+        return Inspection(path, "unreadable", one_line(error))
 
 
-def _counted(path: Path) -> int:
-    """Frames of a file whose header leaves its length open, as that of a streamed FLAC."""
+def _count_frames(path: Path) -> int:
+    """Frames of a file whose header leaves its length open, such as a streamed FLAC."""
     with open_sound(path) as sound:
         return sum(map(len, sound_blocks(sound)))
 
 
-def _check_container(path: Path) -> None:
-    """Refuse what libsndfile would take for something else, or read without noticing its end is missing."""
-    size = path.stat().st_size
-    if size == 0:
-        raise UnusableError("empty", "0 bytes")
-    with path.open("rb") as stream:
-        head = stream.read(64)
-    if head.startswith(_LFS):
-        raise UnusableError("git-lfs-pointer", "the audio itself was never downloaded")
-    if head.startswith(b"RIFF") and len(head) >= 8:
-        promised = struct.unpack("<I", head[4:8])[0] + 8
-        # One byte of padding after an odd chunk is often left out.
-        if promised < _STREAMED and promised > size + 1:
-            raise UnusableError("unreadable", f"truncated: {size} of {promised} bytes")
-
-
-def _inspect_sound(
-    sound: soundfile.SoundFile,
-    frames: int,
-    path: str,
-    first_channel: bool,
-    piece_seconds: float,
-    min_seconds: float,
-) -> Inspection:
+def _inspect_sound(sound: soundfile.SoundFile, frames: int, path: str, criteria: Criteria) -> Inspection:
     rate = sound.samplerate
     if frames == 0:
         raise UnusableError("empty", "no samples")
     digest = hashlib.blake2b(struct.pack("<q", rate), digest_size=16)
     clipped, pieces = 0, []
-    for start, stop in cut(frames, rate, piece_seconds):
-        block = _read_block(sound, stop - start)
-        clipped += _clipped_samples(block[:, :1] if first_channel else block)
-        mono = _fold(block, first_channel)
+    for start, stop in cut(frames, rate, criteria.piece_seconds):
+        block = read_block(sound, stop - start)
+        clipped += _clipped_samples(block[:, :1] if criteria.first_channel else block)
+        mono = to_mono(block, first_channel=criteria.first_channel)
         digest.update(mono.tobytes())
         if np.abs(mono - mono.mean(dtype=np.float64)).max() >= SILENCE:
             pieces.append((start, stop))
@@ -158,8 +161,8 @@ def _inspect_sound(
         raise UnusableError("silent", REASONS["silent"])
     reason: Reason | None = None
     detail = ""
-    if frames < min_seconds * rate:
-        reason, detail = "too-short", f"{frames / rate:.3f} s, the limit is {min_seconds:g} s"
+    if frames < criteria.min_seconds * rate:
+        reason, detail = "too-short", f"{frames / rate:.3f} s, the limit is {criteria.min_seconds:g} s"
     elif clipped > CLIPPED_SHARE * frames:
         reason, detail = "clipped", f"{clipped} of {frames} samples on flat tops at full scale"
     return Inspection(path, reason, detail, rate, sound.channels, frames, digest.digest(), tuple(pieces))
@@ -172,74 +175,10 @@ def cut(frames: int, rate: int, piece_seconds: float) -> Iterator[tuple[int, int
         yield frames * number // count, frames * (number + 1) // count
 
 
-def read_piece(path: Path, start: int, stop: int, *, first_channel: bool) -> Audio:
-    """Samples [start, stop) of a file as mono 16 kHz (T,), full scale 1; may exceed it after resampling.
-
-    Raises:
-        UnusableError: the file changed since it was inspected.
-    """
-    try:
-        with open_sound(path) as sound:
-            sound.seek(start)
-            mono = _fold(_read_block(sound, stop - start), first_channel)
-            rate = sound.samplerate
-    except (soundfile.LibsndfileError, OSError) as error:
-        raise UnusableError("unreadable", _one_line(error)) from error
-    return _resampled(mono, rate)
-
-
-def read_whole(path: Path) -> Audio:
-    """All samples of a file, whether its header says how many or not, as the mean of its channels at 16 kHz
-    (T,), full scale 1; may exceed it after resampling.
-
-    Raises:
-        soundfile.LibsndfileError: it does not open.
-        UnusableError: it does not decode, ends before its header says, or holds NaN or infinity.
-    """
-    with open_sound(path) as sound:
-        try:
-            blocks = [_fold(_checked_finite(block), first_channel=False) for block in sound_blocks(sound)]
-        except soundfile.LibsndfileError as error:
-            raise UnusableError("unreadable", _one_line(error)) from error
-        frames, rate = known_frames(sound.frames), sound.samplerate
-    mono = np.concatenate([np.zeros(0, np.float32), *blocks])[:frames]
-    if frames is not None:
-        _check_all_there(mono, frames)
-    return _resampled(mono, rate)
-
-
-def _resampled(mono: Audio, rate: int) -> Audio:
-    return mono if rate == SAMPLE_RATE else cast(Audio, soxr.resample(mono, rate, SAMPLE_RATE, quality="VHQ"))
-
-
-def _read_block(sound: soundfile.SoundFile, frames: int) -> Audio:
-    """The next `frames` samples, (frames, channels)."""
-    block = cast(Audio, sound.read(frames, dtype="float32", always_2d=True))
-    _check_all_there(block, frames)
-    return _checked_finite(block)
-
-
-def _check_all_there(block: Audio, frames: int) -> None:
-    if len(block) < frames:
-        raise UnusableError("unreadable", f"truncated: {frames - len(block)} samples are missing")
-
-
-def _checked_finite(block: Audio) -> Audio:
-    if not np.isfinite(block).all():
-        raise UnusableError("non-finite", REASONS["non-finite"])
-    return block
-
-
-def _fold(block: Audio, first_channel: bool) -> Audio:
-    if first_channel or block.shape[1] == 1:
-        return np.ascontiguousarray(block[:, 0])
-    return cast(Audio, block.mean(axis=1, dtype=np.float32))
-
-
 def _clipped_samples(block: Audio) -> int:
     """Samples (of the worst channel) in runs of at least `_FLAT_RUN` equal values near full scale.
 
-    Loud is not clipped: only a flat top counts, and a lone normalised peak is none.
+    Loud is not clipped: only a flat top counts, and the single peak of a normalised file is none.
     """
     worst = 0
     for channel in block.T:
@@ -253,5 +192,49 @@ def _clipped_samples(block: Audio) -> int:
     return worst
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _stamp(path: Path) -> _Stamp:
+    try:
+        status = path.stat()
+    except OSError:
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
+
+
+def _line(stamp: _Stamp, criteria: Criteria, inspection: Inspection) -> str:
+    # Written out: `dataclasses.asdict` copies deeply, which shows in hundreds of thousands of files.
+    record = [
+        *(inspection.path, inspection.reason, inspection.detail),
+        *(inspection.rate, inspection.channels, inspection.frames),
+    ]
+    arguments = (criteria.first_channel, criteria.piece_seconds, criteria.min_seconds)
+    return json.dumps([stamp, arguments, record, inspection.content.hex(), inspection.pieces]) + "\n"
+
+
+def _remembered(corpus: Path, log: Path, jobs: dict[str, Criteria]) -> Iterator[tuple[str, Inspection]]:
+    """The inspections in `log` of files that have not changed since; a torn end of it is cut off."""
+    if not log.exists():
+        return
+    paths = {path: path for path in jobs}
+    intact = 0
+    with log.open("rb") as lines:
+        for line in lines:
+            try:
+                stamp, criteria, inspection = _parse(line)
+            except (ValueError, TypeError):
+                break
+            intact += len(line)
+            path = paths.get(inspection.path)
+            if path is not None and criteria == jobs[path] and stamp == _stamp(corpus / path):
+                yield path, dataclasses.replace(inspection, path=path)
+    with log.open("r+b") as lines:
+        lines.truncate(intact)
+
+
+def _parse(line: bytes) -> tuple[_Stamp, Criteria, Inspection]:
+    if not line.endswith(b"\n"):
+        raise ValueError("torn")
+    (size, changed), criteria, record, content, pieces = json.loads(line)
+    path, reason, detail, rate, channels, frames = record
+    spans = tuple((start, stop) for start, stop in pieces)
+    inspection = Inspection(path, reason, detail, rate, channels, frames, bytes.fromhex(content), spans)
+    return (size, changed), Criteria(*criteria), inspection

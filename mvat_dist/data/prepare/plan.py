@@ -1,7 +1,7 @@
-"""Decide what goes where before anything is written: what is left out, held out, and which shard holds what.
+"""Plan what is left out, what is held out and which shard holds what, before anything is written.
 
-A plan depends on the corpus and the recipe alone, so that any number of workers, in any order, and a
-run that was interrupted in between, write the same bytes.
+A plan depends on the corpus and the recipe alone. So any number of workers, in any order, and a run that was
+interrupted in between, write the same bytes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from mvat_dist.data.prepare.held_out import (
     stable_hash,
     without_speakers,
 )
-from mvat_dist.data.prepare.inspection import Inspection, Reason
+from mvat_dist.data.prepare.inspection import Inspection
+from mvat_dist.data.prepare.reading import Reason
 from mvat_dist.data.prepare.recipes import DnsRecipe, Recipe
 from mvat_dist.data.prepare.utterances import Signal, Utterance
 from mvat_dist.data.shards.format import Kind
@@ -31,7 +32,7 @@ from mvat_dist.errors import UserError
 LENGTH_TOLERANCE = 0.01
 """Seconds by which two halves of a pair may differ; both are cut to the shorter."""
 KEPT_IN_TESTS: tuple[Reason, ...] = ("clipped", "too-short")
-"""A test set stays whole, so that scores can be compared: only what cannot be scored is left out of it."""
+"""A test set stays complete, so that scores can be compared: only what cannot be scored is left out of it."""
 
 _END_OF_TAR = 10240
 
@@ -47,7 +48,7 @@ class SubsetPlan:
 
 @dataclass
 class Plan:
-    """All that packing will write."""
+    """Everything that packing will write."""
 
     subsets: list[SubsetPlan]
     rejected: list[Rejection]
@@ -83,45 +84,48 @@ def make_plan(listing: Listing, inspections: Mapping[str, Inspection], recipe: R
         raise UserError(_nothing_left(listing, rejected))
     contents: dict[str, list[Utterance]] = {}
     held: set[str] = set()
-    validated = recipe if isinstance(recipe, DnsRecipe) and recipe.validates else None
-    if validated and {"clean", "noise"} <= {one.role for one in sources}:
-        speech, noise = (hold_out(role, sources, validated, notes) for role in ("clean", "noise"))
+    validating = recipe if isinstance(recipe, DnsRecipe) and recipe.validates else None
+    if validating and {"clean", "noise"} <= {source.role for source in sources}:
+        speech, noise = (hold_out(role, sources, validating, notes) for role in ("clean", "noise"))
         held = speech.held | noise.held
-        spoken, heard = (
-            [(one, signal) for one in part.used for signal in signals(one, inspections)]
+        speech_signals, noise_signals = (
+            [(source, signal) for source in part.used for signal in signals(source, inspections)]
             for part in (speech, noise)
         )
-        contents[VALID] = mixtures(spoken, heard, validated)
-        pairs = without_speakers(pairs, {one.group for one in sources if one.path in held}, rejected)
-    elif validated:
-        pairs = hold_out_pairs(pairs, validated, notes)
-    for one in (one for one in sources if one.path not in held):
-        for signal in signals(one, inspections):
-            contents.setdefault(f"train_{one.role}", []).append(Utterance(one.group, (signal,)))
+        contents[VALID] = mixtures(speech_signals, noise_signals, validating)
+        held_speakers = {source.group for source in sources if source.path in held}
+        pairs = without_speakers(pairs, held_speakers, rejected)
+    elif validating:
+        pairs = hold_out_pairs(pairs, validating, notes)
+    for source in (source for source in sources if source.path not in held):
+        for signal in signals(source, inspections):
+            contents.setdefault(f"train_{source.role}", []).append(Utterance(source.group, (signal,)))
     for pair in pairs:
-        halves = tuple(whole(inspections[path]) for path in (pair.clean, pair.noisy))
+        halves = tuple(full_signal(inspections[path]) for path in (pair.clean, pair.noisy))
         contents.setdefault(pair.subset, []).append(Utterance(pair.group, halves))
     subsets = [_deal(name, contents[name], recipe) for name in sorted(contents, key=_order)]
     counts = _count(listing, sources, pairs, held, rejected)
-    return Plan(subsets, sorted(rejected, key=lambda one: one.path), counts, notes + _warnings(contents))
+    return Plan(
+        subsets, sorted(rejected, key=lambda rejection: rejection.path), counts, notes + _warnings(contents)
+    )
 
 
 def signals(source: Source, inspections: Mapping[str, Inspection]) -> list[Signal]:
-    """The stretches of a recording to pack; one where it is not long."""
-    found = inspections[source.path]
+    """The pieces of a recording to pack; a single one where it is short."""
+    file = inspections[source.path]
     return [
-        Signal(found.path, *piece, found.rate, found.channels, found.content, source.role == "rir")
-        for piece in found.pieces
+        Signal(file.path, *piece, file.rate, file.channels, file.content, source.role == "rir")
+        for piece in file.pieces
     ]
 
 
-def whole(found: Inspection) -> Signal:
+def full_signal(file: Inspection) -> Signal:
     """All of one half of a pair."""
-    return Signal(found.path, 0, found.frames, found.rate, found.channels, found.content)
+    return Signal(file.path, 0, file.frames, file.rate, file.channels, file.content)
 
 
 def _warnings(contents: Mapping[str, object]) -> list[str]:
-    """What keeps these subsets from being trained with as they are."""
+    """Reasons why these subsets cannot be trained with as they are."""
     warnings = []
     if ("train_clean" in contents) != ("train_noise" in contents):
         missing = "noise" if "train_clean" in contents else "clean speech"
@@ -134,15 +138,15 @@ def _warnings(contents: Mapping[str, object]) -> list[str]:
 def _usable_sources(
     sources: Iterable[Source], inspections: Mapping[str, Inspection], rejected: list[Rejection]
 ) -> list[Source]:
-    """The sources without fault, and of equal ones the first."""
+    """The sources without fault; of equal ones the first."""
     first: dict[tuple[str, bytes], str] = {}
     usable = []
     for source in sources:
-        found = inspections[source.path]
-        if found.reason:
-            rejected.append(Rejection(source.path, source.role, found.reason, found.detail))
-        elif (same := first.setdefault((source.role, found.content), source.path)) != source.path:
-            rejected.append(Rejection(source.path, source.role, "duplicate", f"of {same}"))
+        file = inspections[source.path]
+        if file.reason:
+            rejected.append(Rejection(source.path, source.role, file.reason, file.detail))
+        elif (equal := first.setdefault((source.role, file.content), source.path)) != source.path:
+            rejected.append(Rejection(source.path, source.role, "duplicate", f"of {equal}"))
         else:
             usable.append(source)
     return usable
@@ -168,24 +172,26 @@ def _usable_pairs(
 
 
 def _faults(pair: Pair, inspections: Mapping[str, Inspection]) -> dict[str, tuple[Reason, str]]:
-    """What is wrong with each half of a pair; empty where it can be packed."""
+    """Path -> (reason, detail) of each bad half of a pair; empty where it can be packed."""
     tolerated = KEPT_IN_TESTS if pair.subset.startswith("test_") else ()
     halves = [inspections[pair.clean], inspections[pair.noisy]]
     faults = {
-        one.path: (one.reason, one.detail) for one in halves if one.reason and one.reason not in tolerated
+        half.path: (half.reason, half.detail)
+        for half in halves
+        if half.reason and half.reason not in tolerated
     }
     if not faults:
-        clean, noisy = (one.frames / one.rate for one in halves)
+        clean, noisy = (half.frames / half.rate for half in halves)
         if abs(clean - noisy) > LENGTH_TOLERANCE:
             detail = f"clean has {clean:.3f} s, noisy {noisy:.3f} s"
-            return {one.path: ("length-mismatch", detail) for one in halves}
+            return {half.path: ("length-mismatch", detail) for half in halves}
     return faults
 
 
 def _nothing_left(listing: Listing, rejected: Sequence[Rejection]) -> str:
-    reasons = Counter(one.reason for one in rejected)
+    reasons = Counter(rejection.reason for rejection in rejected)
     why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-    example = next((one for one in rejected if one.reason != "not-used"), rejected[0])
+    example = next((rejection for rejection in rejected if rejection.reason != "not-used"), rejected[0])
     return (
         f"nothing in {listing.corpus} can be packed: all {listing.found} audio files are left out ({why}), "
         f"for example {example.path}: {example.reason}, {example.detail}"
@@ -199,7 +205,7 @@ def _count(
     held: set[str],
     rejected: Sequence[Rejection],
 ) -> dict[str, int]:
-    """Files by what became of them; the law that they add up is checked here."""
+    """Count files by what became of them, and check that the counts add up."""
     valid = sum(pair.subset == VALID for pair in pairs)
     packed = len(sources) - len(held) + 2 * (len(pairs) - valid)
     counts = {
@@ -218,18 +224,18 @@ def _order(name: str) -> tuple[int, str]:
 
 
 def _deal(name: str, utterances: Sequence[Utterance], recipe: Recipe) -> SubsetPlan:
-    """Shuffle, and fill one shard after the other.
+    """Shuffle the utterances of a subset, and fill one shard after the other.
 
-    Shuffled, because a corpus is sorted by speaker and by source and a shard should be a fair sample of it.
+    A corpus is sorted by speaker and by source, and a shard should be a fair sample of it.
     """
     random = np.random.default_rng([recipe.seed, int.from_bytes(stable_hash(0, name), "little")])
     largest = recipe.max_shard_size * 1e6 - _END_OF_TAR
     if name in ("train_clean", "train_pairs"):
-        largest = min(largest, sum(one.largest_bytes for one in utterances) / recipe.min_shards)
+        largest = min(largest, sum(utterance.largest_bytes for utterance in utterances) / recipe.min_shards)
     shards: list[list[Utterance]] = [[]]
     filled = 0
-    for at in random.permutation(len(utterances)):
-        utterance = utterances[at]
+    for index in random.permutation(len(utterances)):
+        utterance = utterances[index]
         if shards[-1] and filled + utterance.largest_bytes > largest:
             shards.append([])
             filled = 0

@@ -11,7 +11,7 @@ import numpy as np
 
 from mvat_dist.config.schema import SAMPLE_RATE
 from mvat_dist.data.mixing import mix
-from mvat_dist.data.prepare.inspection import Audio, read_piece
+from mvat_dist.data.prepare.reading import Audio, read_piece
 from mvat_dist.data.shards.codecs import Codec, Pcm, encode
 from mvat_dist.data.shards.format import META, Field, Sample, extension
 

@@ -23,10 +23,10 @@ from mvat_dist.config.schema import SAMPLE_RATE
 from mvat_dist.data.pool import Map, parallel_map
 from mvat_dist.data.prepare.corpora import Listing, Rejection
 from mvat_dist.data.prepare.disk_space import check_plan, check_roughly
-from mvat_dist.data.prepare.inspection import UnusableError
-from mvat_dist.data.prepare.inspection_log import INSPECTIONS, inspect_all
+from mvat_dist.data.prepare.inspection import INSPECTIONS, inspect_all
 from mvat_dist.data.prepare.manifests import counted, measured
 from mvat_dist.data.prepare.plan import Plan, SubsetPlan, make_plan
+from mvat_dist.data.prepare.reading import UnusableError
 from mvat_dist.data.prepare.recipes import Recipe
 from mvat_dist.data.prepare.utterances import Utterance, render
 from mvat_dist.data.shards.codecs import Codec

@@ -171,11 +171,11 @@ def _fill_cache(options: argparse.Namespace, rest: list[str]) -> None:
 def _start_sweep(options: argparse.Namespace, rest: list[str]) -> None:
     resources = _resources(options, Config())
     reason = _why_local(options)
-    target = sweep_jobs.checked(options.sweep, rest, resources)
+    target = sweep_jobs.read_target(options.sweep, rest, resources)
     if reason:
         _say_local(reason, resources, options)
     start = sweep_jobs.locally if reason else sweep_jobs.on_slurm
-    start(target, options.count, resources, rest, dry_run=options.dry_run)
+    start(target, options.count, resources, dry_run=options.dry_run)
 
 
 def minutes(text: str) -> int:

@@ -1,9 +1,10 @@
-"""Sweeps on Slurm: an array of jobs, each of which is one trial on all its nodes.
+"""Run the trials of a sweep as an array of Slurm jobs, a trial on all nodes of each, or on this machine.
 
     python -m mvat_dist.launch.sweep_jobs ENTITY/PROJECT/ID
 
-is what ``slurm/sweep_agent.sh`` runs in the shell of such a job: one W&B agent, which asks for one trial.
-A job that Slurm has started again goes on with its own trial and asks nobody.
+is what a job of a W&B sweep runs in its shell: one agent, which asks the server for one trial. A job that
+Slurm has started again goes on with its own trial and asks nobody. A job of a sweep file runs
+``mvat_dist.sweep FILE --point I``.
 """
 
 from __future__ import annotations
@@ -11,200 +12,187 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mvat_dist.config.cli import CommandParser
-from mvat_dist.distributed import slurm
 from mvat_dist.errors import EXIT_BUSY, UserError, exit_code
 from mvat_dist.io import make_folder, write_text
 from mvat_dist.launch import bayes, processes, sweep_file, trials
-from mvat_dist.launch import slurm as slurmjob
-from mvat_dist.launch.slurm import Resources
+from mvat_dist.launch.slurm import Command, Executor, Resources
 from mvat_dist.launch.sweep_folder import SweepFolder
 from mvat_dist.launch.trials import TrialRecord
 
-_SCRIPT = Path(__file__).parent.parent.parent / "slurm" / "sweep_agent.sh"
+_MODULE = "mvat_dist.launch.sweep_jobs"
+_SWEEP_COMMAND = "mvat_dist.sweep"
 
-_USAGE = """usage: python -m mvat_dist.launch.sweep_jobs ENTITY/PROJECT/ID
+_USAGE = f"""usage: python -m {_MODULE} ENTITY/PROJECT/ID
 
-slurm/sweep_agent.sh calls it in a job: one trial of a W&B sweep.
+In a Slurm job (slurm/sweep_agent.sh): one trial of a W&B sweep.
 
 example:
-  python -m mvat_dist.launch.sweep_jobs ann/mvat_dist/1a2b3c4d"""
+  python -m {_MODULE} ann/mvat_dist/1a2b3c4d"""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What ``--sweep`` names: a sweep file, or a sweep of a W&B server."""
+
+    name: str
+    """Path of the file, or ENTITY/PROJECT/ID."""
+    folder: SweepFolder | None
+    """Of a file."""
+    options: tuple[str, ...] = ()
+    """Of `mvat_dist.sweep`, for a file."""
+
+    @property
+    def path(self) -> Path:
+        """Folder of the sweep's trials; of W&B's sweep where its command names no other ``--runs``."""
+        return self.folder.path if self.folder else sweep_runs(self.name)
+
+    def describe(self, count: int | None) -> str:
+        """How many trials there will be, and the points that are known before."""
+        if self.folder is None:
+            return f"trials   {count}" if count else "trials   until the sweep ends"
+        size = self.folder.sweep.size(count)
+        if self.folder.sweep.method == "bayes":
+            return f"trials   {size}, each with the point that Optuna proposes when it starts"
+        lines = [f"         {n}: {sweep_file.describe(self.folder.point(n))}" for n in range(size)]
+        return "\n".join([f"trials   {size}", *lines])
+
+
+def read_target(name: str, options: Sequence[str], resources: Resources) -> Target:
+    """A sweep file whose first trial can train, or the ENTITY/PROJECT/ID of a W&B sweep.
+
+    Args:
+        name: such a file, such a path, or its address in the browser.
+        options: beside a file, the ``--seed`` and ``--runs`` of `mvat_dist.sweep`.
+        resources: of each trial.
+
+    Raises:
+        UserError: it is none of them, or `options` are not for it; see also `trials.check`.
+    """
+    if not Path(name).is_file():
+        path = sweep_path(name)
+        _refuse(options)
+        return Target(path, None)
+    parser = CommandParser("python -m mvat_dist.submit", "", "")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    known, others = parser.parse_known_args(options)
+    _refuse(others)
+    sweep = sweep_file.read(Path(name))
+    if sweep.method == "bayes":
+        bayes.check_installed()
+    folder = SweepFolder.of(sweep, known.seed, known.runs)
+    trials.check(sweep, sweep.point(0, known.seed), folder.run_id(0), folder.path.name, resources)
+    return Target(name, folder, tuple(options))
+
+
+def _refuse(options: Sequence[str]) -> None:
+    if options:
+        raise UserError(
+            f"unknown option {options[0]}: training options belong into the command of the sweep file"
+        )
+
+
+def sweep_path(name: str) -> str:
+    """ENTITY/PROJECT/ID of a W&B sweep, from that or its address in the browser.
+
+    Raises:
+        UserError: with what to give.
+    """
+    match = re.fullmatch(r"(?:https?://[^/]+/)?([\w.-]+/[\w.-]+/)(?:sweeps/)?([\w-]+)/?(?:\?.*)?", name)
+    if not match:
+        raise UserError(
+            f"{name!r} is no sweep: give ENTITY/PROJECT/ID as `wandb sweep configs/sweep.yaml` prints it, "
+            "or a sweep file"
+        )
+    return match[1] + match[2]
+
+
+def sweep_runs(path: str) -> Path:
+    """The folder in which trials of the sweep ENTITY/PROJECT/ID lie by default."""
+    return Path("runs").absolute() / f"sweep-{path.rpartition('/')[2]}"
 
 
 # ---------------------------------------------------------------------------------------- submission
 
 
-def on_slurm(
-    target: str, count: int | None, resources: Resources, arguments: Sequence[str], *, dry_run: bool
-) -> None:
+def on_slurm(target: Target, count: int | None, resources: Resources, *, dry_run: bool) -> None:
     """Submit an array of jobs for a sweep, one for each trial.
 
     Args:
-        target: as `checked` returns it.
-        count: trials.
+        target: the sweep.
+        count: trials; None for all of a file, or for one of W&B's.
         resources: of each trial.
-        arguments: further ones of `mvat_dist.sweep`.
         dry_run: only show what would be submitted.
 
     Raises:
         UserError: Slurm refused the job.
     """
-    file = Path(target)
-    trials = _trials(target, count if file.is_file() else count or 1, arguments)
-    if file.is_file():
-        sweep = sweep_file.read(file)
-        count = sweep.size(count)
-        target = str(Path("runs/slurm").absolute() / f"sweep-{sweep.fingerprint}.yaml")
-    command = ["sbatch", "--parsable", *_options(count or 1, resources)]
-    text = _script([target, *arguments], resources)
+    size = target.folder.sweep.size(count) if target.folder else count or 1
+    command, array = Command(_MODULE, []), [target.name] * size
+    file = target.path / "slurm" / "sweep.yaml"
+    if target.folder:
+        command = Command(_SWEEP_COMMAND, [str(file), *target.options])
+        array = [f"--point={number}" for number in range(size)]
+    executor = _executor(target.path / "slurm", resources)
     if dry_run:
-        print(f"{trials}\n\n{shlex.join(command)} <<'END'\n{text}END")
+        print(f"{target.describe(size)}\n\n{executor.script(array)}")
         return
-    if file.is_file():  # the user may edit the original while the jobs wait
-        make_folder(Path(target).parent)
-        write_text(Path(target), file.read_text(encoding="utf-8"))
-    with slurmjob.outside_of_jobs():
-        done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"Slurm refused the job: {slurm.one_line(done.stderr)}")
-    job = done.stdout.strip().split(";")[0]
+    if target.folder:  # the user may edit the original while the jobs wait
+        make_folder(file.parent)
+        write_text(file, Path(target.name).read_text(encoding="utf-8"))
+    job = executor.submit(command, array)[0].split("_")[0]
     print(
-        f"job      {job}: {count or 1} trials\n"
-        f"follow   tail -F {shlex.quote(str(Path.cwd()))}/mvat-sweep-{job}_*.log\n"
+        f"job      {job}: {size} trials\n"
+        f"follow   tail -F {shlex.quote(str(executor.folder))}/{job}_*_log.out\n"
         f"         squeue -j {job}\n"
         f"cancel   scancel {job}"
     )
-    if file.is_file():
-        again = shlex.join([str(file), f"--count={count}", *arguments])
-        print(f"ranking  python -m mvat_dist.sweep {again} --ranking")
+    if target.folder:
+        again = shlex.join([target.name, f"--count={size}", *target.options])
+        print(f"ranking  python -m {_SWEEP_COMMAND} {again} --ranking")
 
 
-def locally(
-    target: str, count: int | None, resources: Resources, arguments: Sequence[str], *, dry_run: bool
-) -> None:
-    """`on_slurm` without Slurm: the trials run on this machine, one after the other.
+def _executor(folder: Path, resources: Resources) -> Executor:
+    """An executor of jobs whose shell runs a trial, which calls srun itself and has the job queued again."""
+    # A shell that dies of a signal takes the job with it, before the trial has saved.
+    setup = ["trap : TERM INT USR2"]
+    if resources.srun_args:
+        setup.append(f"export {trials.SRUN_ARGS}={shlex.quote(shlex.join(resources.srun_args))}")
+    resources = replace(resources, setup=(*setup, *resources.setup))
+    return Executor(folder, "mvat-sweep", resources, in_shell=True, requeues_itself=True)
+
+
+def locally(target: Target, count: int | None, resources: Resources, *, dry_run: bool) -> None:
+    """Run the trials on this machine, one after the other.
 
     Raises:
         SystemExit: the exit code of the agent or of `mvat_dist.sweep`.
     """
     ranks = resources.processes
-    counted = [] if count is None else [f"--count={count}"]
-    if Path(target).is_file():
-        command = ["mvat_dist.sweep", target, *counted, f"--processes={ranks}", *arguments]
+    limit = [] if count is None else [f"--count={count}"]
+    if target.folder:
+        command = [_SWEEP_COMMAND, target.name, *limit, f"--processes={ranks}", *target.options]
     else:
-        command = ["wandb", "agent", *counted, target]
+        command = ["wandb", "agent", *limit, target.name]
     if dry_run:
-        print(f"start    python -m {shlex.join(command)}\n{_trials(target, count, arguments)}")
+        print(f"start    python -m {shlex.join(command)}\n{target.describe(count)}")
         return
     environment = {**_with_python(os.environ), trials.PROCESSES: str(ranks)}
     if code := processes.run_with_descendants([sys.executable, "-m", *command], environment):
         raise SystemExit(code)
 
 
-def checked(target: str, arguments: Sequence[str], resources: Resources) -> str:
-    """A sweep file whose first trial can train, or the ENTITY/PROJECT/ID of a W&B sweep.
-
-    Args:
-        target: such a file, such a path, or its address in the browser.
-        arguments: further ones of `mvat_dist.sweep`.
-        resources: of each trial.
-
-    Raises:
-        UserError: it is none of them, or `arguments` are not for it; see also `trials.check`.
-    """
-    file = Path(target)
-    own, others = _parser().parse_known_args(arguments) if file.is_file() else (None, arguments)
-    if own is None:
-        target = sweep_path(target)
-    if others:
-        raise UserError(
-            f"unknown option {others[0]}: training options belong into the command of the sweep file"
-        )
-    if own is not None:
-        sweep = sweep_file.read(file)
-        if sweep.method == "bayes":
-            bayes.check_installed()
-        folder = SweepFolder.of(sweep, own.seed, own.runs)
-        trials.check(sweep, sweep.point(0, own.seed), folder.run_id(0), folder.path.name, resources)
-    return target
-
-
-def sweep_path(target: str) -> str:
-    """ENTITY/PROJECT/ID of a W&B sweep, from that or its address in the browser.
-
-    Raises:
-        UserError: with what to give.
-    """
-    found = re.fullmatch(r"(?:https?://[^/]+/)?([\w.-]+/[\w.-]+/)(?:sweeps/)?([\w-]+)/?(?:\?.*)?", target)
-    if not found:
-        raise UserError(
-            f"{target!r} is no sweep: give ENTITY/PROJECT/ID as `wandb sweep configs/sweep.yaml` prints it, "
-            "or a sweep file"
-        )
-    return found[1] + found[2]
-
-
-def _parser() -> CommandParser:
-    """Options of `mvat_dist.sweep` that may stand beside a sweep file."""
-    made = CommandParser("python -m mvat_dist.submit", "", "")
-    made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--runs", type=Path, default=Path("runs"))
-    return made
-
-
-def _trials(target: str, count: int | None, arguments: Sequence[str]) -> str:
-    """How many trials there will be, and the points of those that are known before."""
-    if not Path(target).is_file():
-        return f"trials   {count}" if count else "trials   until the sweep ends"
-    sweep, seed = sweep_file.read(Path(target)), _parser().parse_args(arguments).seed
-    size = sweep.size(count)
-    if sweep.method == "bayes":
-        return f"trials   {size}, each with the point that Optuna proposes when it starts"
-    points = [
-        f"         {number}: {sweep_file.describe(sweep.point(number, seed))}" for number in range(size)
-    ]
-    return "\n".join([f"trials   {size}", *points])
-
-
-def _options(count: int, resources: Resources) -> list[str]:
-    """Options of sbatch."""
-    given: dict[str, object] = {
-        "job-name": "mvat-sweep",
-        "array": f"0-{count - 1}",
-        "output": "mvat-sweep-%A_%a.log",
-        "open-mode": "append",
-        **{name.replace("_", "-"): value for name, value in resources.options().items()},
-        "signal": f"USR2@{resources.signal_delay}",
-        "requeue": True,
-        **resources.more,
-    }
-    return [
-        f"--{name}" if value is True else f"--{name}={value}"
-        for name, value in given.items()
-        if value is not None
-    ]
-
-
-def _script(arguments: Sequence[str], resources: Resources) -> str:
-    """The shell of each job."""
-    lines = ["#!/bin/bash", f"export MVAT_MAX_RESTARTS={resources.max_restarts}"]
-    lines += [f"export MVAT_SIGNAL_LEAD={resources.signal_delay}"]
-    if resources.srun_args:
-        lines += [f"export {trials.SRUN_ARGS}={shlex.quote(shlex.join(resources.srun_args))}"]
-    lines += [*resources.setup, f"exec bash {shlex.quote(str(_SCRIPT))} {shlex.join(arguments)}"]
-    return "\n".join(lines) + "\n"
-
-
 # -------------------------------------------------------------------------------------------- the job
 
 
 def main(argv: list[str] | None = None) -> None:
-    """One trial, in the shell of a Slurm job.
+    """Run one trial of a W&B sweep, in the shell of a Slurm job.
 
     Raises:
         UserError: outside of jobs.
@@ -217,40 +205,43 @@ def main(argv: list[str] | None = None) -> None:
     job = os.environ.get("SLURM_JOB_ID")
     if len(given) != 1 or not job:
         raise UserError("this is for slurm/sweep_agent.sh: sbatch slurm/sweep_agent.sh ENTITY/PROJECT/ID")
-    target = sweep_path(given[0])
-    file = Path("runs/slurm").absolute() / f"trial-{job}.json"
-    code = _my_own_again(file)
+    path = sweep_path(given[0])
+    file = sweep_runs(path) / "slurm" / f"trial-{job}.json"
+    code = _resume_own_trial(file)
     if code is None:
         file.unlink(missing_ok=True)
-        code = _ask_for_one(target, file)
+        code = _run_agent(path, file)
     if code:
         raise SystemExit(code)
 
 
-def _my_own_again(file: Path) -> int | None:
-    """Go on with the trial of this job's former life; None where there is none, or somebody else has it."""
-    found = TrialRecord.read(file) if int(os.environ.get("SLURM_RESTART_COUNT", "0")) else None
-    if found is None or found.exit_code == 0:
+def _resume_own_trial(file: Path) -> int | None:
+    """Go on with the trial that this job had before its restart; its exit code.
+
+    None where the job has had no trial or another process runs it.
+    """
+    record = TrialRecord.read(file) if int(os.environ.get("SLURM_RESTART_COUNT", "0")) else None
+    if record is None or record.exit_code == 0:
         return None
-    print(f"start again: this job goes on with trial {found.environment['WANDB_RUN_ID']}", flush=True)
-    environment = {**os.environ, **found.environment, trials.RECORD: str(file)}
-    code = processes.run_with_descendants([sys.executable, "-m", "mvat_dist.trial", *found.argv], environment)
+    print(f"start again: this job goes on with trial {record.environment['WANDB_RUN_ID']}", flush=True)
+    environment = {**os.environ, **record.environment, trials.RECORD: str(file)}
+    command = [sys.executable, "-m", trials.MODULE, *record.argv]
+    code = processes.run_with_descendants(command, environment)
     return None if code == EXIT_BUSY else code
 
 
-def _ask_for_one(target: str, file: Path) -> int:
-    """Let an agent ask for one trial and start it; the trial's exit code."""
+def _run_agent(path: str, file: Path) -> int:
+    """Let an agent ask for one trial, which writes its record to `file`, and run it; its exit code."""
     environment = {**_with_python(os.environ), trials.RECORD: str(file)}
-    # It kills a trial that has not ended so many seconds after it was asked: time for a step and a save.
+    # The agent kills a trial that has not ended so many seconds after it was asked to: time to save.
     environment.setdefault("WANDB_AGENT_KILL_DELAY", "300")
-    code = processes.run_with_descendants(
-        [sys.executable, "-m", "wandb", "agent", "--count=1", target], environment
-    )
-    found = TrialRecord.read(file)
-    if found is None:
+    command = [sys.executable, "-m", "wandb", "agent", "--count=1", path]
+    code = processes.run_with_descendants(command, environment)
+    record = TrialRecord.read(file)
+    if record is None:
         print("the agent has started no trial")
         return code
-    return 1 if found.exit_code is None else found.exit_code
+    return 1 if record.exit_code is None else record.exit_code
 
 
 def _with_python(environ: Mapping[str, str]) -> dict[str, str]:

@@ -49,7 +49,8 @@ def gone() -> None:
 
 def logs(place: Path) -> str:
     """What the jobs have said, for a failure."""
-    return "\n".join(file.read_text(errors="replace") for file in place.glob("mvat-sweep-*.log"))
+    files = place.glob("runs/sweep-*/slurm/*_log.*")
+    return "\n".join(file.read_text(errors="replace") for file in files)
 
 
 def losses(run: RunDir) -> list[int]:
@@ -70,7 +71,7 @@ def test_an_array_runs_the_points_of_a_file(place: Path, capsys: pytest.CaptureF
     python("mvat_dist.sweep", str(file), "--cluster=slurm", "--nodes=2", "--time=10", WANDB_MODE="offline")
     file.write_text("changed while the jobs wait")
     gone()
-    [copy] = (place / "runs" / "slurm").glob("sweep-*.yaml")
+    [copy] = place.glob("runs/sweep-*/slurm/sweep.yaml")
     sweep.main([str(copy), "--ranking"])
     table = capsys.readouterr().out
     assert len(re.findall(r"\| finished \|", table)) == 2, table + logs(place)

@@ -3,7 +3,7 @@
     python -m mvat_dist.experiment configs/experiment.yaml --out experiments/paper --nodes 4
 
 All students of one method and one seed are one run, so that they share its teacher. Every stage is the
-command that a user would type. The same command again goes on where the last one was stopped.
+command that a user would type. The same command again goes on where the last one stopped.
 """
 
 from __future__ import annotations
@@ -34,31 +34,31 @@ _SIGNALLED = 128
 
 @dataclass
 class Grid:
-    """What an experiment's file says."""
+    """The content of an experiment's file."""
 
     teacher: str
     """A run folder, a student's folder in one, or a checkpoint of the authors."""
     methods: dict[str, dict[str, Any]]
-    """By a name of your own: the options of the trainer that make this method, as
-    ``{distil.method: mvat, distil.beta_global: 0}``."""
+    """The trainer's options of each method, by a name of your own: ``{distil.method: mvat,
+    distil.beta_global: 0}``."""
     config: str = "configs/distil.yaml"
-    """Configuration that all runs have in common."""
+    """Configuration that all runs share."""
     students: str = "all"
-    """As ``--student`` of the trainer."""
+    """The trainer's ``--student``."""
     seeds: list[int] = field(default_factory=lambda: [0])
     """Each method is trained with each of these seeds."""
     test: str = ""
-    """Packed folder with the test sets to score; empty: `data.train` of the configuration."""
+    """Packed folder with the test sets to score; empty for the configuration's `data.train`."""
     metrics: str = evaluate.DEFAULT_METRICS
-    """What is scored, as ``--metrics`` of `mvat_dist.evaluate`."""
+    """The ``--metrics`` of `mvat_dist.evaluate`."""
     baselines: list[str] = field(default_factory=list)
-    """Scored beside the students and their teacher: model files or runs, NAME=PATH to name one, or
-    ``log-mmse``, a classical filter."""
+    """Systems to score beside the students and their teacher: model files or runs, NAME=PATH to name one,
+    or ``log-mmse``, a classical filter."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One method and one seed: one run of all students."""
+    """One run of all students, with one method and one seed."""
 
     argv: list[str]
     """Options of the trainer."""
@@ -74,7 +74,7 @@ class Cell:
 
 
 def read(file: Path) -> Grid:
-    """The grid in a YAML file.
+    """Read the grid from a YAML file.
 
     Raises:
         UserError: not readable, an unknown key or a wrong type.
@@ -92,51 +92,53 @@ def read(file: Path) -> Grid:
 
 
 def cells(grid: Grid, runs: Path, overrides: list[str]) -> list[Cell]:
-    """Every run of the grid, checked; seed by seed, so that a grid stopped early holds whole comparisons.
+    """All runs of the grid, checked, in order of their seeds.
+
+    A grid that is stopped early then holds complete comparisons.
 
     Raises:
         UserError: the configuration of a run is refused, or `overrides` make two runs one.
     """
-    made = []
+    grid_cells = []
     for seed in grid.seeds:
         for method, options in grid.methods.items():
             argv = ["--config", grid.config, "--student", grid.students, "--teacher", grid.teacher]
             argv += [f"--{key}={value}" for key, value in options.items()]
             argv += [f"--seed={seed}", f"--runs={runs}", f"--name={method}-seed{seed}"]
-            made.append(Cell(argv, configfile.parse([*argv, *overrides])))
-    if len({cell.run.path for cell in made}) < len(made):
+            grid_cells.append(Cell(argv, configfile.parse([*argv, *overrides])))
+    if len({cell.run.path for cell in grid_cells}) < len(grid_cells):
         raise UserError("two runs of the grid have the same name: seeds must differ, and --name be left out")
-    return made
+    return grid_cells
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train what is not trained, score it, and write the report of what there is.
+    """Train and score the runs that are not finished, and write the report.
 
     Raises:
         UserError: anything the user can mend.
-        SystemExit: the exit code of a training that was stopped; 1 where some runs failed; `EXIT_BUSY` where
+        SystemExit: the exit code of a training that was stopped; 1 where runs failed; `EXIT_BUSY` where
             another process trains one of them.
     """
     arguments, options = _parser().parse_known_args(argv)
     grid = read(arguments.grid)
     out: Path = arguments.out.absolute()
-    asked, overrides = submit.parser().parse_known_args(options)
+    submission, overrides = submit.parser().parse_known_args(options)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: give a folder")
-    todo = cells(grid, out / "runs", overrides)
-    _check(grid, todo)
-    _say(todo, out)
-    unfinished = [cell for cell in todo if not cell.finished]
-    if asked.dry_run:
-        submit.main([*(unfinished or todo)[0].argv, *options])
+    runs = cells(grid, out / "runs", overrides)
+    _check(grid, runs)
+    _print_states(runs, out)
+    unfinished = [cell for cell in runs if not cell.finished]
+    if submission.dry_run:
+        submit.main([*(unfinished or runs)[0].argv, *options])
         return
     failed = [cell for cell in unfinished if not _train(cell, options)]
     if arguments.wait:
         queued = [cell for cell in unfinished if cell not in failed]
         failed += [cell for cell in queued if not _train(cell, [*options, "--wait"])]
-    finished = [cell for cell in todo if cell.finished]
-    if len(finished) + len(failed) == len(todo):
-        _report(finished, grid, out / "report")
+    finished = [cell for cell in runs if cell.finished]
+    if len(finished) + len(failed) == len(runs):
+        _score_and_report(finished, grid, out / "report")
     else:
         print("in the queue; when all are finished, the same command scores them and writes the report")
     if failed:
@@ -144,57 +146,57 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(1)
 
 
-def _check(grid: Grid, todo: list[Cell]) -> None:
-    """Refuse now what would otherwise be refused when hours of training are behind it.
+def _check(grid: Grid, runs: list[Cell]) -> None:
+    """Refuse now what would otherwise be refused after hours of training.
 
     Raises:
-        UserError: no such teacher, metric, baseline or test set, or a baseline of a name that is taken.
+        UserError: no such teacher, metric, baseline or test set, or a baseline whose name is taken.
     """
     registry.select(grid.metrics)
-    named = {split_name(baseline)[0] for baseline in grid.baselines}
-    own = {TEACHER, *(name for cell in todo for name in sizes.select(grid.students, cell.config.sizes))}
-    if taken := sorted(named & own):
+    names = {split_name(baseline)[0] for baseline in grid.baselines}
+    networks = {TEACHER, *(name for cell in runs for name in sizes.select(grid.students, cell.config.sizes))}
+    if taken := sorted(names & networks):
         raise UserError(f"baselines: {', '.join(taken)} is a network of the grid: choose another NAME")
-    for config in (cell.config for cell in todo):
+    for config in (cell.config for cell in runs):
         if config.distil.method != "none" and config.teacher.source == "live":
             check_teacher_file(config.teacher.file)
     try:
-        networks_of([_apart(baseline) for baseline in grid.baselines], "best")
-        for data in dict.fromkeys(_test(grid, cell) for cell in todo):
+        networks_of([_named(baseline) for baseline in grid.baselines], "best")
+        for data in dict.fromkeys(_test_data(grid, cell) for cell in runs):
             held_out(data, 1, 0.0)
     except UserError as error:
         raise UserError(f"what is to be scored in the end: {error}") from error
 
 
-def _test(grid: Grid, cell: Cell) -> str:
-    """Where the clips of a run's scores lie."""
+def _test_data(grid: Grid, cell: Cell) -> str:
+    """The packed folder of the clips that a run is scored on."""
     return grid.test or cell.config.data.train
 
 
-def _report(finished: list[Cell], grid: Grid, out: Path) -> None:
-    """Scores and the page of the runs that are `finished`."""
+def _score_and_report(finished: list[Cell], grid: Grid, out: Path) -> None:
+    """Score the finished runs and write their report to `out`."""
     if not finished:
         return
     for cell in finished:
-        data, run = _test(grid, cell), cell.run.path
-        argv = [str(run), *map(_apart, grid.baselines), "--data", data, "--metrics", grid.metrics]
+        data, run = _test_data(grid, cell), cell.run.path
+        argv = [str(run), *map(_named, grid.baselines), "--data", data, "--metrics", grid.metrics]
         label = evaluate.label_of(locations.name(data), "best")
         evaluate.main([*argv, "--out", str(run / "evaluate" / label)])
     report.main([*(str(cell.run.path) for cell in finished), "--out", str(out)])
 
 
-def _apart(baseline: str) -> str:
-    """`baseline` as evaluate's MODEL, named so that it cannot be taken for one of the students."""
+def _named(baseline: str) -> str:
+    """`baseline` as a MODEL of evaluate, with a name that no student has."""
     name, path = split_name(baseline)
     return baseline if name or baseline == CLASSICAL else f"baseline-{path.stem}={baseline}"
 
 
 def _train(cell: Cell, options: list[str]) -> bool:
-    """Submit one run, or train it where there is no cluster; False where it failed, for the others go on.
+    """Submit one run, or train it where there is no cluster; False where it failed and the others go on.
 
     Raises:
-        SystemExit: somebody has stopped it, and so the experiment, or another process trains it: a second one
-            beside it would take its cores for the next run.
+        SystemExit: a signal stopped it, which stops the experiment too; or another process trains it, and
+            the next run would compete with that one for the same cores.
     """
     print(f"\n== {cell.run.path.name}", flush=True)
     try:
@@ -209,30 +211,30 @@ def _train(cell: Cell, options: list[str]) -> bool:
     return True
 
 
-def _say(todo: list[Cell], out: Path) -> None:
-    done = sum(cell.finished for cell in todo)
-    print(f"{len(todo)} runs below {out / 'runs'}, {done} of them finished")
-    for cell in todo:
+def _print_states(runs: list[Cell], out: Path) -> None:
+    finished = sum(cell.finished for cell in runs)
+    print(f"{len(runs)} runs below {out / 'runs'}, {finished} of them finished")
+    for cell in runs:
         state = "finished" if cell.finished else cell.run.read_status().get("state", "not started")
         print(f"  {cell.run.path.name:<32} {state}")
 
 
-def _names(some: list[Cell]) -> str:
-    return ", ".join(cell.run.path.name for cell in some)
+def _names(runs: list[Cell]) -> str:
+    return ", ".join(cell.run.path.name for cell in runs)
 
 
 def _parser() -> argparse.ArgumentParser:
-    made = CommandParser(
+    options = CommandParser(
         "python -m mvat_dist.experiment",
         "Train students with several methods and seeds on one teacher, score them, and write the report. "
         "Every option that is not listed belongs to python -m mvat_dist.submit or to the trainer, for all "
-        "runs. The same command again goes on where this one was stopped.",
+        "runs. The same command again goes on where this one stopped.",
         "python -m mvat_dist.experiment configs/experiment.yaml --out experiments/paper --nodes 4",
     )
-    made.add_argument("grid", type=Path, help=f"YAML file: {', '.join(Grid.__dataclass_fields__)}")
-    made.add_argument("--out", type=Path, required=True, help="folder for runs/ and report/")
-    made.add_argument("--wait", action="store_true", help="on Slurm: wait for the jobs, then score them")
-    return made
+    options.add_argument("grid", type=Path, help=f"YAML file: {', '.join(Grid.__dataclass_fields__)}")
+    options.add_argument("--out", type=Path, required=True, help="folder for runs/ and report/")
+    options.add_argument("--wait", action="store_true", help="on Slurm: wait for the jobs, then score them")
+    return options
 
 
 if __name__ == "__main__":

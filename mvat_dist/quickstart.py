@@ -1,8 +1,8 @@
-"""The main job from nothing: a synthetic corpus, shards, a teacher, three students, their scores.
+"""The whole path in small: a synthetic corpus, shards, a teacher, three students, their scores.
 
     python -m mvat_dist.quickstart --out runs/quickstart
 
-Every stage is the command that a user would type, and a stage that is done is not done again.
+Every stage is the command that a user would type. A stage that is done is not done again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mvat_dist import evaluate, pack, submit
 from mvat_dist.config import parser as configfile
 from mvat_dist.config import sizes
 from mvat_dist.config.cli import CommandParser
-from mvat_dist.data.synthetic import corpus as synthetic
+from mvat_dist.data.synthetic.corpus import make_corpus
 from mvat_dist.errors import UserError, exit_code
 from mvat_dist.evaluation.statistics import NOISY
 from mvat_dist.io import read_json
@@ -30,7 +30,7 @@ TEST_CLIPS = 24
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run all stages and print the table and where everything lies.
+    """Run all stages; print the scores and where everything is.
 
     Raises:
         UserError: a stage was refused, or a student is not better than the noisy input.
@@ -41,24 +41,22 @@ def main(argv: list[str] | None = None) -> None:
     corpus, shards = out / "corpus", out / "shards"
 
     _headline(1, "a synthetic corpus (espeak-ng voices, computed noises) in DNS layout")
-    synthetic.make_corpus(
-        corpus, speech_minutes=10.0, noise_minutes=6.0, rooms=2, seed=0, test_clips=TEST_CLIPS
-    )
+    make_corpus(corpus, speech_minutes=10.0, noise_minutes=6.0, rooms=2, seed=0, test_clips=TEST_CLIPS)
     _headline(2, "shards")
     pack.main(["dns", "--corpus", str(corpus), "--out", str(shards)])
 
     common = ["--config", str(CONFIG), "--data.train", str(shards), "--runs", str(out / "runs")]
-    teach = [*common, "--student", TEACHER, "--distil.method", "none", "--name", "teacher"]
-    teach += ["--train.steps", str(TEACHER_STEPS)]
-    teacher = run_folder(configfile.parse(teach))
-    distil = [*common, "--teacher", str(teacher), "--name", "students"]
-    config = configfile.parse(distil)
+    teaching = [*common, "--student", TEACHER, "--distil.method", "none", "--name", "teacher"]
+    teaching += ["--train.steps", str(TEACHER_STEPS)]
+    teacher = run_folder(configfile.parse(teaching))
+    distilling = [*common, "--teacher", str(teacher), "--name", "students"]
+    config = configfile.parse(distilling)
     run = run_folder(config)
     local = ["--cluster", "local", "--nodes", str(PROCESSES)]
     _headline(3, "a teacher")
-    submit.main([*local, *teach])
+    submit.main([*local, *teaching])
     _headline(4, "three students at once beside the teacher, by multi-view attention transfer")
-    submit.main([*local, *distil])
+    submit.main([*local, *distilling])
     _headline(5, "scores on clips that no training has seen")
     evaluate.main([str(run), "--data", str(shards), "--out", str(out / "scores")])
 
@@ -70,18 +68,18 @@ def main(argv: list[str] | None = None) -> None:
     )
 
 
-def _check(scores: Path, names: list[str]) -> None:
-    """Every student must be better than doing nothing.
+def _check(scores: Path, students: list[str]) -> None:
+    """Check that every student is better than its noisy input.
 
     Raises:
         UserError: naming the students that are not.
     """
-    for section, found in read_json(scores / "scores.json")["sections"].items():
-        means = {model: by_metric["si_sdr"]["mean"] for model, by_metric in found["scores"].items()}
-        worse = [name for name in names if means[name] is None or means[name] <= means[NOISY]]
+    for name, section in read_json(scores / "scores.json")["sections"].items():
+        means = {model: by_metric["si_sdr"]["mean"] for model, by_metric in section["scores"].items()}
+        worse = [student for student in students if means[student] is None or means[student] <= means[NOISY]]
         if worse:
             raise UserError(
-                f"{section}: the SI-SDR of {', '.join(worse)} is not above the noisy input's, see {scores}"
+                f"{name}: the SI-SDR of {', '.join(worse)} is not above the noisy input's, see {scores}"
             )
 
 

@@ -33,7 +33,7 @@ def write_place(folder: Path) -> Path:
 def sweep_file(place: Path, parameters: Mapping[str, Any], **more: Any) -> Path:
     """``configs/sweep.yaml`` with other parameters, and options of a training that is small."""
     content = yaml.safe_load((REPOSITORY / "configs" / "sweep.yaml").read_text())
-    before = content["command"][: content["command"].index("mvat_dist.trial") + 1]
+    interpreter = content["command"][: content["command"].index("mvat_dist.trial") + 1]
     training = [
         "--sizes={tiny: {kind: small, hidden: 4, depth: 2}, mini: {kind: small, hidden: 4, depth: 2}}",
         f"--student={','.join(STUDENTS)}",
@@ -51,7 +51,7 @@ def sweep_file(place: Path, parameters: Mapping[str, Any], **more: Any) -> Path:
         "--valid.clips=1",
         "--valid.best=si_sdr",
     ]
-    content |= {"command": [*before, *training, "${args}"], "parameters": dict(parameters), **more}
+    content |= {"command": [*interpreter, *training, "${args}"], "parameters": dict(parameters), **more}
     content["metric"] = {"name": "valid/si_sdr", "goal": "maximize"}
     file = place / "sweep.yaml"
     file.write_text(yaml.safe_dump(content))

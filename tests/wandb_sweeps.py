@@ -73,5 +73,5 @@ class SweepServer(Server):
 
     def _start(self, kind: str, run: Run) -> dict[str, Any]:
         self.given.append((kind, run.name))
-        told = {"program": self.config["program"], "args": self._arguments[run.name]}
-        return {"type": kind, "run_id": run.name, **told}
+        content = {"program": self.config["program"], "args": self._arguments[run.name]}
+        return {"type": kind, "run_id": run.name, **content}

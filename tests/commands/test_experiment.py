@@ -85,8 +85,8 @@ def test_the_grid_is_trained_scored_and_reported_and_goes_on_where_it_was(
     write_grid(place, baselines=["log-mmse"])
     capfd.readouterr()
     run()
-    assert "4 runs below" in (said := capfd.readouterr().out)
-    assert "2 of them finished" in said
+    assert "4 runs below" in (output := capfd.readouterr().out)
+    assert "2 of them finished" in output
     assert [configuration(f"none-seed{seed}")["seed"] for seed in (0, 1)] == [0, 1]
     again = Path("an experiment/runs/none-seed0/students/tiny/last/model.safetensors").stat().st_mtime_ns
     assert again == written
@@ -123,12 +123,12 @@ def test_a_run_in_other_hands_is_left_to_them(place: Path, capfd: pytest.Capture
 
 
 def test_a_dry_run_writes_nothing(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    before = set(place.iterdir())
+    files = set(place.iterdir())
     run("--dry-run")
-    assert set(place.iterdir()) == before
-    said = capfd.readouterr().out
-    assert said.count("not started") == 4
-    assert "mvat, no global-seed1" in said
+    assert set(place.iterdir()) == files
+    output = capfd.readouterr().out
+    assert output.count("not started") == 4
+    assert "mvat, no global-seed1" in output
 
 
 @pytest.mark.parametrize(
@@ -163,9 +163,9 @@ def test_a_mistake_is_refused_before_anything_starts(
 def test_the_grid_of_the_study_is_a_grid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(REPOSITORY)
     grid = experiment.read(REPOSITORY / "configs" / "study" / "grid.yaml")
-    made = experiment.cells(grid, tmp_path, [])
-    assert len({cell.run.path for cell in made}) == len(grid.methods) * len(grid.seeds)
-    assert {cell.config.train.init for cell in made} == {str(REPOSITORY / "runs" / "small-first")}
+    cells = experiment.cells(grid, tmp_path, [])
+    assert len({cell.run.path for cell in cells}) == len(grid.methods) * len(grid.seeds)
+    assert {cell.config.train.init for cell in cells} == {str(REPOSITORY / "runs" / "small-first")}
 
 
 def test_the_papers_grid_has_every_comparison_of_the_paper() -> None:

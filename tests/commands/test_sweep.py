@@ -29,24 +29,24 @@ from tests.waiting import until
 from tests.wandb_server import serving
 from tests.wandb_sweeps import SweepServer
 
-# Says what it was told, and what there was in its environment.
+# Writes its arguments, its parameters and the names of its variables.
 PROGRAM = """\
 import json, os, pathlib, sys
 file = os.environ["WANDB_SWEEP_PARAM_PATH"]
 names = [name for name in os.environ if name.startswith("WANDB_")]
-told = {"argv": sys.argv[1:], "parameters": pathlib.Path(file).read_text(), "names": names}
-pathlib.Path(os.environ["OUT"]).write_text(json.dumps(told))
+received = {"argv": sys.argv[1:], "parameters": pathlib.Path(file).read_text(), "names": names}
+pathlib.Path(os.environ["OUT"]).write_text(json.dumps(received))
 """
 
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    made = tmp_path / "a place"
-    made.mkdir()
-    monkeypatch.chdir(made)
+    folder = tmp_path / "a place"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
-    return made
+    return folder
 
 
 def write_sweep(place: Path, parameters: Any, command: list[str], **more: Any) -> Path:
@@ -71,68 +71,72 @@ def test_a_trial_hears_what_an_agent_would_tell_it(place: Path, monkeypatch: pyt
         "text": "a b",
         "none": None,
     }
-    laws = {name: {"value": value} for name, value in point.items()}
-    laws["group"] = {"parameters": {"b": {"value": [0.5, 1e-9]}}}
+    parameters = {name: {"value": value} for name, value in point.items()}
+    parameters["group"] = {"parameters": {"b": {"value": [0.5, 1e-9]}}}
     macros = ["args", "args_no_hyphens", "args_no_boolean_flags", "args_json", "args_append_hydra"]
     command = [
         "${env}",
         "${interpreter}",
         "${program}",
         "--in=${envvar:PLACE}",
-        *(f"${{{one}}}" for one in macros),
+        *(f"${{{macro}}}" for macro in macros),
     ]
-    file = write_sweep(place, laws, command)
-    told = {}
+    file = write_sweep(place, parameters, command)
+    received = {}
     monkeypatch.setenv("PLACE", "here")
     monkeypatch.setenv("OUT", str(place / "ours.json"))
     sweep.main([str(file)])
-    told["ours"] = json.loads((place / "ours.json").read_text())
+    received["ours"] = json.loads((place / "ours.json").read_text())
     with serving(SweepServer([point])) as server:
         server.config = yaml.safe_load(file.read_text())
         known = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40, "HOME": str(place)}
         known |= {"PLACE": "here", "OUT": str(place / "wandbs.json")}
         agent = [sys.executable, "-m", "wandb", "agent", "--count=1", "e/p/sw33p1d0"]
         subprocess.run(agent, env=environment(**known), check=True, capture_output=True, timeout=60)
-    told["wandbs"] = json.loads((place / "wandbs.json").read_text())
-    assert told["ours"]["argv"] == told["wandbs"]["argv"]
-    assert "--in=here" in told["ours"]["argv"]
-    for who in told:
-        (place / who).write_text(told[who]["parameters"])
+    received["wandbs"] = json.loads((place / "wandbs.json").read_text())
+    assert received["ours"]["argv"] == received["wandbs"]["argv"]
+    assert "--in=here" in received["ours"]["argv"]
+    for who in received:
+        (place / who).write_text(received[who]["parameters"])
     assert dict_from_config_file(str(place / "ours")) == dict_from_config_file(str(place / "wandbs")) == point
-    assert {"WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH", "WANDB_MODE"} <= set(told["ours"]["names"])
-    assert "WANDB_SWEEP_ID" not in told["ours"]["names"]
+    assert {"WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH", "WANDB_MODE"} <= set(received["ours"]["names"])
+    assert "WANDB_SWEEP_ID" not in received["ours"]["names"]
 
 
 def test_a_killed_sweep_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
     """Two points of the same science: the first is left alone, the second is killed and started again."""
     place = write_place(tmp_path)
-    laws = {"train.keep": {"values": [2, 3]}, "train.steps": {"value": 24}, "train.save_every": {"value": 3}}
-    file = sweep_file(place, laws, method="grid")
+    parameters = {
+        "train.keep": {"values": [2, 3]},
+        "train.steps": {"value": 24},
+        "train.save_every": {"value": 3},
+    }
+    file = sweep_file(place, parameters, method="grid")
     command = [sys.executable, "-m", "mvat_dist.sweep", str(file)]
     folder = SweepFolder.of(sweepfile.read(file), 0, place / "runs")
-    whole, struck = (RunDir(folder.path / folder.run_id(number)) for number in (0, 1))
+    complete, killed = (RunDir(folder.path / folder.run_id(number)) for number in (0, 1))
     with (place / "log").open("w") as log:
         first = subprocess.Popen(command, cwd=place, env=environment(), stdout=log, stderr=log)
-        until(lambda: len(list(struck.checkpoints.glob("step-*"))) > 1, 240, (place / "log").read_text)
+        until(lambda: len(list(killed.checkpoints.glob("step-*"))) > 1, 240, (place / "log").read_text)
         others = psutil.Process(first.pid).children(recursive=True)
         for process in [first, *others]:
             process.kill()
         psutil.wait_procs(others, timeout=20)
         first.wait()
-    assert struck.read_status()["state"] == "running"
+    assert killed.read_status()["state"] == "running"
     done = subprocess.run(command, cwd=place, env=environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert re.findall(r"^trial \d+", done.stdout, re.MULTILINE) == ["trial 1"]
-    assert struck.read_status()["starts"][-1]["step"] >= 3
+    assert killed.read_status()["starts"][-1]["step"] >= 3
     for student in STUDENTS:
-        histories = [run.history(student).read_text().splitlines() for run in (whole, struck)]
+        histories = [run.history(student).read_text().splitlines() for run in (complete, killed)]
         losses = [[row["loss"] for row in map(json.loads, lines) if "loss" in row] for lines in histories]
         assert len(losses[0]) == 24
         assert losses[0] == losses[1]
-        weights = [load_file(run.weights(student, "last")) for run in (whole, struck)]
+        weights = [load_file(run.weights(student, "last")) for run in (complete, killed)]
         assert all((weights[0][key] == weights[1][key]).all() for key in weights[0])
     # The ranking has both, by the last score of the named student.
-    score = [json.loads(line) for line in whole.history(OBJECTIVE).read_text().splitlines()][-1][
+    score = [json.loads(line) for line in complete.history(OBJECTIVE).read_text().splitlines()][-1][
         "valid/si_sdr"
     ]
     assert len(re.findall(re.escape(f"{score:.4g}"), done.stdout)) == 2
@@ -153,28 +157,28 @@ def finished(folder: SweepFolder, number: int, values: list[float | None]) -> No
 def test_the_ranking_is_by_the_last_score(
     place: Path, capsys: pytest.CaptureFixture[str], goal: str, order: list[int]
 ) -> None:
-    laws = {"optim.lr": {"values": [1, 2, 3, 4, 5]}}
-    file = write_sweep(place, laws, ["true"], metric={"name": "valid/si_sdr", "goal": goal})
+    parameters = {"optim.lr": {"values": [1, 2, 3, 4, 5]}}
+    file = write_sweep(place, parameters, ["true"], metric={"name": "valid/si_sdr", "goal": goal})
     folder = SweepFolder.of(sweepfile.read(file), 0, place / "runs")
     for number, values in enumerate([[9.0, 5.0], [1.0], [-3.0, 7.0], [None]]):
         finished(folder, number, values)
     sweep.main([str(file), "--ranking"])
-    told = capsys.readouterr().out
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in told.splitlines()[2:-1]]
+    output = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines()[2:-1]]
     assert [int(row[0]) for row in rows] == [*order, 3, 4]
     assert [row[1] for row in rows[3:]] == ["-", "-"]
     assert rows[-1][3:] == ["new", "optim.lr=5"]
-    assert f"trial {order[0]}/students/a/best" in told
+    assert f"trial {order[0]}/students/a/best" in output
 
 
 def test_three_failures_in_a_row_end_it(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file = write_sweep(place, {"x": {"values": [1, 2, 3, 4, 5]}}, ["sh", "-c", "echo one more; exit 7"])
     with pytest.raises(SystemExit) as end:
         sweep.main([str(file)])
-    told = capfd.readouterr()
+    output = capfd.readouterr()
     assert end.value.code == 7
-    assert told.out.count("one more") == 3
-    assert "3 trials in a row have failed" in told.err
+    assert output.out.count("one more") == 3
+    assert "3 trials in a row have failed" in output.err
 
 
 def test_a_signal_reaches_the_trial_and_ends_the_sweep(place: Path) -> None:
@@ -185,10 +189,10 @@ def test_a_signal_reaches_the_trial_and_ends_the_sweep(place: Path) -> None:
     process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
     until((place / "begun").exists, 60)
     process.send_signal(signal.SIGTERM)
-    told = process.communicate(timeout=60)[1]
+    output = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + signal.SIGTERM
     assert (place / "saved").exists()
-    assert "goes on with trial 0" in told
+    assert "goes on with trial 0" in output
 
 
 def test_what_needs_a_server_is_named_in_one_line(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -229,8 +233,8 @@ def test_a_bayesian_search_goes_on_after_a_kill_and_hears_of_failures(
     import optuna
 
     (place / "tell me.py").write_text(TRAINING)
-    laws = {"x": {"min": 0.0, "max": 1.0}}
-    file = write_sweep(place, laws, ["${interpreter}", "${program}"], method="bayes")
+    parameters = {"x": {"min": 0.0, "max": 1.0}}
+    file = write_sweep(place, parameters, ["${interpreter}", "${program}"], method="bayes")
     command = [sys.executable, "-m", "mvat_dist.sweep", str(file), "--count=16"]
     points = []
     for name, exit_codes in (("never", (1,)), ("killed", (-signal.SIGKILL, 1))):
@@ -302,9 +306,9 @@ def test_no_job_waits_for_a_sweep_that_is_none(
 )
 def test_a_dry_run_names_the_agent_and_the_trials(capsys: pytest.CaptureFixture[str], target: str) -> None:
     submit.main([f"--sweep={target}", "--cluster=local", "--dry-run", "--nodes=2", "--count=3"])
-    told = capsys.readouterr().out
-    assert "start    python -m wandb agent --count=3 e/p/s-1\n" in told
-    assert "trials   3\n" in told
+    output = capsys.readouterr().out
+    assert "start    python -m wandb agent --count=3 e/p/s-1\n" in output
+    assert "trials   3\n" in output
 
 
 def test_a_dry_run_of_a_file_lists_its_points(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -328,7 +332,7 @@ def test_a_point_beyond_the_grid_is_not_trained(
 
 
 @pytest.mark.parametrize(
-    ("law", "option", "metric", "words"),
+    ("parameter", "option", "metric", "words"),
     [
         ("optim.lrr", "", "valid/si_sdr", "did you mean 'optim.lr'"),
         ("optim.lr", "--distil.method=mvat", "valid/si_sdr", "teacher"),
@@ -342,12 +346,12 @@ def test_a_point_beyond_the_grid_is_not_trained(
     ],
 )
 def test_a_mistake_of_every_trial_is_told_before_the_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, law: str, option: str, metric: str, words: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parameter: str, option: str, metric: str, words: str
 ) -> None:
     place = write_place(tmp_path)
     monkeypatch.chdir(place)
     monkeypatch.setenv(trials.PROCESSES, "1")  # restored afterwards
-    file = sweep_file(place, {law: {"values": [0.1, 0.2]}}, method="grid")
+    file = sweep_file(place, {parameter: {"values": [0.1, 0.2]}}, method="grid")
     content = yaml.safe_load(file.read_text())
     content["command"].insert(-1, option or "--train.steps=1")
     file.write_text(yaml.safe_dump({**content, "metric": {"name": metric, "goal": "maximize"}}))
@@ -367,6 +371,6 @@ def test_a_trial_without_a_run_has_failed_and_no_metric_is_doubted(
     with pytest.raises(SystemExit):
         sweep.main([str(file), "--count=1"])
     sweep.main([str(file), "--ranking"])
-    told = capfd.readouterr()
-    assert "has logged" not in told.err
-    assert re.findall(r"(failed|new) +\| x=(\d)", told.out)[-2:] == [("failed", "1"), ("new", "2")]
+    output = capfd.readouterr()
+    assert "has logged" not in output.err
+    assert re.findall(r"(failed|new) +\| x=(\d)", output.out)[-2:] == [("failed", "1"), ("new", "2")]

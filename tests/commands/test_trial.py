@@ -1,4 +1,4 @@
-"""What a trial makes of its agent's words: values in whatever form, its place, refusals."""
+"""How a trial reads its agent: values in any form, the place of its runs, refusals."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def expected(sent: dict[str, Any]) -> dict[str, Any]:
     for name, value in sent.items():
         if name != "_wandb":
             flat |= (
-                {f"{name}.{key}": one for key, one in value.items()}
+                {f"{name}.{key}": each for key, each in value.items()}
                 if isinstance(value, dict)
                 else {name: value}
             )
@@ -76,13 +76,13 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @given(sent=parameters, form=st.sampled_from(FORMS))
 def test_values_arrive_as_they_were_sent(file: Path, sent: dict[str, Any], form: str) -> None:
     """Written and spelled by W&B's own code, read by ours."""
-    wrapped = {name: {"value": one} for name, one in sent.items()}
+    wrapped = {name: {"value": sent_value} for name, sent_value in sent.items()}
     save_config_file_from_dict(str(file), wrapped)
     spelled = create_sweep_command_args({"args": wrapped})[form]
     arguments, config = Trial.read(environment(file)).arguments([*FIXED, *spelled])
-    for name, one in expected(sent).items():
-        assert value(config, name) == one
-        assert isinstance(value(config, name), type(one)) or isinstance(one, int)
+    for name, sent_value in expected(sent).items():
+        assert value(config, name) == sent_value
+        assert isinstance(value(config, name), type(sent_value)) or isinstance(sent_value, int)
     assert (config.name, Path(config.runs).name) == ("r1", "sweep-s1")
     # What the ranks are told means the same.
     again = dataclasses.replace(parser.parse(arguments), runs=config.runs)
@@ -92,12 +92,12 @@ def test_values_arrive_as_they_were_sent(file: Path, sent: dict[str, Any], form:
 @settings(max_examples=20)
 @given(sent=parameters.filter(lambda sent: "_wandb" not in sent))
 def test_without_the_agents_file_the_arguments_are_enough(sent: dict[str, Any]) -> None:
-    spelled = create_sweep_command_args({"args": {name: {"value": one} for name, one in sent.items()}})[
-        "args"
-    ]
+    spelled = create_sweep_command_args(
+        {"args": {name: {"value": sent_value} for name, sent_value in sent.items()}}
+    )["args"]
     _, config = Trial.read(environment(None)).arguments([*FIXED, *spelled])
-    for name, one in expected(sent).items():
-        assert value(config, name) == one
+    for name, sent_value in expected(sent).items():
+        assert value(config, name) == sent_value
 
 
 @given(sent=parameters)
@@ -147,18 +147,20 @@ def test_the_first_student_decides_unless_another_is_named() -> None:
 
 def test_its_runs_belong_where_the_sweep_is() -> None:
     """Also when they are sent later, by a command that no agent has told anything."""
-    told = {"WANDB_PROJECT": "theirs", "WANDB_ENTITY": "team", "WANDB_RUN_GROUP": "a-sweep"}
-    arguments, config = Trial.read(environment(None, **told)).arguments([*FIXED, "--track.project=ours"])
+    variables = {"WANDB_PROJECT": "theirs", "WANDB_ENTITY": "team", "WANDB_RUN_GROUP": "a-sweep"}
+    arguments, config = Trial.read(environment(None, **variables)).arguments([*FIXED, "--track.project=ours"])
     for track in (config.track, parser.parse(arguments).track):
         assert (track.project, track.entity, track.group) == ("theirs", "team", "a-sweep")
 
 
 @pytest.mark.parametrize("number", range(3))
 def test_the_shipped_sweep_means_trainings(tmp_path: Path, number: int) -> None:
-    made = sweep_file.read(REPOSITORY / "configs" / "sweep.yaml")
-    point = made.point(number, seed=0)
+    shipped = sweep_file.read(REPOSITORY / "configs" / "sweep.yaml")
+    point = shipped.point(number, seed=0)
     trials.write_parameters(tmp_path / "p.yaml", point)
-    given = [part for part in made.command[made.command.index("mvat_dist.trial") + 1 :] if part != "${args}"]
+    given = [
+        part for part in shipped.command[shipped.command.index("mvat_dist.trial") + 1 :] if part != "${args}"
+    ]
     _, config = Trial.read(environment(tmp_path / "p.yaml")).arguments(given)
     assert config.optim.lr == point["optim.lr"]
     assert config.distil.method == point["distil.method"]

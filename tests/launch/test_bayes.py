@@ -85,7 +85,7 @@ def test_values_have_their_kinds(sweep: Sweep, tmp_path: Path) -> None:
 
 def test_a_killed_study_goes_on_as_if_it_had_not_been(sweep: Sweep, tmp_path: Path) -> None:
     """Killed between Optuna's choice and our note of its number, holding the lock; and in mid-line."""
-    whole = search(sweep, tmp_path / "whole", 16)
+    uninterrupted = search(sweep, tmp_path / "whole", 16)
     folder = tmp_path / "killed"
     results = search(sweep, folder, 12)
     program = (
@@ -102,7 +102,7 @@ def test_a_killed_study_goes_on_as_if_it_had_not_been(sweep: Sweep, tmp_path: Pa
         file.write('{"op_code": 4, "worker_id": "')
     for number in range(12, 16):
         results[number] = loss(bayes.propose(sweep, folder, 0, number, results))
-    assert results == whole
+    assert results == uninterrupted
 
 
 def test_asking_again_changes_nothing(sweep: Sweep, tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_a_failed_trial_is_told_as_failed_and_counts_once_it_has_finished(
         study = optuna.load_study(
             study_name=summary.study_name, storage=optuna.storages.JournalStorage(backend)
         )
-        return [(one.user_attrs["trial"], one.state.name, one.value) for one in study.trials]
+        return [(trial.user_attrs["trial"], trial.state.name, trial.value) for trial in study.trials]
 
     bayes.propose(sweep, tmp_path, 0, 3, results)
     complete = [(0, "COMPLETE", results[0]), (1, "FAIL", None), (2, "COMPLETE", results[2])]

@@ -46,8 +46,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[SweepServer]:
-    with serving(SweepServer(POINTS)) as made:
-        yield made
+    with serving(SweepServer(POINTS)) as server:
+        yield server
 
 
 def account(server: SweepServer, place: Path) -> dict[str, str]:
@@ -85,7 +85,7 @@ def after(place: Path, server: SweepServer) -> RunDir:
         "train.steps": {"values": [1, 2]},
     }
     known = account(server, place)
-    made = subprocess.run(
+    done = subprocess.run(
         wandb("sweep", str(sweep_file(place, parameters))),
         cwd=place,
         env=known,
@@ -94,7 +94,7 @@ def after(place: Path, server: SweepServer) -> RunDir:
         timeout=60,
         check=True,
     )
-    path = made.stderr.split("wandb agent ")[1].split()[0]
+    path = done.stderr.split("wandb agent ")[1].split()[0]
     assert path == f"e/mvat_dist/{SWEEP}"
     log = (place / "agent.log").open("w")
     agent = subprocess.Popen(
@@ -110,7 +110,7 @@ def after(place: Path, server: SweepServer) -> RunDir:
         run = trial(place, PREEMPTED)
         has_begun(run, agent)
         children = psutil.Process(agent.pid).children()
-        [launcher] = [one for one in children if "mvat_dist.trial" in one.cmdline()]
+        [launcher] = [child for child in children if "mvat_dist.trial" in child.cmdline()]
         launcher.send_signal(signal.SIGTERM)
         until(lambda: agent.poll() is not None, 120, lambda: (place / "agent.log").read_text())
     finally:
@@ -152,7 +152,7 @@ def test_the_sweeps_run_is_that_of_the_named_student(server: SweepServer) -> Non
     assert (run.entity, run.project, run.sweep) == ("e", "mvat_dist", SWEEP)
     assert run.config["student_name"]["value"] == OBJECTIVE
     assert isinstance(run.summary["valid/si_sdr"], float)
-    [other] = [one for one in server.runs.values() if one.group == run.group and one is not run]
+    [other] = [each for each in server.runs.values() if each.group == run.group and each is not run]
     assert other.config["student_name"]["value"] == STUDENTS[0]
     assert other.sweep is None
     assert other.project == "mvat_dist"

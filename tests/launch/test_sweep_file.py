@@ -1,4 +1,4 @@
-"""Points of a sweep file: W&B's laws against scipy's, a grid against itertools, and what is refused."""
+"""Points of a sweep file: distributions against scipy's, a grid against itertools, and what is refused."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def sweep(folder: Path, parameters: Any, method: str = "random", **more: Any) ->
     return sweep_file.read(file)
 
 
-def drawn(folder: Path, law: dict[str, Any]) -> np.ndarray:
-    made = sweep(folder, {"x": law})
-    return np.array([made.point(number, seed=0)["x"] for number in range(DRAWS)])
+def drawn(folder: Path, spec: dict[str, Any]) -> np.ndarray:
+    random_search = sweep(folder, {"x": spec})
+    return np.array([random_search.point(number, seed=0)["x"] for number in range(DRAWS)])
 
 
 CONTINUOUS = [
@@ -44,51 +44,51 @@ CONTINUOUS = [
 ]
 
 
-def _law(value: object) -> str:
+def _name(value: object) -> str:
     """A name that is the same in every process."""
     return str(value) if isinstance(value, dict) else "as expected"
 
 
-@pytest.mark.parametrize(("law", "expected"), CONTINUOUS, ids=_law)
-def test_continuous_laws(tmp_path: Path, law: dict[str, Any], expected: Any) -> None:
-    assert stats.kstest(drawn(tmp_path, law), expected.cdf).pvalue > 1e-3
+@pytest.mark.parametrize(("spec", "expected"), CONTINUOUS, ids=_name)
+def test_continuous_distributions(tmp_path: Path, spec: dict[str, Any], expected: Any) -> None:
+    assert stats.kstest(drawn(tmp_path, spec), expected.cdf).pvalue > 1e-3
 
 
 # W&B has no rounded kind of the inverse ones.
-ROUNDED = [one for one in CONTINUOUS if not one[0].get("distribution", "").startswith("inv_")]
+ROUNDED = [case for case in CONTINUOUS if not case[0].get("distribution", "").startswith("inv_")]
 
 
-@pytest.mark.parametrize(("law", "expected"), ROUNDED, ids=_law)
-def test_q_rounds_to_multiples(tmp_path: Path, law: dict[str, Any], expected: Any) -> None:
-    kind = law.get("distribution", "normal" if "mu" in law else "uniform")
+@pytest.mark.parametrize(("spec", "expected"), ROUNDED, ids=_name)
+def test_q_rounds_to_multiples(tmp_path: Path, spec: dict[str, Any], expected: Any) -> None:
+    kind = spec.get("distribution", "normal" if "mu" in spec else "uniform")
     step = 0.1
-    values = drawn(tmp_path, {**law, "distribution": f"q_{kind}", "q": step})
+    values = drawn(tmp_path, {**spec, "distribution": f"q_{kind}", "q": step})
     multiples = np.round(values / step)
     np.testing.assert_allclose(values, multiples * step, rtol=1e-9)
-    # The share of each multiple is what the law gives to its cell.
+    # The share of each multiple is what the distribution gives to its cell.
     for multiple in np.unique(multiples):
         share = np.mean(multiples == multiple)
         cell = expected.cdf((multiple + 0.5) * step) - expected.cdf((multiple - 0.5) * step)
         assert abs(share - cell) < 4 * math.sqrt(cell * (1 - cell) / DRAWS) + 1 / DRAWS
 
 
-def test_discrete_laws(tmp_path: Path) -> None:
-    whole = drawn(tmp_path, {"min": 2, "max": 5})
-    assert set(whole.tolist()) == {2, 3, 4, 5}
-    assert stats.chisquare(np.bincount(whole)[2:]).pvalue > 1e-3
+def test_discrete_distributions(tmp_path: Path) -> None:
+    integers = drawn(tmp_path, {"min": 2, "max": 5})
+    assert set(integers.tolist()) == {2, 3, 4, 5}
+    assert stats.chisquare(np.bincount(integers)[2:]).pvalue > 1e-3
     shares = [0.5, 0.3, 0.2]
     chosen = drawn(tmp_path, {"values": ["a", "b", "c"], "probabilities": shares}).tolist()
-    counts = [chosen.count(one) for one in "abc"]
+    counts = [chosen.count(letter) for letter in "abc"]
     assert stats.chisquare(counts, [DRAWS * share for share in shares]).pvalue > 1e-3
     assert set(drawn(tmp_path, {"value": 7}).tolist()) == {7}
 
 
-def test_a_law_of_very_many_values_costs_nothing(tmp_path: Path) -> None:
+def test_very_many_values_cost_nothing(tmp_path: Path) -> None:
     """As in W&B's own examples, where a seed is any of two thousand million."""
     steps = {"distribution": "q_uniform", "min": 0, "max": 1e9, "q": 0.5}
-    made = sweep(tmp_path, {"seed": {"min": 0, "max": 2**31 - 1}, "lr": steps}, method="grid")
-    assert made.size() == 2**31 * (2 * 10**9 + 1)
-    assert made.point(5 * (2 * 10**9 + 1) + 7, 0) == {"seed": 5, "lr": 3.5}
+    grid = sweep(tmp_path, {"seed": {"min": 0, "max": 2**31 - 1}, "lr": steps}, method="grid")
+    assert grid.size() == 2**31 * (2 * 10**9 + 1)
+    assert grid.point(5 * (2 * 10**9 + 1) + 7, 0) == {"seed": 5, "lr": 3.5}
 
 
 def test_kinds_of_values_survive(tmp_path: Path) -> None:
@@ -105,21 +105,21 @@ def test_kinds_of_values_survive(tmp_path: Path) -> None:
 
 def test_a_point_depends_on_its_number_and_the_seed_alone(tmp_path: Path) -> None:
     lr = {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-1}
-    one = sweep(tmp_path, {"lr": lr, "width": {"min": 0.0, "max": 1.0}})
-    points = [one.point(number, 3) for number in range(50)]
+    first = sweep(tmp_path, {"lr": lr, "width": {"min": 0.0, "max": 1.0}})
+    points = [first.point(number, 3) for number in range(50)]
     again = sweep(tmp_path, {"lr": lr, "width": {"min": 0.0, "max": 1.0}})
     assert [again.point(number, 3) for number in reversed(range(50))] == points[::-1]
     assert len({point["lr"] for point in points}) == 50
-    assert not {point["lr"] for point in points} & {one.point(number, 4)["lr"] for number in range(50)}
-    # Another parameter changes nothing for the first; two parameters of one law differ.
+    assert not {point["lr"] for point in points} & {first.point(number, 4)["lr"] for number in range(50)}
+    # Another parameter changes nothing for the first; two parameters of one distribution differ.
     more = sweep(tmp_path, {"another": lr, "lr": lr})
     assert [more.point(number, 3)["lr"] for number in range(50)] == [point["lr"] for point in points]
     assert more.point(0, 3)["another"] != more.point(0, 3)["lr"]
-    assert one.fingerprint == again.fingerprint != more.fingerprint
+    assert first.fingerprint == again.fingerprint != more.fingerprint
 
 
 def test_a_grid_is_the_product_of_its_values(tmp_path: Path) -> None:
-    made = sweep(
+    grid = sweep(
         tmp_path,
         {
             "a": {"values": [1, 2]},
@@ -128,22 +128,22 @@ def test_a_grid_is_the_product_of_its_values(tmp_path: Path) -> None:
         },
         method="grid",
     )
-    points = [made.point(number, 0) for number in range(made.size())]
+    points = [grid.point(number, 0) for number in range(grid.size())]
     expected = [
         {"a": a, "group": {"b": b, "c": {"d": True}}, "e.f": f}
         for a, b, f in itertools.product([1, 2], [3, 4, 5], [0, 0.1, 0.2])
     ]
     assert len(points) == len(expected)
     assert all(point in points for point in expected)
-    assert made.size(4) == 4
+    assert grid.size(4) == 4
 
 
 def test_how_many_points(tmp_path: Path) -> None:
-    law = {"x": {"min": 0.0, "max": 1.0}}
-    assert sweep(tmp_path, law, run_cap=7).size() == 7
-    assert sweep(tmp_path, law, run_cap=7).size(3) == 3
+    parameters = {"x": {"min": 0.0, "max": 1.0}}
+    assert sweep(tmp_path, parameters, run_cap=7).size() == 7
+    assert sweep(tmp_path, parameters, run_cap=7).size(3) == 3
     with pytest.raises(UserError, match="no end: give --count"):
-        sweep(tmp_path, law).size()
+        sweep(tmp_path, parameters).size()
 
 
 @pytest.mark.parametrize(
@@ -189,9 +189,9 @@ def test_what_is_no_sweep_file_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_the_shipped_file_names_its_objective() -> None:
-    made = sweep_file.read(REPOSITORY / "configs" / "sweep.yaml")
-    assert (made.metric, made.goal) == ("valid/pesq_wb", "maximize")
-    assert any(part.startswith("--track.objective=") for part in made.command)
-    names = {".".join(path) for path in made.parameters}
+    shipped = sweep_file.read(REPOSITORY / "configs" / "sweep.yaml")
+    assert (shipped.metric, shipped.goal) == ("valid/pesq_wb", "maximize")
+    assert any(part.startswith("--track.objective=") for part in shipped.command)
+    names = {".".join(path) for path in shipped.parameters}
     assert {"optim.lr", "distil.weight", "distil.method", "train.batch"} <= names
     assert {f"distil.beta_{view}" for view in ("channel", "global", "local")} <= names

@@ -28,9 +28,9 @@ STEPS = 40
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    made = write_place(tmp_path)
-    monkeypatch.chdir(made)
-    return made
+    folder = write_place(tmp_path)
+    monkeypatch.chdir(folder)
+    return folder
 
 
 def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -60,8 +60,8 @@ def losses(run: RunDir) -> list[int]:
 
 
 def starts(run: RunDir) -> Sequence[dict[str, Any]]:
-    found: list[dict[str, Any]] = run.read_status().get("starts", [])
-    return found
+    rows: list[dict[str, Any]] = run.read_status().get("starts", [])
+    return rows
 
 
 def test_an_array_runs_the_points_of_a_file(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

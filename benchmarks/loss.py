@@ -20,8 +20,7 @@ from torch import Tensor
 
 from benchmarks.plain import enhancement_loss
 from mvat_dist.config.schema import SAMPLE_RATE
-from mvat_dist.losses.compressed import CompressedLoss
-from mvat_dist.losses.enhancement import EnhancementLoss, WaveformLoss
+from mvat_dist.losses.enhancement import CompressedLoss, EnhancementLoss, WaveformLoss
 from mvat_dist.losses.pesq import PesqLoss
 from mvat_dist.models.manner import build
 

@@ -34,8 +34,7 @@ from torch import Tensor, nn
 from benchmarks.plain import enhance
 from mvat_dist.config.schema import SAMPLE_RATE
 from mvat_dist.config.sizes import STUDENTS
-from mvat_dist.models import attention as multiview
-from mvat_dist.models import layers as layers_module
+from mvat_dist.models import attention, cpu_kernels, layers
 from mvat_dist.models.fold import folded
 from mvat_dist.models.manner import Manner, build
 
@@ -59,7 +58,7 @@ def plain_norm_alone(self: nn.BatchNorm1d, x: Tensor) -> Tensor:
 
 
 def plain_convs(x: Tensor, *modules: nn.Module, groups: int = 1) -> Tensor:
-    convs = [layers_module.conv_of(module) for module in modules]
+    convs = [cpu_kernels.conv_of(module) for module in modules]
     shares = x.chunk(groups, dim=1) if groups > 1 else [x] * len(convs)
     return torch.cat(
         [
@@ -78,7 +77,7 @@ def plain_up(self: nn.ConvTranspose1d, x: Tensor) -> Tensor:
     return F.conv_transpose1d(x, self.weight, self.bias, self.stride)
 
 
-def plain_attention(self: multiview.GlobalView, chunks: Tensor) -> Tensor:
+def plain_attention(self: attention.GlobalView, chunks: Tensor) -> Tensor:
     tokens = chunks.flatten(0, 1)
     query, key, value = (
         project(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -88,7 +87,7 @@ def plain_attention(self: multiview.GlobalView, chunks: Tensor) -> Tensor:
     return self.fc((attention @ value).transpose(1, 2).flatten(2)).view_as(chunks)
 
 
-def sdpa_attention(self: multiview.GlobalView, chunks: Tensor) -> Tensor:
+def sdpa_attention(self: attention.GlobalView, chunks: Tensor) -> Tensor:
     """All four projections, torch's attention: what is left of the gain without the smaller products."""
     tokens = chunks.flatten(0, 1)
     query, key, value = (
@@ -99,47 +98,47 @@ def sdpa_attention(self: multiview.GlobalView, chunks: Tensor) -> Tensor:
     return self.fc(attended.transpose(1, 2).flatten(2)).view_as(chunks)
 
 
-def plain_local(self: multiview.LocalView, chunks: Tensor) -> Tensor:
+def plain_local(self: attention.LocalView, chunks: Tensor) -> Tensor:
     batch, _, pieces, length = chunks.shape
     rows = chunks.transpose(1, 2).flatten(0, 1)  # (B * P, n, C)
-    wide, narrow = layers_module.conv_of(self.depth_conv), layers_module.conv_of(self.conv)
+    wide, narrow = cpu_kernels.conv_of(self.depth_conv), cpu_kernels.conv_of(self.conv)
     local = F.silu(self.depth_conv[1](plain_tall(wide, rows)))
     summary = torch.stack([local.amax(1), local.mean(1)], dim=1)
     weights = torch.sigmoid(self.conv[1](plain_tall(narrow, summary)))
     return weights.view(batch, pieces, 1, length).transpose(1, 2)
 
 
-def plain_views(self: multiview.MultiViewBlock, branches: Tensor) -> Tensor:
+def plain_views(self: attention.MultiViewBlock, branches: Tensor) -> Tensor:
     first, second, third = branches.chunk(3, dim=1)
     frames, length = branches.shape[-1], self.chunk_length
-    near, far = multiview.chunk(second, length), multiview.chunk(third, length)
-    attended = multiview.overlap_add(self.global_attn(near), frames)
+    near, far = attention.chunk(second, length), attention.chunk(third, length)
+    attended = attention.overlap_add(self.global_attn(near), frames)
     return torch.cat(
-        [self.channel_attn(first), attended, multiview.overlap_add(far * self.local_attn(far), frames)], dim=1
+        [self.channel_attn(first), attended, attention.overlap_add(far * self.local_attn(far), frames)], dim=1
     )
 
 
 Patch = tuple[Any, str, Any]
 TRICKS: dict[str, list[Patch]] = {
     "scaled_dot_product_attention, keys and values unprojected": [
-        (multiview.GlobalView, "forward", plain_attention)
+        (attention.GlobalView, "forward", plain_attention)
     ],
-    "of these: keys and values unprojected": [(multiview.GlobalView, "forward", sdpa_attention)],
-    "local view as products with banded matrices": [(multiview.LocalView, "forward", plain_local)],
-    "attention's tokens filled up to whole vectors": [(multiview, "VECTOR", 1)],
-    "overlap-add of one channel of local weights": [(multiview.MultiViewBlock, "_views", plain_views)],
-    "depthwise convolution along an image's height": [(layers_module.TallConv1d, "forward", plain_tall)],
-    "first convolution's lags as channels": [(layers_module.FromMonoConv1d, "forward", plain_tall)],
-    "last convolution's taps as channels": [(layers_module.ToMonoConv1d, "forward", plain_tall)],
-    "transposed convolutions as products": [(layers_module.UpConv1d, "forward", plain_up)],
+    "of these: keys and values unprojected": [(attention.GlobalView, "forward", sdpa_attention)],
+    "local view as products with banded matrices": [(attention.LocalView, "forward", plain_local)],
+    "attention's tokens filled up to whole vectors": [(attention, "VECTOR", 1)],
+    "overlap-add of one channel of local weights": [(attention.MultiViewBlock, "_views", plain_views)],
+    "depthwise convolution along an image's height": [(cpu_kernels.TallConv1d, "forward", plain_tall)],
+    "first convolution's lags as channels": [(cpu_kernels.FromMonoConv1d, "forward", plain_tall)],
+    "last convolution's taps as channels": [(cpu_kernels.ToMonoConv1d, "forward", plain_tall)],
+    "transposed convolutions as products": [(cpu_kernels.UpConv1d, "forward", plain_up)],
     "maps of one input as one product": [
-        (module, "conv_together", plain_convs) for module in (layers_module, multiview)
+        (module, "conv_together", plain_convs) for module in (layers, attention)
     ],
     "BatchNorm with vectorised sums, several at once": [
-        (layers_module.BatchNorm, "forward", plain_norm_alone),
-        *[(module, "norm_together", plain_norm) for module in (layers_module, multiview)],
+        (cpu_kernels.BatchNorm, "forward", plain_norm_alone),
+        *[(module, "norm_together", plain_norm) for module in (layers, attention)],
     ],
-    "mask gates in tiles that fit the cache": [(layers_module, "TILE", 10**9)],
+    "mask gates in tiles that fit the cache": [(cpu_kernels, "TILE", 10**9)],
 }
 PARTS = {"of these: keys and values unprojected"}
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from mvat_dist.config.schema import DistilConfig, LossConfig
 from mvat_dist.config.sizes import Size, ViewKey
-from mvat_dist.losses.compressed import CompressedLoss, CompressedTargets
 from mvat_dist.losses.enhancement import (
+    CompressedLoss,
+    CompressedTargets,
     EnhancementLoss,
     OutputLoss,
     OutputTargets,

@@ -1,10 +1,9 @@
-"""A likeness of PESQ (ITU-T P.862) that has a gradient: what is heard of an error, in points of its raw
-score.
+"""A differentiable PESQ (ITU-T P.862): the audible part of an error, in points of the raw score.
 
 It has these steps of the measure: one level for both signals, bands in Bark, compensation of the mean
-spectrum and of slow gains, loudness, masking, the asymmetry of what is added, the norms over bands and time.
-Tables of bands, thresholds and loudness give way to closed forms of psychoacoustics. It leaves out what
-aligns in time, which a network that keeps time does not need, the input's filters, the search for bad
+spectrum and of slow gains, loudness, masking, the asymmetry of added sound, the norms over bands and time.
+Closed forms of psychoacoustics replace the tables of bands, thresholds and loudness. It leaves out the
+alignment in time, which a network that keeps time does not need, the input's filters, the search for bad
 intervals, and the weights of quiet frames and of long recordings.
 """
 
@@ -18,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvat_dist.config.schema import SAMPLE_RATE
-from mvat_dist.losses.distance import check_shape, check_shapes, rms
 from mvat_dist.losses.enhancement import LEAST_LEVEL
-from mvat_dist.losses.stft import full_precision, hann, power, stft
+from mvat_dist.losses.stft import check_shape, check_shapes, full_precision, hann, power, rms, stft
 
 SPEECH_DB_SPL = 79.0
 """Level at which both signals are heard (P.862)."""
@@ -58,24 +56,24 @@ _EPS = 1e-6
 
 
 class PesqTargets(NamedTuple):
-    """What the loss needs to know of a batch."""
+    """What the loss needs of a batch, prepared once for all students."""
 
     shape: torch.Size
     """(B, T)."""
     speech: Tensor
     """1 where the clean signal is speech, otherwise 0, (B,)."""
     intensity: Tensor
-    """Of the clean signal, (B, bands, frames); 1 is 0 dB SPL."""
+    """Intensity of the clean signal, (B, bands, frames); 1 is 0 dB SPL."""
 
 
 class PesqLoss:
-    """0.1 D + 0.0309 A; 4.5 less this goes with raw PESQ. Lower is better, 0 to about 6.
+    """Audible disturbance 0.1 D + 0.0309 A; lower is better, 0 to about 6, and 4.5 minus it follows raw PESQ.
 
-    D is the disturbance, in sone, and A the one that was added to speech: differences of specific
-    loudness between estimate and clean signal, less what is masked, summed over bands, then P.862's norm over
-    time. It ranks sounds as the measure does, and may be a point off it. Its value does not depend on the
-    estimate's level down to `LEAST_LEVEL`, and little on its slow gain: to be used beside a loss that does.
-    Where something begins to count as added, it jumps, as P.862 does.
+    D is the disturbance in sone, and A the part of it that was added to the speech: differences of specific
+    loudness between estimate and clean signal minus the masked part, summed over bands, then P.862's norm
+    over time. It ranks sounds as the measure does and may be a point off it. It does not depend on the
+    estimate's level down to `LEAST_LEVEL`, and little on slow gains: use it beside a loss that does. Its
+    value jumps where sound begins to count as added, as P.862's does.
 
     Sources: Rix et al., "Perceptual evaluation of speech quality (PESQ)", ICASSP 2001; Martin-Doñas et
     al., "A deep learning loss function based on the perceptual evaluation of the speech quality", IEEE
@@ -102,12 +100,13 @@ class PesqLoss:
         check_shape(estimate, targets.shape)
         intensity = _intensity(estimate)
         clean = targets.intensity * _tilt(intensity, targets.intensity)
-        heard = intensity * _gain(intensity, clean)
-        both = loudness(heard), loudness(clean)
-        error = ((both[0] - both[1]).abs() - MASKED * torch.minimum(*both)).clamp(min=0)
+        estimate_intensity = intensity * _gain(intensity, clean)
+        loudnesses = loudness(estimate_intensity), loudness(clean)
+        error = (loudnesses[0] - loudnesses[1]).abs() - MASKED * torch.minimum(*loudnesses)
+        error = error.clamp(min=0)
         width = BAND_BARK * BANDS
         disturbance = _root(error.square().mean(1), 2) * width
-        added = (error * _added(heard, clean)).mean(1) * width
+        added = (error * _added(estimate_intensity, clean)).mean(1) * width
         points = DISTURBANCE_POINTS * _over_time(disturbance) + ADDED_POINTS * _over_time(added)
         return (points * targets.speech).mean()
 
@@ -122,7 +121,7 @@ def loudness(intensity: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1)
 def _sone() -> float:
-    """What Zwicker's formula says of the tone that has 1 sone."""
+    """The value of Zwicker's formula for the tone that has 1 sone by definition."""
     return _zwicker(torch.tensor(1e4).double(), _threshold(torch.tensor(1.0).double())).item()
 
 
@@ -165,7 +164,7 @@ def _intensity(signal: Tensor) -> Tensor:
 
 
 def _tilt(estimate: Tensor, clean: Tensor) -> Tensor:
-    """Factors (B, BANDS, 1) that give the clean signal the other one's mean spectrum."""
+    """Factors (B, BANDS, 1) that give the clean signal the estimate's mean spectrum."""
     active = (clean.sum(1, keepdim=True) > 10 ** (ACTIVE_DB_SPL / 10)).to(clean.dtype)
     frames = active.sum(2, keepdim=True).clamp(min=1)
     means = [(signal * active).sum(2, keepdim=True) / frames for signal in (estimate, clean)]
@@ -173,33 +172,33 @@ def _tilt(estimate: Tensor, clean: Tensor) -> Tensor:
 
 
 def _gain(estimate: Tensor, clean: Tensor) -> Tensor:
-    """Factors (B, 1, frames) that give the estimate's frames the clean ones' intensity."""
+    """Factors (B, 1, frames) that give the estimate's frames the clean signal's intensity."""
     _, threshold = _bands(estimate.dtype, estimate.device)
     totals = [(signal * (signal > threshold)).sum(1, keepdim=True) for signal in (estimate, clean)]
     gains = (totals[1] + GAIN_FLOOR) / (totals[0] + GAIN_FLOOR)
-    before = torch.cat([gains[..., :1], gains[..., :-1]], -1)
-    return torch.lerp(gains, before, GAIN_MEMORY).clamp(GAIN_LEAST, GAIN_MOST)
+    previous = torch.cat([gains[..., :1], gains[..., :-1]], -1)
+    return torch.lerp(gains, previous, GAIN_MEMORY).clamp(GAIN_LEAST, GAIN_MOST)
 
 
-def _added(heard: Tensor, clean: Tensor) -> Tensor:
-    """How much more counts what was added, (B, BANDS, frames)."""
+def _added(estimate: Tensor, clean: Tensor) -> Tensor:
+    """Factors (B, BANDS, frames) by which added sound counts more."""
     floor = 10 ** (ADDED_FLOOR_DB_SPL / 10)
-    factor = ((heard + floor) / (clean + floor)) ** ADDED_EXPONENT
+    factor = ((estimate + floor) / (clean + floor)) ** ADDED_EXPONENT
     return torch.where(factor < ADDED_LEAST, 0.0, factor.clamp(max=ADDED_MOST))
 
 
 def _over_time(disturbance: Tensor) -> Tensor:
     """The norm (B,) of disturbances (B, frames): the sixth within syllables, the second over them.
 
-    A syllable begins every half of one, also where less than a whole one is left: what lacks is 0 (P.862).
+    A syllable begins at every half syllable; the last ones are filled with zeros (P.862).
     """
     disturbance = disturbance.clamp(max=MOST) + BEYOND * (disturbance - MOST).clamp(min=0)
     frames, hop = disturbance.shape[-1], SYLLABLE // 2
-    begun = (frames - 1) // hop * hop
-    whole = F.pad(disturbance, (0, begun + SYLLABLE - frames))
-    syllables = whole.unfold(-1, SYLLABLE, hop) ** SYLLABLE_NORM
-    of_syllables = _root(syllables.mean(-1), SYLLABLE_NORM)
-    return _root(of_syllables.square().mean(-1), 2)
+    last_start = (frames - 1) // hop * hop
+    padded = F.pad(disturbance, (0, last_start + SYLLABLE - frames))
+    syllables = padded.unfold(-1, SYLLABLE, hop) ** SYLLABLE_NORM
+    norms = _root(syllables.mean(-1), SYLLABLE_NORM)
+    return _root(norms.square().mean(-1), 2)
 
 
 def _root(value: Tensor, order: int) -> Tensor:

@@ -9,19 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvat_dist.config.sizes import SPATIAL_KERNEL
-from mvat_dist.models.layers import (
+from mvat_dist.models.cpu_kernels import (
     BatchNorm,
+    add_bias,
+    banded,
     by_tiles,
-    conv_bn,
     conv_of,
     conv_together,
-    depthwise_conv,
-    gated_tanh,
     norm_together,
 )
+from mvat_dist.models.layers import conv_bn, depthwise_conv, gated_tanh
 
 VECTOR = 16
-"""Numbers that a processor's, or a GPU's, attention kernel takes at once."""
+"""Numbers that an attention kernel of a CPU or a GPU processes at once."""
 ViewFeatures = tuple[Tensor, Tensor, Tensor]
 """Features of the channel, the global and the local view, each (B, n, T)."""
 
@@ -29,7 +29,7 @@ ViewFeatures = tuple[Tensor, Tensor, Tensor]
 def chunk(x: Tensor, length: int) -> Tensor:
     """(B, n, T) -> (B, n, P, C): chunks of `length` C frames, each overlapping the next by half.
 
-    C zeros are padded on both sides; frames of the right padding that fill no chunk are left out.
+    C zeros are padded on both sides; frames of the right padding that do not fill a chunk are dropped.
     """
     hop = length // 2
     batch, channels, frames = x.shape
@@ -47,7 +47,7 @@ def overlap_add(chunks: Tensor, frames: int) -> Tensor:
 
 
 class ChannelView(nn.Module):
-    """Weights each channel by what its maximum and mean over time say of it."""
+    """Weights each channel by a perceptron of its maximum and its mean over time."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -63,9 +63,9 @@ class ChannelView(nn.Module):
 class GlobalView(nn.Module):
     """Per channel, scaled dot-product attention across the chunks of the whole input.
 
-    A token is the C frames of one chunk. Each of `heads` heads is C wide. No key is projected and no
-    value: with tokens x, the scores (x Wq')(x Wk')' are (x (Wq' Wk)) x', and the output
-    A (x Wv') Wo' is (A x) (Wv' Wo'), so the tokens themselves are keys and values.
+    A token is the C frames of one chunk, and each of `heads` heads is C wide. Keys and values are not
+    projected: with tokens x, the scores (x Wq')(x Wk')' are (x (Wq' Wk)) x', and the output A (x Wv') Wo' is
+    (A x) (Wv' Wo'), so the tokens themselves serve as keys and values.
     """
 
     def __init__(self, chunk_length: int, heads: int) -> None:
@@ -82,7 +82,7 @@ class GlobalView(nn.Module):
         by_head = (self.heads, -1, length)
         query, key, value = (layer.weight.view(by_head) for layer in (self.w_qs, self.w_ks, self.w_vs))
         out = self.fc.weight.t().reshape(by_head)  # transposed, as the others are
-        # Tokens with zeros up to whole vectors of the processor: another sixth of speed where C is 94.
+        # Tokens are padded with zeros to full vectors of the processor: a sixth faster where C is 94.
         zeros = -length % VECTOR
         to_scores = F.pad(query.transpose(1, 2) @ key, (0, zeros))
         to_output = F.pad(value.transpose(1, 2) @ out, (0, 0, 0, zeros))
@@ -94,7 +94,7 @@ class GlobalView(nn.Module):
 
 
 class LocalView(nn.Module):
-    """Weights each frame of each chunk by what its neighbours in the chunk say of it."""
+    """Weights each frame of each chunk by a convolution over its neighbours in the chunk."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -110,27 +110,11 @@ class LocalView(nn.Module):
         """(B, n, P, C) -> the weights (B, 1, P, C), which all channels share."""
         wide, narrow = conv_of(self.depth_conv), conv_of(self.conv)
         length = chunks.shape[-1]
-        local = _plus(chunks @ banded(wide.weight[:, 0], length), wide.bias)
+        local = add_bias(chunks @ banded(wide.weight[:, 0], length), wide.bias)
         local = F.silu(self.depth_conv[1](local))
         summary = torch.cat([local.amax(1, keepdim=True), local.mean(1, keepdim=True)], dim=-1)
-        weights = _plus(summary @ banded(narrow.weight[0], length).flatten(0, 1), narrow.bias)
+        weights = add_bias(summary @ banded(narrow.weight[0], length).flatten(0, 1), narrow.bias)
         return torch.sigmoid(self.conv[1](weights))
-
-
-def _plus(x: Tensor, bias: Tensor | None) -> Tensor:
-    """(B, n, P, C) with a bias (n,) where there is one: where BatchNorm has been folded."""
-    return x if bias is None else x + bias.view(-1, 1, 1)
-
-
-def banded(taps: Tensor, length: int) -> Tensor:
-    """(n, K) -> (n, C, C): x @ it is the convolution of C = `length` frames with K taps, length kept.
-
-    A product with a matrix that is mostly zeros: C / K times the work, and a far faster kernel.
-    """
-    length = int(length)  # of one architecture: a trace would take it for a variable
-    before = length - 1 - taps.shape[-1] // 2
-    diagonals = F.pad(taps, (before, 2 * length - 1 - taps.shape[-1] - before))
-    return diagonals.unfold(-1, length, 1).flip(-1)
 
 
 class MultiViewBlock(nn.Module):
@@ -158,14 +142,14 @@ class MultiViewBlock(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ViewFeatures]:
         """(B, N, T) -> (B, N, T) and the view features F_v, each (B, floor(N / 3), T).
 
-        F_v is taken behind each view's own convolution, BatchNorm and ReLU: a design choice, for
-        there the views have the form in which the block joins them.
+        F_v is taken after each view's own convolution, BatchNorm and ReLU, where the views have the form in
+        which the block joins them (design choice).
         """
-        ways = (self.in_branch0, self.in_branch1, self.in_branch2, self.shortcut)
-        y = norm_together(conv_together(x, *ways), *(way[1] for way in ways))
-        # Split, not sliced: the gradient is then put together once, and not added up among zeros.
+        layers = (self.in_branch0, self.in_branch1, self.in_branch2, self.shortcut)
+        y = norm_together(conv_together(x, *layers), *(layer[1] for layer in layers))
+        # Split, not sliced: the gradient of a split is one concatenation, that of slices a sum with zeros.
         branches, direct = torch.split(y, [y.shape[1] - x.shape[1], x.shape[1]], dim=1)
-        # In place where nothing else needs y: at 30 s of audio, each of these is a tenth of a gigabyte.
+        # In place where no gradient needs y: at 30 s of audio, each such tensor has a tenth of a gigabyte.
         branches = F.relu(branches, inplace=not torch.is_grad_enabled())
         features = self._features(self._views(branches))
         joined = self.conv(features)
@@ -177,16 +161,17 @@ class MultiViewBlock(nn.Module):
         return direct + gated
 
     def _views(self, branches: Tensor) -> Tensor:
-        """The three branches (B, 3n, T), each through its own view."""
+        """Apply each view to its branch of (B, 3n, T)."""
         first, second, third = branches.chunk(3, dim=1)
         frames = branches.shape[-1]
         attended = overlap_add(self.global_attn(chunk(second, self.chunk_length)), frames)
-        # Both chunks over a frame hold the same frame, so the mean over them is a mean of their weights.
+        # Both chunks over a frame hold the same frame, so the mean of the weighted frames is a mean of
+        # weights.
         weights = overlap_add(self.local_attn(chunk(third, self.chunk_length)), frames)
         return torch.cat([self.channel_attn(first), attended, third * weights], dim=1)
 
     def _features(self, views: Tensor) -> Tensor:
-        """Each view (B, 3n, T) through its own convolution of three taps, as groups of one."""
-        ways = (self.out_branch0, self.out_branch1, self.out_branch2)
-        y = norm_together(conv_together(views, *ways, groups=3), *(way[1] for way in ways))
+        """Apply each view's own convolution with three taps to (B, 3n, T), as groups of one convolution."""
+        layers = (self.out_branch0, self.out_branch1, self.out_branch2)
+        y = norm_together(conv_together(views, *layers, groups=3), *(layer[1] for layer in layers))
         return F.relu(y, inplace=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mvat_dist.models.attention import MultiViewBlock
-from mvat_dist.models.layers import BatchNorm
+from mvat_dist.models.cpu_kernels import BatchNorm
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -19,10 +19,10 @@ Network = TypeVar("Network", bound=nn.Module)
 def folded(network: Network) -> Network:
     """A copy of `network` for inference; the network itself stays as it is.
 
-    In eval mode a BatchNorm is an affine map, and becomes part of the convolution before it. So does,
-    in a multi-view block, the convolution that joins the views: nothing but the two convolutions of the
-    gate reads it, and of two linear maps in a row one is left. View features stay what they were.
-    The copy is in eval mode, holds no gradients, and is no checkpoint: its keys differ.
+    In eval mode a BatchNorm is an affine map and becomes part of the convolution before it. In a multi-view
+    block, the convolution that joins the views becomes part of the two convolutions of the gate, which alone
+    read it. View features do not change. The copy is in eval mode, holds no gradients, and is no checkpoint:
+    its keys differ.
     """
     network = copy.deepcopy(network).eval().requires_grad_(False)
     for module in list(network.modules()):
@@ -35,17 +35,17 @@ def folded(network: Network) -> Network:
 
 
 def _fold(sequence: nn.Sequential) -> None:
-    """BatchNorms of `sequence` into the convolutions before them; identities take their places."""
-    before: nn.Module | None = None
+    """Fold the BatchNorms of `sequence` into the convolutions before them; identities replace them."""
+    conv: nn.Module | None = None
     for name, layer in list(sequence.named_children()):
-        if isinstance(layer, BatchNorm) and before is not None:
-            _scale(before, layer)
+        if isinstance(layer, BatchNorm) and conv is not None:
+            _scale(conv, layer)
             setattr(sequence, name, nn.Identity())
-        before = next(_convolutions(layer), None)
+        conv = next(_convolutions(layer), None)
 
 
 def _convolutions(module: nn.Module) -> Iterator[nn.Module]:
-    return (one for one in module.modules() if isinstance(one, nn.Conv1d | nn.ConvTranspose1d))
+    return (layer for layer in module.modules() if isinstance(layer, nn.Conv1d | nn.ConvTranspose1d))
 
 
 def _scale(conv: nn.Module, norm: BatchNorm) -> None:
@@ -58,17 +58,19 @@ def _scale(conv: nn.Module, norm: BatchNorm) -> None:
 
 
 def _join(block: MultiViewBlock) -> None:
-    """The convolution that joins the views into those of the gate."""
+    """Fold the convolution that joins the views into those of the gate."""
     joining = block.conv[0]
     assert isinstance(joining, nn.Conv1d)
     for sequence in (block.output_tanh, block.output_sigmoid):
         gate = sequence[0]
         assert isinstance(gate, nn.Conv1d)
         weight, bias = gate.weight[..., 0], _tensor(gate.bias) + gate.weight[..., 0] @ _tensor(joining.bias)
-        both = nn.Conv1d(joining.in_channels, gate.out_channels, 1, device=weight.device, dtype=weight.dtype)
-        both.weight = nn.Parameter((weight @ joining.weight[..., 0]).unsqueeze(-1), requires_grad=False)
-        both.bias = nn.Parameter(bias, requires_grad=False)
-        sequence[0] = both
+        product = nn.Conv1d(
+            joining.in_channels, gate.out_channels, 1, device=weight.device, dtype=weight.dtype
+        )
+        product.weight = nn.Parameter((weight @ joining.weight[..., 0]).unsqueeze(-1), requires_grad=False)
+        product.bias = nn.Parameter(bias, requires_grad=False)
+        sequence[0] = product
     block.conv = nn.Sequential()
 
 

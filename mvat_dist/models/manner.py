@@ -8,15 +8,8 @@ from torch import Tensor, nn
 from mvat_dist.config import sizes
 from mvat_dist.config.sizes import VIEWS, Side, Size, ViewKey
 from mvat_dist.models.attention import MultiViewBlock
-from mvat_dist.models.layers import (
-    BatchNorm,
-    FromMonoConv1d,
-    MaskGate,
-    ResidualConformer,
-    ToMonoConv1d,
-    UpConv1d,
-    rescale,
-)
+from mvat_dist.models.cpu_kernels import BatchNorm, FromMonoConv1d, ToMonoConv1d, UpConv1d
+from mvat_dist.models.layers import MaskGate, ResidualConformer, rescale
 
 Views = dict[ViewKey, Tensor]
 """View features (B, n, T_b) by (side, level, view), in the order of computation."""

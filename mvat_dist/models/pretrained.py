@@ -1,4 +1,4 @@
-"""Loads MANNER weights, the authors' or ours, and infers the architecture from the shapes."""
+"""Load MANNER weights, the authors' or ours, and infer the architecture from the shapes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mvat_dist.errors import UserError
 from mvat_dist.models.manner import Manner
 
 WRAPPER_PREFIX = "module."
-"""What DataParallel and DistributedDataParallel put before every key."""
+"""Prefix that DataParallel and DistributedDataParallel add to every key."""
 
 # The authors' files hold the best PESQ beside the weights, which may be a numpy scalar. These are
 # the harmless globals that its pickle names, the function under its old and its new module.
@@ -52,7 +52,7 @@ def load_manner_checkpoint(source: str | Path | Mapping[str, Any], size: Size | 
         name, content = str(source), _read(Path(source))
     state = _state_dict(name, content)
     size = size or _infer_size(name, state)
-    with torch.device("meta"):  # no time and no random numbers spent on weights that are replaced
+    with torch.device("meta"):  # spend no time and no random numbers on weights that are replaced
         model = Manner(size)
     _check(name, state, model.state_dict())
     model.to_empty(device="cpu").load_state_dict(state)
@@ -74,7 +74,7 @@ def _read(path: Path) -> Mapping[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError:
         raise
-    except Exception as error:  # what is no checkpoint fails in as many ways as there are files
+    except Exception as error:  # a file that is no checkpoint can fail in any way
         raise UserError(f"{path}: not a checkpoint that torch or safetensors can read safely") from error
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: holds {type(content).__name__} instead of a dict of weights")
@@ -82,12 +82,12 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 
 def _graph(path: Path) -> str:
-    """Of which kind an exported graph is, which has no weights by name; empty for any other file."""
+    """The kind of an exported graph, which has no weights by name; empty for any other file."""
     if path.suffix == ".onnx":
         return "ONNX"
     try:
         with zipfile.ZipFile(path) as archive:
-            # By which torch itself knows one.
+            # torch itself recognises one by this file.
             scripted = any(name.endswith("/constants.pkl") for name in archive.namelist())
     except (OSError, ValueError, zipfile.BadZipFile):
         return ""

@@ -1,7 +1,7 @@
-"""Weights on disk: one safetensors file that names its own architecture.
+"""Save and load weights: one safetensors file that names its own architecture.
 
-Written at every save as ``students/NAME/{best,last}/model.safetensors``; read as a teacher, for
-scoring and by anyone else. Checkpoints of the authors (``.pth``) are read too.
+A training writes ``students/NAME/{best,last}/model.safetensors`` at every save. Checkpoints of the authors
+(``.pth``) are read too.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class LoadedModel:
     name: str
     model: Manner
     step: int | None
-    """Optimiser steps behind it; None where the file does not say."""
+    """Optimiser steps of its training; None where the file does not say."""
     about: Mapping[str, str] = field(default_factory=dict)
-    """What an exported file says of its origin (`mvat_dist.inference.provenance`); empty for other files."""
+    """An exported file's statements on its origin (`inference.provenance`); empty for other files."""
 
 
 def save(
@@ -44,7 +44,7 @@ def save(
     step: int | None,
     about: Mapping[str, str] | None = None,
 ) -> None:
-    """Write weights and BatchNorm buffers atomically to `path`, and `about` them what else is to be said."""
+    """Write weights and BatchNorm buffers atomically to `path`, with `about` as further metadata."""
     header = {
         **(about or {}),
         "format": metadata.FORMAT,
@@ -55,7 +55,7 @@ def save(
     if step is not None:
         header["step"] = str(step)
     with atomic_file(path) as temporary:
-        # As bytes: a file that safetensors makes itself is for its owner alone.
+        # As bytes, because a file that safetensors writes itself can be read by its owner alone.
         temporary.write_bytes(
             serialise({key: value.contiguous().cpu() for key, value in weights.items()}, header)
         )

@@ -18,9 +18,8 @@ from torch import Tensor
 from mvat_dist.config.schema import DistilConfig, LossConfig
 from mvat_dist.config.sizes import SIZES, VIEWS, Size, View, ViewKey
 from mvat_dist.errors import UserError
-from mvat_dist.losses import distance as distances
-from mvat_dist.losses.compressed import CompressedLoss
-from mvat_dist.losses.enhancement import EnhancementLoss, OutputLoss, WaveformLoss
+from mvat_dist.losses import stft as distances
+from mvat_dist.losses.enhancement import CompressedLoss, EnhancementLoss, OutputLoss, WaveformLoss
 from mvat_dist.losses.mvat import energy_map, mvat_loss, shared_blocks
 from mvat_dist.losses.objective import Objective
 from mvat_dist.losses.pesq import PesqLoss

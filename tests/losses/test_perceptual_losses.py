@@ -16,7 +16,7 @@ from torch.nn.functional import interpolate
 
 from mvat_dist.config.schema import SAMPLE_RATE
 from mvat_dist.losses import pesq as pesq_losses
-from mvat_dist.losses.compressed import CompressedLoss
+from mvat_dist.losses.enhancement import CompressedLoss
 from mvat_dist.losses.pesq import PesqLoss, loudness
 from mvat_dist.models.log_mmse import LogMmse
 from tests.signals import noise_at, syllables

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mvat_dist.losses.distance import RESOLUTIONS, Resolution, distance, reference
-from mvat_dist.losses.stft import hann, power, stft
+from mvat_dist.losses.stft import RESOLUTIONS, Resolution, distance, hann, power, reference, stft
 
 DOUBLE, CPU = torch.float64, torch.device("cpu")
 SHAPES = [*RESOLUTIONS, Resolution(512, 128, 512), Resolution(16, 16, 10), Resolution(8, 3, 4)]

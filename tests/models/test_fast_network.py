@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mvat_dist.config.sizes import Size
-from mvat_dist.models.attention import banded
+from mvat_dist.models.cpu_kernels import TILE, UpConv1d, banded, norm_together
 from mvat_dist.models.fold import folded
-from mvat_dist.models.layers import TILE, UpConv1d, norm_together
 from mvat_dist.models.manner import build
 from tests import oracle
 from tests.models.test_models import noise, relative_error, tiny

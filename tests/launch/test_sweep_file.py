@@ -1,13 +1,11 @@
-"""Points of a sweep file: distributions against scipy's, a grid against itertools, and what is refused."""
+"""Points of a sweep file: random ones, a grid against itertools, and what is refused."""
 
 from __future__ import annotations
 
 import itertools
-import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 from scipy import stats
@@ -17,8 +15,6 @@ from mvat_dist.launch import sweep_file
 from mvat_dist.launch.sweep_file import Sweep
 from tests.conftest import REPOSITORY
 
-DRAWS = 1500
-
 
 def sweep(folder: Path, parameters: Any, method: str = "random", **more: Any) -> Sweep:
     file = folder / "a sweep.yaml"
@@ -27,60 +23,11 @@ def sweep(folder: Path, parameters: Any, method: str = "random", **more: Any) ->
     return sweep_file.read(file)
 
 
-def drawn(folder: Path, spec: dict[str, Any]) -> np.ndarray:
-    random_search = sweep(folder, {"x": spec})
-    return np.array([random_search.point(number, seed=0)["x"] for number in range(DRAWS)])
-
-
-CONTINUOUS = [
-    ({"min": 0.5, "max": 2.5}, stats.uniform(0.5, 2.0)),
-    ({"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-1}, stats.loguniform(1e-4, 1e-1)),
-    ({"distribution": "log_uniform", "min": -3, "max": 2}, stats.loguniform(math.exp(-3), math.exp(2))),
-    ({"distribution": "inv_log_uniform", "min": -3, "max": 2}, stats.loguniform(math.exp(-2), math.exp(3))),
-    ({"distribution": "inv_log_uniform_values", "min": 0.1, "max": 9.0}, stats.loguniform(0.1, 9.0)),
-    ({"mu": 2.0, "sigma": 0.5}, stats.norm(2.0, 0.5)),
-    ({"distribution": "log_normal", "mu": 0.5, "sigma": 0.3}, stats.lognorm(0.3, scale=math.exp(0.5))),
-    ({"distribution": "beta", "a": 2, "b": 5}, stats.beta(2, 5)),
-]
-
-
-def _name(value: object) -> str:
-    """A name that is the same in every process."""
-    return str(value) if isinstance(value, dict) else "as expected"
-
-
-@pytest.mark.parametrize(("spec", "expected"), CONTINUOUS, ids=_name)
-def test_continuous_distributions(tmp_path: Path, spec: dict[str, Any], expected: Any) -> None:
-    assert stats.kstest(drawn(tmp_path, spec), expected.cdf).pvalue > 1e-3
-
-
-# W&B has no rounded kind of the inverse ones.
-ROUNDED = [case for case in CONTINUOUS if not case[0].get("distribution", "").startswith("inv_")]
-
-
-@pytest.mark.parametrize(("spec", "expected"), ROUNDED, ids=_name)
-def test_q_rounds_to_multiples(tmp_path: Path, spec: dict[str, Any], expected: Any) -> None:
-    kind = spec.get("distribution", "normal" if "mu" in spec else "uniform")
-    step = 0.1
-    values = drawn(tmp_path, {**spec, "distribution": f"q_{kind}", "q": step})
-    multiples = np.round(values / step)
-    np.testing.assert_allclose(values, multiples * step, rtol=1e-9)
-    # The share of each multiple is what the distribution gives to its cell.
-    for multiple in np.unique(multiples):
-        share = np.mean(multiples == multiple)
-        cell = expected.cdf((multiple + 0.5) * step) - expected.cdf((multiple - 0.5) * step)
-        assert abs(share - cell) < 4 * math.sqrt(cell * (1 - cell) / DRAWS) + 1 / DRAWS
-
-
-def test_discrete_distributions(tmp_path: Path) -> None:
-    integers = drawn(tmp_path, {"min": 2, "max": 5})
-    assert set(integers.tolist()) == {2, 3, 4, 5}
-    assert stats.chisquare(np.bincount(integers)[2:]).pvalue > 1e-3
-    shares = [0.5, 0.3, 0.2]
-    chosen = drawn(tmp_path, {"values": ["a", "b", "c"], "probabilities": shares}).tolist()
-    counts = [chosen.count(letter) for letter in "abc"]
-    assert stats.chisquare(counts, [DRAWS * share for share in shares]).pvalue > 1e-3
-    assert set(drawn(tmp_path, {"value": 7}).tolist()) == {7}
+def test_points_of_a_random_search_are_spread_as_the_distribution_says(tmp_path: Path) -> None:
+    search = sweep(tmp_path, {"x": {"min": 0.5, "max": 2.5}, "y": {"mu": 2.0, "sigma": 0.5}})
+    points = [search.point(number, seed=0) for number in range(1500)]
+    assert stats.kstest([point["x"] for point in points], stats.uniform(0.5, 2.0).cdf).pvalue > 1e-3
+    assert stats.kstest([point["y"] for point in points], stats.norm(2.0, 0.5).cdf).pvalue > 1e-3
 
 
 def test_very_many_values_cost_nothing(tmp_path: Path) -> None:
@@ -168,6 +115,7 @@ def test_how_many_points(tmp_path: Path) -> None:
             {"parameters": {"x": {"distribution": "log_uniform_values", "min": 0, "max": 1}}},
             "min is 0.*above 0",
         ),
+        ({"parameters": {"x": {"distribution": "log_uniform", "max": 1e4}}}, "log_uniform_values takes"),
         ({"program": None}, "program is missing"),
         ({"run_cap": 0}, "run_cap is 0"),
     ],

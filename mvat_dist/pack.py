@@ -13,10 +13,9 @@ from tabulate import tabulate
 
 from mvat_dist.config.cli import ConfigHelpFormatter, place
 from mvat_dist.data.prepare.corpora import list_dns, list_valentini
-from mvat_dist.data.prepare.histograms import check_picture, draw
 from mvat_dist.data.prepare.reading import REASONS
 from mvat_dist.data.prepare.recipes import DnsRecipe, Recipe, ValentiniRecipe
-from mvat_dist.data.prepare.statistics import collect, source_table, subset_table
+from mvat_dist.data.prepare.statistics import check_picture, collect, draw, source_table, subset_table
 from mvat_dist.data.prepare.verify import verify
 from mvat_dist.data.prepare.write import REJECTED, pack
 from mvat_dist.data.synthetic.corpus import make_corpus

@@ -13,7 +13,7 @@ import soundfile
 from mvat_dist import pack
 from mvat_dist.data.shards.reader import ShardSet
 from mvat_dist.data.synthetic.corpus import shoebox
-from mvat_dist.data.synthetic.noises import MAKERS, RATE
+from mvat_dist.data.synthetic.noises import GENERATORS, RATE
 from mvat_dist.errors import exit_code
 
 pytest.importorskip(
@@ -90,8 +90,8 @@ def test_speech_has_the_rhythm_of_speech(corpus: Path) -> None:
 
 def test_noise_recordings_differ_in_kind_and_within_a_kind() -> None:
     spectra = {}
-    for kind, maker in MAKERS.items():
-        first, second = (maker(2.0, np.random.default_rng(seed)) for seed in (0, 1))
+    for kind, generator in GENERATORS.items():
+        first, second = (generator(2.0, np.random.default_rng(seed)) for seed in (0, 1))
         assert first.shape == (2 * RATE,)
         assert np.isfinite(first).all()
         assert np.sqrt(np.mean(first**2)) == pytest.approx(1, rel=1e-6)

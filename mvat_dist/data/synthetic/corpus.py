@@ -1,7 +1,8 @@
-"""A small corpus in the DNS-Challenge layout out of nothing: synthetic voices, noises and rooms.
+"""Make a small corpus in the DNS-Challenge layout of synthetic voices, noises and rooms.
 
-It shows the whole path on a machine without data. The speech is espeak-ng's: intelligible, varied in
-voice and text, and far more regular than people; a network trained on it is a demonstration.
+With it the path from corpus to scores runs on a machine without data. The speech is espeak-ng's:
+intelligible, varied in voice and text, and far more regular than people; a network trained on it is a
+demonstration.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from mvat_dist.data.mixing.mix import mix
 from mvat_dist.data.synthetic import voices
-from mvat_dist.data.synthetic.noises import MAKERS, RATE, Signal
+from mvat_dist.data.synthetic.noises import GENERATORS, RATE, Signal
 from mvat_dist.errors import UserError
 from mvat_dist.io import atomic_directory, read_json, write_json
 
@@ -42,7 +43,7 @@ _SPEED_OF_SOUND = 343.0
 def make_corpus(
     out: Path, *, speech_minutes: float, noise_minutes: float, rooms: int, seed: int, test_clips: int = 0
 ) -> None:
-    """Write a corpus to `out`, whole or not at all; do nothing where the same one is there.
+    """Write a synthetic corpus to `out` atomically; do nothing where the same one is there.
 
     Args:
         out: folder that will hold ``clean_fullband``, ``noise_fullband`` and ``impulse_responses``.
@@ -97,14 +98,15 @@ def _write_speech(folder: Path, minutes: float, seed: int, random: np.random.Gen
     levels = random.uniform(*_SPEECH_DBFS, size=READERS)
     count = max(2, round(minutes * 60 / (2 * _SECONDS_PER_SENTENCE)))
     lines = [
-        voices.Line(readers[at % READERS], _text(int(random.integers(1, 4)), random)) for at in range(count)
+        voices.Line(readers[number % READERS], _text(int(random.integers(1, 4)), random))
+        for number in range(count)
     ]
     spoken = voices.speak(lines, seed)
-    for at, pcm in enumerate(tqdm(spoken, "writing speech", unit="utt")):
-        reader = at % READERS
+    for number, pcm in enumerate(tqdm(spoken, "writing speech", unit="utt")):
+        reader = number % READERS
         rate = (RATE, voices.RATE)[reader % 2]
         audio = soxr.resample(pcm / 32768, voices.RATE, rate, quality="VHQ")
-        name = f"synthetic_reader_{reader:05d}_{at // READERS:04d}.wav"
+        name = f"synthetic_reader_{reader:05d}_{number // READERS:04d}.wav"
         soundfile.write(folder / name, _scaled(audio, levels[reader]), rate, subtype="PCM_16")
 
 
@@ -115,10 +117,10 @@ def _text(sentences: int, random: np.random.Generator) -> str:
 def _write_noise(folder: Path, minutes: float, seed: int, random: np.random.Generator) -> None:
     """Recordings of every kind, in pieces; one kind at 48 kHz in stereo, as noise collections are."""
     folder.mkdir(parents=True)
-    seconds = minutes * 60 / (RECORDINGS_PER_KIND * (len(MAKERS) + 1))
+    seconds = minutes * 60 / (RECORDINGS_PER_KIND * (len(GENERATORS) + 1))
     recordings = {"babble": _babble(seconds, seed, random)}
-    for kind, maker in tqdm(MAKERS.items(), "making noise", unit="kind"):
-        recordings[kind] = [maker(seconds, random) for _ in range(RECORDINGS_PER_KIND)]
+    for kind, generator in tqdm(GENERATORS.items(), "making noise", unit="kind"):
+        recordings[kind] = [generator(seconds, random) for _ in range(RECORDINGS_PER_KIND)]
     for kind, signals in recordings.items():
         for letter, signal in zip(ascii_lowercase, signals, strict=False):
             pieces = np.array_split(_scaled(signal, _NOISE_DBFS), int(np.ceil(seconds / _LONGEST_PIECE)))
@@ -132,33 +134,33 @@ def _write_noise(folder: Path, minutes: float, seed: int, random: np.random.Gene
 
 
 def _babble(seconds: float, seed: int, random: np.random.Generator) -> list[Signal]:
-    """Recordings of several people who read at once; none of them reads the clean speech as well."""
+    """Recordings of several people who read at once; none of them reads the clean speech."""
     sentences = int(np.ceil(seconds / _SECONDS_PER_SENTENCE)) + 2
     talkers = voices.readers(_TALKERS * RECORDINGS_PER_KIND, random)
-    spoken = voices.speak([voices.Line(one, _text(sentences, random)) for one in talkers], seed + 1)
+    spoken = voices.speak([voices.Line(talker, _text(sentences, random)) for talker in talkers], seed + 1)
     samples = int(seconds * RATE)
-    heard = []
+    babble = []
     for pcm in spoken:
         audio = np.resize(soxr.resample(pcm / 32768, voices.RATE, RATE, quality="VHQ"), samples)
-        heard.append(np.roll(audio, int(random.integers(samples))))
-    return [np.sum(heard[at::RECORDINGS_PER_KIND], axis=0) for at in range(RECORDINGS_PER_KIND)]
+        babble.append(np.roll(audio, int(random.integers(samples))))
+    return [np.sum(babble[first::RECORDINGS_PER_KIND], axis=0) for first in range(RECORDINGS_PER_KIND)]
 
 
 def _write_test_set(folder: Path, clips: int, seed: int, random: np.random.Generator) -> None:
     """Pairs named as the DNS-Challenge's synthetic test sets are."""
     readers = voices.readers(_TEST_READERS, random)
-    lines = [voices.Line(readers[at % _TEST_READERS], _text(1, random)) for at in range(clips)]
-    kinds = list(MAKERS)
+    lines = [voices.Line(readers[number % _TEST_READERS], _text(1, random)) for number in range(clips)]
+    kinds = list(GENERATORS)
     for part in ("clean", "noisy"):
         (folder / part).mkdir(parents=True)
-    for at, pcm in enumerate(tqdm(voices.speak(lines, seed + 2), "mixing test clips", unit="clip")):
+    for number, pcm in enumerate(tqdm(voices.speak(lines, seed + 2), "mixing test clips", unit="clip")):
         clean = soxr.resample(pcm / 32768, voices.RATE, RATE, quality="VHQ").astype(np.float32)
-        kind, snr = kinds[at % len(kinds)], round(random.uniform(*_TEST_SNR_DB))
-        noise = MAKERS[kind](clean.size / RATE + 0.1, random)[: clean.size].astype(np.float32)
+        kind, snr = kinds[number % len(kinds)], round(random.uniform(*_TEST_SNR_DB))
+        noise = GENERATORS[kind](clean.size / RATE + 0.1, random)[: clean.size].astype(np.float32)
         mixed = mix(clean, noise, snr, random.uniform(*_SPEECH_DBFS))
-        name = f"synthetic_{at % _TEST_READERS}_{kind}_snr{snr}_fileid_{at}.wav"
+        name = f"synthetic_{number % _TEST_READERS}_{kind}_snr{snr}_fileid_{number}.wav"
         soundfile.write(folder / "noisy" / name, mixed.noisy, RATE, subtype="PCM_16")
-        soundfile.write(folder / "clean" / f"clean_fileid_{at}.wav", mixed.clean, RATE, subtype="PCM_16")
+        soundfile.write(folder / "clean" / f"clean_fileid_{number}.wav", mixed.clean, RATE, subtype="PCM_16")
 
 
 def _write_rooms(folder: Path, rooms: int, random: np.random.Generator) -> None:
@@ -191,8 +193,8 @@ def shoebox(
 
     Args:
         size: of the room in metres, as the two positions.
-        talker: where the sound is made.
-        microphone: where it is heard.
+        talker: position of the source.
+        microphone: position of the receiver.
         reverberation_time: seconds in which the sound falls by 60 dB.
     """
     volume, surface = size.prod(), 2 * (size[0] * size[1] + size[1] * size[2] + size[2] * size[0])
@@ -212,8 +214,8 @@ def shoebox(
     i, j, k = np.meshgrid(*bounces, indexing="ij", sparse=True)
     count = (i + j + k).ravel()
     delay = np.round(distance / _SPEED_OF_SOUND * RATE).astype(int)
-    heard = delay < samples
-    response = np.bincount(delay[heard], (reflection**count / distance)[heard], samples)
+    audible = delay < samples
+    response = np.bincount(delay[audible], (reflection**count / distance)[audible], samples)
     return np.asarray(response / np.abs(response).max() * _PEAK)
 
 

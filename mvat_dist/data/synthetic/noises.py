@@ -1,7 +1,7 @@
-"""Noises for the synthetic corpus, made from random numbers: steady, fluctuating and impulsive ones.
+"""Noises for the synthetic corpus, made of random numbers: steady, fluctuating and impulsive ones.
 
-Each maker takes a length in seconds and a generator and returns audio (T,) at `RATE` of about unit RMS.
-No two recordings of a kind share samples or parameters.
+Each function takes a length in seconds and a random generator, and returns audio (T,) at `RATE` of about unit
+RMS. No two recordings of a kind share samples or parameters.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from scipy.signal import butter, fftconvolve, sosfilt
 
 Signal = npt.NDArray[np.float64]
-Maker = Callable[[float, np.random.Generator], Signal]
+NoiseGenerator = Callable[[float, np.random.Generator], Signal]
 
 RATE = 16_000
 
@@ -141,9 +141,9 @@ def water(seconds: float, random: np.random.Generator) -> Signal:
     return _unit(np.sum(parts, axis=0))
 
 
-MAKERS: dict[str, Maker] = {
-    maker.__name__: maker
-    for maker in (coloured, hum, fan, wind, rain, traffic, engine, typing, fire, siren, birds, water)
+GENERATORS: dict[str, NoiseGenerator] = {
+    generator.__name__: generator
+    for generator in (coloured, hum, fan, wind, rain, traffic, engine, typing, fire, siren, birds, water)
 }
 
 
@@ -152,7 +152,7 @@ def _time(seconds: float) -> Signal:
 
 
 def _unit(signal: Signal) -> Signal:
-    """Zero mean, RMS 1; a short stretch in which nothing happens stays silent."""
+    """Zero mean, RMS 1; a short signal in which nothing happens stays silent."""
     centred: Signal = signal - signal.mean()
     return np.asarray(centred / max(np.sqrt(np.mean(centred**2)), 1e-12))
 

@@ -26,21 +26,6 @@
 
 set -uo pipefail
 
-# Slurm runs a copy of this script from its spool folder, and keeps the original's path.
-find_project() {
-    local from=${SLURM_SUBMIT_DIR:-$PWD} original
-    original=$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null |
-        sed -n 's|^ *Command=\(.*\)/slurm/distill\.sh.*|\1|p')
-    for project in "${original:-$from}" "$from" "$from/.." "$(dirname "${BASH_SOURCE[0]}")/.."; do
-        if [[ -f $project/mvat_dist/train.py ]]; then
-            (cd "$project" && pwd)
-            return
-        fi
-    done
-    echo "error: no mvat_dist/train.py in $from: call sbatch from the project's folder" >&2
-    return 2
-}
-
 # Slurm writes 1(x4) for a task on each of four nodes.
 tasks=${SLURM_TASKS_PER_NODE:-1}
 tasks=${tasks%%[^0-9]*}
@@ -50,9 +35,19 @@ if ((gpus > tasks)); then
     exit 2
 fi
 
-project=$(find_project) || exit
+# Slurm runs a copy of this script, from its spool folder; environment.sh lies beside the original.
+from=${SLURM_SUBMIT_DIR:-$PWD}
+original=$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null |
+    sed -n 's|^ *Command=\(/.*\)/distill\.sh.*|\1|p')
+for folder in "$(dirname "${BASH_SOURCE[0]}")" "${original:-$from}" "$from/slurm" "$from"; do
+    [[ -f $folder/environment.sh ]] && break
+done
+if [[ ! -f $folder/environment.sh ]]; then
+    echo "error: no slurm/environment.sh in $from: call sbatch from the project's folder" >&2
+    exit 2
+fi
 # shellcheck source=slurm/environment.sh
-source "$project/slurm/environment.sh" || exit
+source "$folder/environment.sh" || exit
 
 logs=runs/slurm
 mkdir -p "$logs" || exit 2

@@ -1,14 +1,18 @@
-# What distill.sh and sweep_agent.sh set up for the ranks of a job; they source it, with $project set.
+# Finds the project and sets up the ranks of a job: distill.sh and sweep_agent.sh source it.
 # shellcheck shell=bash
 
-: "${project:?is set by the script that sources this}"
+project=$(cd -- "$(dirname "${BASH_SOURCE[0]}")/.." >/dev/null && pwd) || return 2
+if [[ ! -f $project/mvat_dist/train.py ]]; then
+    echo "error: no mvat_dist/train.py in $project, where ${BASH_SOURCE[0]} lies" >&2
+    return 2
+fi
 if [[ -f $project/.venv/bin/activate ]]; then
     # shellcheck disable=SC1091 # made by `make setup`
     source "$project/.venv/bin/activate"
 fi
 export PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH}
 
-# A rank that another launcher left in the shell that called sbatch.
+# Rank variables that another launcher left in the shell that called sbatch.
 unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
 # Since Slurm 22.05 srun does not take over sbatch's --cpus-per-task.
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}

@@ -22,28 +22,24 @@
 
 set -uo pipefail
 
-# Slurm runs a copy of this script from its spool folder, and keeps the original's path.
-find_project() {
-    local from=${SLURM_SUBMIT_DIR:-$PWD} original
-    original=$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null |
-        sed -n 's|^ *Command=\(.*\)/slurm/sweep_agent\.sh.*|\1|p')
-    for project in "$(dirname "${BASH_SOURCE[0]}")/.." "${original:-$from}" "$from" "$from/.."; do
-        if [[ -f $project/mvat_dist/trial.py ]]; then
-            (cd "$project" && pwd)
-            return
-        fi
-    done
-    echo "error: no mvat_dist/trial.py in $from: call sbatch from the project's folder" >&2
-    return 2
-}
-
 if (($# < 1)); then
     echo "error: give ENTITY/PROJECT/ID as wandb sweep prints it, or a sweep file" >&2
     exit 2
 fi
-project=$(find_project) || exit
+
+# Slurm runs a copy of this script, from its spool folder; environment.sh lies beside the original.
+from=${SLURM_SUBMIT_DIR:-$PWD}
+original=$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null |
+    sed -n 's|^ *Command=\(/.*\)/sweep_agent\.sh.*|\1|p')
+for folder in "$(dirname "${BASH_SOURCE[0]}")" "${original:-$from}" "$from/slurm" "$from"; do
+    [[ -f $folder/environment.sh ]] && break
+done
+if [[ ! -f $folder/environment.sh ]]; then
+    echo "error: no slurm/environment.sh in $from: call sbatch from the project's folder" >&2
+    exit 2
+fi
 # shellcheck source=slurm/environment.sh
-source "$project/slurm/environment.sh" || exit
+source "$folder/environment.sh" || exit
 
 printf '%s job %s, start %s: a trial of %s on %s\n' "$(date '+%F %T')" "${SLURM_JOB_ID:-none}" \
     "$((${SLURM_RESTART_COUNT:-0} + 1))" "$1" "${SLURM_JOB_NODELIST:-?}"

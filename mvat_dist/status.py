@@ -20,11 +20,12 @@ from tabulate import tabulate
 from mvat_dist.config.cli import CommandParser
 from mvat_dist.distributed import slurm
 from mvat_dist.errors import UserError, exit_code, nearest
-from mvat_dist.io import read_json
+from mvat_dist.io import read_record
 from mvat_dist.runs import heartbeat, lock
 from mvat_dist.runs.folder import RunDir
 from mvat_dist.runs.heartbeat import Beat
 from mvat_dist.runs.lock import Owner
+from mvat_dist.runs.records import JobRecord
 from mvat_dist.training.throughput import in_words
 
 _WATCH_SECONDS = 2.0
@@ -153,10 +154,10 @@ def report(run: RunDir) -> Report:
 
 def _ask_slurm(run: RunDir, made: Report) -> None:
     """Add what squeue says about the job that was submitted for the run, or in which it trained last."""
-    submitted = read_json(run.job) if run.job.exists() else {}
+    record = read_record(run.job, JobRecord) if run.job.exists() else None
     name = None
-    if submitted.get("cluster") == "slurm":
-        made.job, name = submitted["job_id"], submitted["job_name"]
+    if record and record.cluster == "slurm":
+        made.job, name = record.job_id, record.job_name
     elif made.starts:
         made.job = made.starts[-1].get("job", "")
     if not made.job or made.state == "finished":

@@ -1,7 +1,7 @@
 """Start a run on a cluster, or on this machine: ``python -m mvat_dist.submit``.
 
-Its own options say where and on what; every other option is the trainer's and is checked here, before
-a job waits in a queue. On Slurm the run is one job on all nodes; without Slurm its processes run here.
+Its own options say where and on what. Every other option is the trainer's and is checked here, before a job
+waits in a queue. On Slurm the run is one job on all nodes; without Slurm its processes run here.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 from mvat_dist import cache
-from mvat_dist.config import parser as configfile
 from mvat_dist.config.cli import CommandParser
+from mvat_dist.config.parser import parse
 from mvat_dist.config.schema import Config
 from mvat_dist.distributed import slurm
 from mvat_dist.errors import UserError, exit_code
@@ -27,7 +27,7 @@ _SLURM_ONLY = ("partition", "account", "qos", "mem", "constraint", "exclude", "w
 
 def parser() -> argparse.ArgumentParser:
     """The options that are not the trainer's."""
-    made = CommandParser(
+    command = CommandParser(
         "python -m mvat_dist.submit",
         "Start a training run on Slurm, or as processes on this machine. Every option that is not listed "
         "belongs to the trainer: python -m mvat_dist.train --help. Exit code: 0 when the job is queued (with "
@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
         "python -m mvat_dist.submit --nodes 4 --gpus-per-node 8 --time 2-00:00:00 \\\n"
         "      --config configs/distil.yaml --teacher runs/teacher --student all",
     )
-    add = made.add_argument
+    add = command.add_argument
     add(
         "--cluster",
         choices=("auto", "slurm", "local"),
@@ -65,14 +65,13 @@ def parser() -> argparse.ArgumentParser:
         "this machine until the sweep ends)",
     )
     add("--wait", action="store_true", help="wait for the job; the exit code is that of the training")
-    _add_shape(made)
-    _add_slurm(made)
-    return made
+    _add_size(command)
+    _add_slurm(command)
+    return command
 
 
-def _add_shape(made: argparse.ArgumentParser) -> None:
-    shape = made.add_argument_group("size of the job")
-    add = shape.add_argument
+def _add_size(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument_group("size of the job").add_argument
     add("--nodes", type=int, default=1, help="default: 1")
     add("--gpus-per-node", type=int, help="one task runs per GPU")
     add("--tasks-per-node", type=int, help="processes per node (default: --gpus-per-node, else 1)")
@@ -81,9 +80,8 @@ def _add_shape(made: argparse.ArgumentParser) -> None:
     add("--time", default="1-00:00:00", help="limit in minutes or as D-HH:MM:SS (default: 1-00:00:00)")
 
 
-def _add_slurm(made: argparse.ArgumentParser) -> None:
-    slurm = made.add_argument_group("Slurm (the site's defaults where left out)")
-    add = slurm.add_argument
+def _add_slurm(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument_group("Slurm (the site's defaults where left out)").add_argument
     add("--partition")
     add("--account")
     add("--qos")
@@ -114,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         UserError: anything the user can mend, before a job waits for it.
         SystemExit: the training's exit code where this process has waited for it and it failed, or
-            `dispatch.EXIT_BUSY`.
+            `errors.EXIT_BUSY`.
     """
     options, rest = parser().parse_known_args(argv)
     if options.cache is not None:
@@ -123,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.sweep is not None:
         _start_sweep(options, rest)
         return
-    config = configfile.parse(rest, prog="python -m mvat_dist.submit")
+    config = parse(rest, prog="python -m mvat_dist.submit")
     resources = _resources(options, config)
     preflight.check_inputs(config)
     preflight.check_sharing(config, resources)
@@ -131,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     run = RunDir(run_folder(config))
     print(preflight.text(config, resources))
     if reason:
-        _say_local(reason, resources, options)
+        _print_local(reason, resources, options)
     if options.dry_run:
         if not reason:
             print(f"\n{submission.job_script(run, resources)}")
@@ -156,7 +154,7 @@ def _fill_cache(options: argparse.Namespace, rest: list[str]) -> None:
         )
     if options.wait:
         raise UserError("--wait is for training; watch the array with squeue")
-    asked, config = cache.parse(rest)
+    cache_options, config = cache.parse(rest)
     resources = _resources(options, config)
     preflight.check_teacher_file(config.teacher.file)
     if reason := _why_local(options):
@@ -164,7 +162,7 @@ def _fill_cache(options: argparse.Namespace, rest: list[str]) -> None:
         cache.main([*rest, "--dry-run"] if options.dry_run else rest)
         return
     preflight.check_cache(config)
-    out = Path(asked.out).absolute()
+    out = Path(cache_options.out).absolute()
     submission.cache_on_slurm(out, rest, options.cache, resources, dry_run=options.dry_run)
 
 
@@ -173,7 +171,7 @@ def _start_sweep(options: argparse.Namespace, rest: list[str]) -> None:
     reason = _why_local(options)
     target = sweep_jobs.read_target(options.sweep, rest, resources)
     if reason:
-        _say_local(reason, resources, options)
+        _print_local(reason, resources, options)
     start = sweep_jobs.locally if reason else sweep_jobs.on_slurm
     start(target, options.count, resources, dry_run=options.dry_run)
 
@@ -232,7 +230,7 @@ def _other_options(pairs: list[str]) -> dict[str, str | bool]:
 
 
 def _resources(options: argparse.Namespace, config: Config) -> Resources:
-    """What the options ask for, with the gaps filled."""
+    """What Slurm is asked for, with the options that were left out filled in."""
     _check_counts(options)
     gpus = options.gpus_per_node or None
     tasks = options.tasks_per_node or gpus or 1
@@ -272,7 +270,7 @@ def _why_local(options: argparse.Namespace) -> str | None:
     return None
 
 
-def _say_local(reason: str, resources: Resources, options: argparse.Namespace) -> None:
+def _print_local(reason: str, resources: Resources, options: argparse.Namespace) -> None:
     count = resources.processes
     what = "1 local process" if count == 1 else f"{count} local processes"
     print(f"local    {reason}: {preflight.shape(resources)} run as {what}")

@@ -1,9 +1,9 @@
-"""The one reader of rank variables: who am I among the processes of this run, and where is the first?
+"""Read this process's rank, the number of processes and the address of rank 0 from the environment.
 
-Three sources, in this order: a launcher that numbers its processes itself (torchrun, deepspeed, the
-local processes of `mvat_dist.submit`), a Slurm step (``srun``), or a process alone. A batch script or
-an interactive shell of Slurm is a process alone, whatever its job has been given: nobody else runs
-the same command, and waiting for others would hang.
+No other module does. There are three sources, in this order: a launcher that numbers its processes itself
+(torchrun, deepspeed, the local processes of `mvat_dist.submit`), a Slurm step (``srun``), or a process alone.
+A batch script or an interactive shell of Slurm is a process alone, whatever its job has been given: no other
+process runs the same command, and waiting for others would hang.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def port_is_free(port: int) -> bool:
 def job_port(job: str, step: str, restart: str) -> int:
     """The rendezvous port of a Slurm step: every rank computes the same, and a restart another.
 
-    A restarted job must not meet the last processes of its former life on the same port.
+    A restarted job must not meet the last processes of its previous start on the same port.
     """
     spread = zlib.crc32(f"{job}.{step}.{restart}".encode())
     return LOWEST_PORT + spread % (HIGHEST_PORT - LOWEST_PORT + 1)
@@ -130,14 +130,14 @@ def expand_hosts(node_list: str) -> list[str]:
 
 def _expand_numbers(numbers: str, node_list: str) -> list[str]:
     """``01-03,7`` is 01, 02, 03, 7: a range keeps the width of its first number."""
-    found: list[str] = []
+    names: list[str] = []
     for part in numbers.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
         if match is None:
             raise UserError(f"the node list {node_list!r} cannot be read")
         first, last = match.group(1), match.group(2) or match.group(1)
-        found += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-    return found
+        names += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    return names
 
 
 def _launcher(environ: Mapping[str, str]) -> Launcher:
@@ -207,8 +207,9 @@ def _from_slurm(environ: Mapping[str, str]) -> Ranks:
             f"Slurm placed {world_size} tasks unevenly on {len(tasks_per_node)} nodes ({layout}): "
             "ask for --nodes and --ntasks-per-node instead of --ntasks"
         )
-    nodes = environ["SLURM_STEP_NODELIST"]
-    master = "127.0.0.1" if world_size == 1 else _reachable_node(nodes, environ)
+    master = "127.0.0.1"
+    if world_size > 1:
+        master = _reachable_node(environ["SLURM_STEP_NODELIST"], environ)
     return Ranks(
         rank=_integer(environ, "SLURM_PROCID"),
         world_size=world_size,
@@ -225,11 +226,16 @@ def _from_slurm(environ: Mapping[str, str]) -> Ranks:
 
 
 def _refuse_contradiction(environ: Mapping[str, str], ranks: Ranks) -> None:
-    """RANK and WORLD_SIZE that a shell handed down would make every task believe it is the same one."""
-    told = environ.get("RANK", str(ranks.rank)), environ.get("WORLD_SIZE", str(ranks.world_size))
-    if told != (str(ranks.rank), str(ranks.world_size)):
+    """Refuse RANK and WORLD_SIZE left in a shell, which would give every task the same rank.
+
+    Raises:
+        UserError: with the variables to unset.
+    """
+    rank = environ.get("RANK", str(ranks.rank))
+    world_size = environ.get("WORLD_SIZE", str(ranks.world_size))
+    if (rank, world_size) != (str(ranks.rank), str(ranks.world_size)):
         raise UserError(
-            f"RANK={told[0]} and WORLD_SIZE={told[1]} contradict Slurm, which says task {ranks.rank} of "
+            f"RANK={rank} and WORLD_SIZE={world_size} contradict Slurm, which says task {ranks.rank} of "
             f"{ranks.world_size}: unset {' '.join(RANK_VARIABLES)} before submitting"
         )
 

@@ -1,4 +1,4 @@
-"""What `mvat_dist.submit` is about to do: checked before a job waits for it, and put in words."""
+"""Check what a job will need before it waits in a queue, and print what it will do. No torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mvat_dist.runs.folder import RunDir, run_folder
 
 
 def check_inputs(config: Config) -> None:
-    """What can be known of data, teacher and folder without torch, so that no job starts for nothing.
+    """Check data, teacher, first weights and run folder, as far as a login node can.
 
     Raises:
         UserError: with the fix.
@@ -31,7 +31,7 @@ def check_inputs(config: Config) -> None:
 
 
 def check_cache(config: Config) -> None:
-    """Whether a teacher cache can be filled for this configuration, as far as a login node can know.
+    """Check whether a teacher cache can be filled for this configuration, as far as a login node can.
 
     Raises:
         UserError: no such teacher, or segments that no cache can hold.
@@ -41,7 +41,7 @@ def check_cache(config: Config) -> None:
 
 
 def check_sharing(config: Config, resources: Resources) -> None:
-    """Whether the processes can share the batch and the shards.
+    """Check whether the processes can share the batch and the shards.
 
     Raises:
         UserError: with the fix.
@@ -78,7 +78,7 @@ def check_teacher_file(file: str) -> None:
 
 
 def text(config: Config, resources: Resources) -> str:
-    """What will be trained, on what, and where its folder will be."""
+    """Describe what will be trained, on how many processes and in which folder."""
     samples = round(config.data.segment_seconds * SAMPLE_RATE)
     batch, processes = config.train.batch, resources.processes
     method = config.distil.method + _teacher_in_words(config)

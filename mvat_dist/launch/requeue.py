@@ -1,4 +1,4 @@
-"""What a job's script runs after its ranks: note how they ended, and have the job queued again if that helps.
+"""A job's script calls this after its ranks: record their end, and queue the job again if that helps.
 
     python -m mvat_dist.launch.requeue EXIT_CODE TRAINING_OPTIONS...
 
@@ -18,15 +18,14 @@ from typing import Any
 from mvat_dist.config import parser
 from mvat_dist.distributed import slurm
 from mvat_dist.errors import EXIT_BUSY, EXIT_USER_ERROR, UserError, exit_code
-from mvat_dist.runs import lock
-from mvat_dist.runs import status as runstate
+from mvat_dist.runs import lock, status
 from mvat_dist.runs.folder import RunDir, run_folder
 
 FRUITLESS = 3
-"""Restarts in a row that may begin where the one before began."""
+"""Restarts in a row that may begin at the same checkpoint."""
 
 _BACK_OFF_SECONDS = (0.0, 20.0, 60.0)
-"""Waiting by fruitless restarts: the nodes stay ours, so it is short."""
+"""Seconds to wait before a restart, by the fruitless ones so far; short, because the job keeps its nodes."""
 
 # 0: finished. 2 and 3: a restart would meet the same mistake, or the same owner.
 _SETTLED = {0, EXIT_USER_ERROR, EXIT_BUSY}
@@ -71,55 +70,59 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _settle(run: RunDir, code: int) -> tuple[str | None, float]:
-    """Record how the run ended; what `decide` says of it."""
+    """Record how the run ended, and return what `decide` says of it."""
     owner = lock.holder(run.path)
     if owner and owner.job != os.environ.get("SLURM_JOB_ID", "") and not lock.why_gone(owner):
         return f"{run.path} is trained by {owner}", 0.0
-    runstate.record_end(run, runstate.why(code))
-    status = run.read_status()
-    if run.path.is_dir() and not _begun(status):
-        status = {"step": 0, **status, "state": "failed", "reason": runstate.why(code)}
-        run.replace_status({**status, "fruitless": _fruitless(status)})
-    return decide(status)
+    status.record_end(run, status.why(code))
+    record = run.read_status()
+    if run.path.is_dir() and not _begun(record):
+        record = {"step": 0, **record, "state": "failed", "reason": status.why(code)}
+        run.replace_status({**record, "fruitless": _fruitless(record)})
+    return decide(record)
 
 
 def _superseded() -> bool:
-    """Whether this is a former life of the job: on a node that Slurm has given up, its script lives on."""
+    """Whether the job has been started again since: on a node that Slurm gave up, the old script goes on."""
     if "SLURM_JOB_ID" not in os.environ:
         return False
     times = slurm.job_fields(os.environ["SLURM_JOB_ID"]).get("Restarts", "0")
     return int(times) > slurm.allowed_restarts()[0]
 
 
-def decide(status: dict[str, Any]) -> tuple[str | None, float]:
-    """(why the job is not queued again, or None where it is; seconds to wait before)."""
+def decide(record: dict[str, Any]) -> tuple[str | None, float]:
+    """Decide whether a job is queued again, from the run's STATUS.
+
+    Returns:
+        The reason why not, or None where it is queued again; and the seconds to wait before that.
+    """
     restarts, allowed = slurm.allowed_restarts()
-    if status.get("state") == "finished":
+    if record.get("state") == "finished":
         return "the run is finished", 0.0
     if restarts >= allowed:
         return f"not queued again after {restarts} restarts of {allowed}", 0.0
-    fruitless = _fruitless(status)
+    fruitless = _fruitless(record)
     if fruitless > FRUITLESS:
         return f"not queued again: {fruitless} starts in a row ended without a new checkpoint", 0.0
     return None, _BACK_OFF_SECONDS[max(0, fruitless - 1)]
 
 
-def _begun(status: dict[str, Any]) -> bool:
-    """Whether this life of the job came as far as to note its start."""
-    starts: list[dict[str, Any]] = status.get("starts", [])
-    return bool(starts) and runstate.life().items() <= starts[-1].items()
+def _begun(record: dict[str, Any]) -> bool:
+    """Whether this start of the job got as far as to record itself."""
+    starts: list[dict[str, Any]] = record.get("starts", [])
+    return bool(starts) and status.life().items() <= starts[-1].items()
 
 
-def _fruitless(status: dict[str, Any]) -> int:
-    """Starts in a row, the last one among them, that left no later checkpoint than they began with."""
-    saved = status.get("checkpoint")
-    if _begun(status) and saved and saved["step"] > status["starts"][-1]["step"]:
+def _fruitless(record: dict[str, Any]) -> int:
+    """How many starts in a row, up to this one, have ended without a new checkpoint."""
+    saved = record.get("checkpoint")
+    if _begun(record) and saved and saved["step"] > record["starts"][-1]["step"]:
         return 0
-    return int(status.get("fruitless", 0)) + 1
+    return int(record.get("fruitless", 0)) + 1
 
 
 def _again(job: str, wait: float) -> str:
-    """Have the job queued again unless it is being cancelled; what came of it."""
+    """Have the job queued again unless it is being cancelled, and return what came of it in words."""
     time.sleep(wait)
     state = slurm.job_fields(job).get("JobState", "unknown")
     if state != "RUNNING":

@@ -31,8 +31,9 @@ from submitit.slurm.slurm import SlurmExecutor
 
 from mvat_dist.distributed import ranks, slurm
 from mvat_dist.errors import UserError, exit_code
-from mvat_dist.io import read_json
+from mvat_dist.io import read_record
 from mvat_dist.launch.processes import without_ranks
+from mvat_dist.runs.records import JobRecord
 
 _NO_LIMIT = 1_000_000
 """Restarts after which submitit gives up, where what runs in the job counts them itself."""
@@ -261,8 +262,8 @@ def outside_of_jobs() -> Iterator[None]:
     """Hide what a surrounding job or launcher has put into the environment: a new job inherits it all."""
     clean = without_ranks(os.environ)
     if "SLURM_JOB_ID" in clean:
-        mine = ("SLURM_", "SLURMD_", "SRUN_")
-        clean = {k: v for k, v in clean.items() if k == "SLURM_CONF" or not k.startswith(mine)}
+        of_job = ("SLURM_", "SLURMD_", "SRUN_")
+        clean = {k: v for k, v in clean.items() if k == "SLURM_CONF" or not k.startswith(of_job)}
     hidden = {name: os.environ.pop(name) for name in os.environ.keys() - clean.keys()}
     try:
         yield
@@ -283,7 +284,7 @@ def code_fingerprint() -> str:
 
 
 def _warn_of_changed_code() -> None:
-    """Say so where a job runs other code than was submitted: Slurm keeps the script, not the package."""
-    record = Path(os.environ.get("SUBMITIT_FOLDER", "")).parent / "job.json"
-    if record.exists() and read_json(record).get("code") not in {None, code_fingerprint()}:
+    """Warn where a training runs other code than was submitted: Slurm keeps the script, not the package."""
+    file = Path(os.environ.get("SUBMITIT_FOLDER", "")).parent / "job.json"
+    if file.exists() and read_record(file, JobRecord).code != code_fingerprint():
         print("warning: mvat_dist has changed since this job was submitted", file=sys.stderr)

@@ -6,6 +6,7 @@ The tasks that fill a teacher cache are submitted here too.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import shlex
@@ -13,6 +14,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +23,31 @@ from mvat_dist.config.schema import Config
 from mvat_dist.distributed import slurm
 from mvat_dist.distributed.slurm import JobState
 from mvat_dist.errors import EXIT_BUSY, EXIT_USER_ERROR, UserError
-from mvat_dist.io import read_json, write_json
+from mvat_dist.io import read_record, write_json
 from mvat_dist.launch import processes
 from mvat_dist.launch.slurm import Command, Executor, Resources, code_fingerprint
 from mvat_dist.runs import clock, status
-from mvat_dist.runs import folder as rundir
-from mvat_dist.runs.folder import RunDir
+from mvat_dist.runs.folder import RunDir, changed_keys
 from mvat_dist.runs.lock import INHERITED, Purpose, RunLock
+from mvat_dist.runs.records import JobRecord
 
 _LOCK_SECONDS = 10.0
-"""A submission holds the lock for a moment."""
+"""How long to wait for the lock, which another submission holds for a moment only."""
 
 _ACCOUNTING_SECONDS = 15.0
 """How long accounting may lag behind the controller."""
 
 _SILENCES = 20
-"""Questions in a row that Slurm may leave unanswered while somebody waits for a job."""
+"""Questions in a row that Slurm may leave unanswered while we wait for a job."""
 
 
 def job_name(run: RunDir) -> str:
-    """What squeue shows; in characters that sacct gives back unchanged."""
+    """The job's name in squeue, in characters that sacct gives back unchanged."""
     return re.sub(r"[^\w.+-]", "_", f"mvat-{run.path.name}", flags=re.ASCII)
 
 
 def locally(run: RunDir, config: Config, argv: list[str], resources: Resources) -> int:
-    """Train in processes of this machine, in the foreground; the exit code, 0 only for a finished run."""
+    """Train in processes of this machine and return the exit code, 0 only for a finished run."""
     if _finished(run, config):
         return 0
     if job := _active_job(run):
@@ -54,7 +56,7 @@ def locally(run: RunDir, config: Config, argv: list[str], resources: Resources) 
     with _alone_in(run, "train") as (lock, is_new):
         if lock is None:
             return EXIT_BUSY
-        if _finished(run, config):  # by the one before us
+        if _finished(run, config):  # by another start, while this one waited for the lock
             return 0
         _record(run, argv, resources, cluster="local", pid=os.getpid())
         sys.stdout.flush()
@@ -76,39 +78,43 @@ def locally(run: RunDir, config: Config, argv: list[str], resources: Resources) 
 
 
 def on_slurm(run: RunDir, config: Config, resources: Resources) -> tuple[int, str | None]:
-    """Submit the run, unless it is finished, queued or running; (exit code, its job where it has one).
+    """Submit the run, unless it is finished, queued or running.
 
-    `EXIT_BUSY` where a process of some machine trains the run: no job will.
+    Returns:
+        The exit code (`EXIT_BUSY` where a process of some machine trains the run without a job), and the
+        number of the run's job (None where it has none).
+
+    Raises:
+        UserError: Slurm refused the job, or the run's job has another configuration.
     """
     if _finished(run, config):
         return 0, None
-    submitted = False
     job = _active_job(run)
     if job is None:
         with _alone_in(run, "start") as (lock, _):
             if _finished(run, config):
                 return 0, None
-            # The one before us may have submitted it, and its job may train already.
+            # Another submission may have been faster, and its job may train already.
             job = _active_job(run)
             if job is None:
                 if lock is None:
                     return EXIT_BUSY, None
                 job = _submit(run, config, resources)
-                submitted = True
-    if not submitted:
-        _same_experiment(run, config, job)
-        print("this run is in the queue already; nothing new was submitted")
+                print(_follow(run, job))
+                return 0, job
+    _refuse_other_configuration(run, config, job)
+    print("this run is in the queue already; nothing new was submitted")
     print(_follow(run, job))
     return 0, job
 
 
-def _same_experiment(run: RunDir, config: Config, job: str) -> None:
-    """Refuse to take a job for the one that was asked for where its configuration is another.
+def _refuse_other_configuration(run: RunDir, config: Config, job: str) -> None:
+    """Refuse to answer with a job that has another configuration than was asked for.
 
     Raises:
         UserError: with every key that differs.
     """
-    differing = rundir.changed_keys(parser.parse(["--config", str(run.config)]), config)
+    differing = changed_keys(parser.parse(["--config", str(run.config)]), config)
     if differing:
         raise UserError(
             f"job {job} has {run.path} with another configuration ({', '.join(differing)}): "
@@ -135,15 +141,15 @@ def job_script(run: RunDir, resources: Resources) -> str:
 
 
 def _submit(run: RunDir, config: Config, resources: Resources) -> str:
-    """Submit the job; what a refused one would leave behind is removed again."""
+    """Submit the job and return its number; a refused one leaves no file behind."""
     command, executor = _command(run), _executor(run, resources)
-    before = set(run.path.iterdir())
+    files = set(run.path.iterdir())
     # The job reads the resolved configuration: the user may edit the original while the job waits.
     run.create(config)
     try:
         [job] = executor.submit(command)
     except UserError:
-        for path in set(run.path.iterdir()) - before:
+        for path in set(run.path.iterdir()) - files:
             if path.is_file():
                 path.unlink()
         raise
@@ -152,21 +158,21 @@ def _submit(run: RunDir, config: Config, resources: Resources) -> str:
 
 
 def _record(run: RunDir, argv: list[str], resources: Resources, **where: Any) -> None:
-    """Note how the run was started last."""
-    start = {
+    """Write how the run was started."""
+    record = JobRecord(
+        host=socket.gethostname(),
+        time=clock.now(),
+        nodes=resources.nodes,
+        tasks_per_node=resources.tasks_per_node,
+        argv=argv,
+        code=code_fingerprint(),
         **where,
-        "host": socket.gethostname(),
-        "time": clock.now(),
-        "nodes": resources.nodes,
-        "tasks_per_node": resources.tasks_per_node,
-        "argv": argv,
-        "code": code_fingerprint(),
-    }
-    write_json(run.job, start)
+    )
+    write_json(run.job, asdict(record))
 
 
 def _finished(run: RunDir, config: Config) -> bool:
-    """Whether the run has done all its steps; says so."""
+    """Whether the run has done all its steps; if so, print it."""
     if not run.finished(config):
         return False
     print(f"this run is finished ({config.train.steps} steps): nothing to do")
@@ -179,15 +185,18 @@ def _active_job(run: RunDir) -> str | None:
     Raises:
         UserError: there may be one, but its cluster does not answer here.
     """
-    start = read_json(run.job) if run.job.exists() else {}
-    if start.get("cluster") != "slurm":
+    if not run.job.exists():
+        return None
+    record = read_record(run.job, JobRecord)
+    if record.cluster != "slurm":
         return None
     try:
-        return start["job_id"] if slurm.job_state(start["job_id"], start["job_name"]).active else None
+        active = slurm.job_state(record.job_id, record.job_name).active
     except UserError as error:
         if run.read_status().get("state") in {"stopped", "failed"}:
             return None
         raise UserError(f"{error}; if that job is gone for good, delete {run.job}") from error
+    return record.job_id if active else None
 
 
 def _log(run: RunDir, job: str) -> Path:
@@ -207,7 +216,7 @@ def _follow(run: RunDir, job: str) -> str:
 
 
 def wait_for(run: RunDir, job: str) -> int:
-    """Wait until the job of a run has left the queue for good; its exit code."""
+    """Wait until the job of a run has left the queue for good, and return its exit code."""
     print("waiting for the job; Ctrl-C stops the waiting, not the job", flush=True)
     try:
         state = _last_state(job, job_name(run))
@@ -226,29 +235,29 @@ def wait_for(run: RunDir, job: str) -> int:
 
 
 def _last_state(job: str, name: str) -> JobState:
-    """Ask Slurm, ever less often, until the job is no longer active; say what changes."""
+    """Ask Slurm, ever less often, until the job is no longer active; print what changes."""
     began = time.monotonic()
-    said = ""
+    shown = ""
     silences = 0
-    late: float | None = None
+    deadline = math.inf
     while True:
         try:
             state = slurm.job_state(job, name)
-            silences = 0
         except UserError:
             silences += 1
             if silences == _SILENCES:
                 raise
         else:
-            now = state.state + (f" ({state.reason})" if state.active and state.reason != "None" else "")
-            if now != said:
-                print(f"{time.strftime('%H:%M:%S')} job {job}: {now}", file=sys.stderr)
-            said = now
-            late = late or (None if state.active else time.monotonic() + _ACCOUNTING_SECONDS)
-            # The controller knows that a job has failed before accounting knows its exit code.
-            known = state.state == "COMPLETED" or state.exit_code
-            if not state.active and (known or (late and time.monotonic() > late)):
-                return state
+            silences = 0
+            words = state.state + (f" ({state.reason})" if state.active and state.reason != "None" else "")
+            if words != shown:
+                print(f"{time.strftime('%H:%M:%S')} job {job}: {words}", file=sys.stderr)
+            shown = words
+            if not state.active:
+                deadline = min(deadline, time.monotonic() + _ACCOUNTING_SECONDS)
+                # The controller knows that a job has failed before accounting knows its exit code.
+                if state.state == "COMPLETED" or state.exit_code or time.monotonic() > deadline:
+                    return state
         time.sleep(min(30.0, 1.0 + (time.monotonic() - began) / 20))
 
 
@@ -285,9 +294,10 @@ def cache_on_slurm(
 
 @contextlib.contextmanager
 def _alone_in(run: RunDir, purpose: Purpose) -> Iterator[tuple[RunLock | None, bool]]:
-    """Make the run's folder and hold its lock: (the lock where it was to be had, whether the folder is new).
+    """Make the run's folder and hold its lock.
 
-    Folders made here that are still empty at the end are removed again.
+    Yields the lock (None where another process keeps it) and whether the folder is new. Folders made here
+    that are still empty at the end are removed again.
     """
     is_new = not run.path.exists()
     lock = RunLock(run.path, purpose)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mvat_dist.runs import status as runstate
 from mvat_dist.runs.folder import RunDir
 from mvat_dist.runs.heartbeat import Beat
 from mvat_dist.runs.lock import RunLock
+from mvat_dist.runs.records import JobRecord
 from mvat_dist.runs.status import RunState
 
 STUDENT = {"updates": 9, "skipped": 1, "skipped_in_a_row": 0, "given_up": True, "validated": 8, "best": 1.25}
@@ -123,7 +125,8 @@ def test_a_job_that_waits_is_queued(run: RunDir, monkeypatch: pytest.MonkeyPatch
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
     monkeypatch.delenv("SLURM_CONF", raising=False)
-    run.job.write_text(json.dumps({"cluster": "slurm", "job_id": "7", "job_name": "mvat-one"}))
+    record = JobRecord("slurm", "here", "2026-12-01T00:00:00Z", 1, 1, job_id="7", job_name="mvat-one")
+    run.job.write_text(json.dumps(asdict(record)))
     found = status.report(run)
     assert (found.state, found.job, found.queue) == ("queued", "7", "PENDING (Priority)")
 

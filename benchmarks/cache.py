@@ -29,7 +29,7 @@ from mvat_dist.data.shards import target_codec
 from mvat_dist.data.shards.codecs import encode_flac
 from mvat_dist.data.shards.target_codec import LessonArrays, decode, encode
 from mvat_dist.losses.mvat import energy_map
-from mvat_dist.losses.objective import Objective
+from mvat_dist.losses.objective import Objective, prepare_targets
 from mvat_dist.models import weights
 from mvat_dist.models.manner import Manner
 from mvat_dist.runs import weights as weightsfile
@@ -121,7 +121,7 @@ class _Comparison:
         for at in micro_batches:
             part = slice(at, at + 2)
             said = {key: values[part] for key, values in maps.items()}
-            prepared = self._objective.prepare(noisy[part], clean[part], said)
+            prepared = prepare_targets(noisy[part], clean[part], said)
             terms = self._objective(*self._student(noisy[part], return_views=True), prepared)
             found = torch.autograd.grad(terms["mvat"], list(self._student.parameters()), allow_unused=True)
             flat = torch.cat([one.flatten().double() for one in found if one is not None])

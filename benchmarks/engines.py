@@ -31,10 +31,8 @@ from mvat_dist.distributed.process_group import init_distributed
 from mvat_dist.distributed.ranks import export, read
 from mvat_dist.models.manner import Manner
 from mvat_dist.training.engine import StudentEngine, deepspeed_config
-from mvat_dist.training.schedule import Hyperparameters
 
 CPU = torch.device("cpu")
-NOW = Hyperparameters(lr=1e-3, beta1=0.9)
 WAYS = {
     "plain (no reduction)": "plain",
     "plain DDP": "ddp",
@@ -145,9 +143,9 @@ def _stepper(way: str, network: nn.Module, noisy: Tensor) -> Callable[[], None]:
     engine = StudentEngine(network, config, optim, CPU)
 
     def step() -> None:
-        engine.backward(engine(noisy, return_views=False).square().mean())
-        engine.begin_reduction()
-        engine.step(NOW)
+        engine.backward(engine(noisy, return_views=False).square().mean(), last=True)
+        engine.wait_for_gradients()
+        engine.step(lr=1e-3, beta1=0.9)
 
     def deepspeeds() -> None:
         engine._engine.backward(engine(noisy, return_views=False).square().mean())

@@ -1,4 +1,4 @@
-"""What a GPU makes of the fleet: right results, speed beside its peak, memory, where the time goes.
+"""What a GPU makes of the students: right results, speed beside its peak, memory, where the time goes.
 
     make gpu
     python -m benchmarks.gpu --device cpu --tiny    # the same path on a CPU; its figures mean nothing
@@ -29,9 +29,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from mvat_dist.config import sizes
-from mvat_dist.config.schema import SAMPLE_RATE, Config
+from mvat_dist.config.schema import SAMPLE_RATE, Config, DistilConfig, LossConfig
 from mvat_dist.config.sizes import Size
-from mvat_dist.data.batch import Batch
+from mvat_dist.data.batch import Batch, TeacherTargets
 from mvat_dist.distributed.device import Precision
 from mvat_dist.distributed.process_group import init_distributed
 from mvat_dist.distributed.ranks import export, read
@@ -41,8 +41,10 @@ from mvat_dist.losses.objective import Objective
 from mvat_dist.models import weights
 from mvat_dist.models.manner import Manner
 from mvat_dist.training.engine import StudentEngine, deepspeed_config
-from mvat_dist.training.students import Fleet, Student
+from mvat_dist.training.schedule import Schedule
+from mvat_dist.training.students import Student, StudentGroup
 from mvat_dist.training.teacher import LiveTeacher
+from mvat_dist.training.throughput import Stopwatch, clock_of
 
 TINY = {"one": Size("base", 6, depth=2), "two": Size("small", 4, depth=3)}
 KINDS = {  # in this order: the first that matches
@@ -164,16 +166,16 @@ def _result(network: nn.Module, noisy: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def build(bench: Bench, precision: Precision) -> Fleet:
+def build(bench: Bench, precision: Precision) -> StudentGroup:
     """All students beside the teacher, as the trainer makes them."""
     config = Config()
     with tempfile.TemporaryDirectory() as place:
         file = Path(place) / "model.safetensors"
         weights.save(file, bench.network(bench.teacher).state_dict(), name="t", size=bench.teacher, step=0)
         teacher = LiveTeacher(file, bench.device, precision)
-    fleet = []
+    students, stopwatch = [], Stopwatch(clock_of(bench.device))
     for name, size in bench.sizes.items():
-        made = deepspeed_config(
+        engine_config = deepspeed_config(
             config.engine,
             config.optim,
             parameters=sizes.parameters(size),
@@ -181,25 +183,29 @@ def build(bench: Bench, precision: Precision) -> Fleet:
             accumulation=1,
             precision=precision,
         )
-        engine = StudentEngine(bench.network(size), made, config.optim, bench.device)
+        engine = StudentEngine(bench.network(size), engine_config, config.optim, bench.device)
         engine.module.train()
-        config.distil.method = "mvat" if set(size.blocks()) & set(bench.teacher.blocks()) else "none"
-        fleet.append(Student(name, size, engine, Objective(config.distil, size, bench.teacher)))
-    teacher.want({key for one in fleet for key in one.objective.keys}, output=False)
-    return Fleet(fleet, teacher, config)
+        shares_blocks = set(size.blocks()) & set(bench.teacher.blocks())
+        distil = DistilConfig(method="mvat" if shares_blocks else "none")
+        objective = Objective(distil, size, bench.teacher)
+        students.append(Student(name, size, engine, objective, stopwatch))
+    teacher.select({key for student in students for key in student.objective.keys}, output=False)
+    schedule = Schedule(config.train.steps, config.optim, config.distil, config.loss)
+    return StudentGroup(students, teacher, schedule, config.loss, stopwatch)
 
 
 def speed(bench: Bench, precision: Precision, peak: float) -> list[dict[str, Any]]:
-    """Teacher's forward, every student's step and the fleet's: segments a second and share of the peak."""
+    """Teacher's forward, every student's step and the group's: segments a second and share of the peak."""
     batch = Batch(bench.noisy, bench.clean, [])
-    fleet = build(bench, precision)
-    works: dict[str, Callable[[], Any]] = {"teacher's forward": lambda: fleet.teacher(batch)}  # type: ignore[misc]
-    for student in fleet.students:
-        one = Fleet([student], None, fleet.config)
-        lesson = fleet.teacher(batch)  # type: ignore[misc]
-        one.teacher = _Said(lesson)
-        works[student.name] = _step(one, batch)
-    works["fleet"] = _step(fleet, batch)
+    group = build(bench, precision)
+    teacher = group.teacher
+    assert teacher is not None
+    works: dict[str, Callable[[], Any]] = {"teacher's forward": lambda: teacher(batch)}
+    for student in group.students:
+        fixed: Any = _FixedTeacher(teacher(batch))
+        alone = StudentGroup([student], fixed, group.schedule, LossConfig(), group.stopwatch)
+        works[student.name] = _step(alone, batch)
+    works["group"] = _step(group, batch)
     rows = []
     for name, work in works.items():
         counted = flops(work)
@@ -218,41 +224,41 @@ def speed(bench: Bench, precision: Precision, peak: float) -> list[dict[str, Any
     return rows
 
 
-class _Said:
-    """A teacher whose lesson is at hand."""
+class _FixedTeacher:
+    """A teacher whose targets are at hand."""
 
-    def __init__(self, lesson: Any) -> None:
-        self._lesson = lesson
+    def __init__(self, targets: TeacherTargets) -> None:
+        self._targets = targets
 
-    def __call__(self, batch: Batch) -> Any:
+    def __call__(self, batch: Batch) -> TeacherTargets:
         del batch
-        return self._lesson
+        return self._targets
 
 
-def _step(fleet: Fleet, batch: Batch) -> Callable[[], Any]:
-    """A step of the fleet, whatever its students have done before."""
-    return lambda: fleet.step([batch], fleet.students[0].progress.steps)
+def _step(group: StudentGroup, batch: Batch) -> Callable[[], Any]:
+    """A step of the group, whatever its students have done before."""
+    return lambda: group.train_step([batch], group.students[0].progress.steps)
 
 
 def profiled(bench: Bench, precision: Precision, peak: float) -> tuple[list[dict[str, Any]], float]:
-    """Where the device's time of a fleet's step goes; the share of the peak in what FLOPs are counted of."""
-    batch, fleet = Batch(bench.noisy, bench.clean, []), build(bench, precision)
-    work = _step(fleet, batch)
+    """Where the device's time of a group's step goes; the share of the peak in what FLOPs are counted of."""
+    batch, group = Batch(bench.noisy, bench.clean, []), build(bench, precision)
+    work = _step(group, batch)
     work()
     counted = flops(work)
     on_gpu = bench.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities) as found:
+    with profile(activities=activities) as profiler:
         work()
     spent: defaultdict[str, float] = defaultdict(float)
-    for event in found.key_averages():
+    for event in profiler.key_averages():
         micros = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         if event.key.startswith(("aten::", "fused", "void", "nvjet", "cudnn", "sm")) or on_gpu:
             spent[kind_of(event.key)] += micros / 1e6
     total = sum(spent.values())
     rows = [
         {"kind": kind, "ms v": 1000 * seconds, "share": seconds / total}
-        for kind, seconds in sorted(spent.items(), key=lambda one: -one[1])
+        for kind, seconds in sorted(spent.items(), key=lambda item: -item[1])
     ]
     in_counted = sum(spent[kind] for kind in COUNTED)
     return rows, counted / in_counted / peak if in_counted else 0.0
@@ -269,7 +275,7 @@ def report(bench: Bench, command: str) -> str:
     name = torch.cuda.get_device_name() if bench.device.type == "cuda" else "a CPU: figures mean nothing"
     precisions: tuple[Precision, ...] = ("fp32",) if bench.device.type == "cpu" else ("fp32", "bf16")
     lines = [
-        f"# The fleet on {name}",
+        f"# The students on {name}",
         f"`{command}`, torch {torch.__version__}, batch {bench.batch} x {bench.samples / SAMPLE_RATE:g} s; "
         "^ higher is better, v lower.",
         "## Right results",
@@ -282,7 +288,7 @@ def report(bench: Bench, command: str) -> str:
         lines += [
             f"## {precision}: measured matrix peak {peak / 1e12:.3g} TFLOP/s",
             _table(speed(bench, precision, peak)),
-            f"A fleet's step by kernels; {', '.join(COUNTED)}: {100 * share:.1f} % of the peak.",
+            f"A group's step by kernels; {', '.join(COUNTED)}: {100 * share:.1f} % of the peak.",
             _table(rows),
         ]
     return "\n\n".join(lines) + "\n"
@@ -313,7 +319,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="The fleet on a GPU.", epilog="example: python -m benchmarks.gpu --batch 16"
+        description="The students on a GPU.", epilog="example: python -m benchmarks.gpu --batch 16"
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small networks, short segments, nothing written")

@@ -22,7 +22,7 @@ import torch
 from mvat_dist.config import sizes
 from mvat_dist.config.schema import DistilConfig, OptimConfig, TrackConfig
 from mvat_dist.losses.mvat import energy_map
-from mvat_dist.losses.objective import Objective
+from mvat_dist.losses.objective import Objective, prepare_targets
 from mvat_dist.models.manner import Manner
 from mvat_dist.runs.folder import RunDir
 from mvat_dist.runs.history import Row
@@ -110,7 +110,7 @@ def _training(batch: int):  # type: ignore[no-untyped-def]
     def step() -> dict[str, torch.Tensor]:
         with torch.no_grad():
             maps = {key: energy_map(view) for key, view in teacher(noisy, return_views=True)[1].items()}
-        prepared = objective.prepare(noisy, clean, maps)
+        prepared = prepare_targets(noisy, clean, maps)
         estimate, views = student(noisy, return_views=True)
         terms = objective(estimate, views, prepared)
         optimiser.zero_grad()

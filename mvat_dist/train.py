@@ -1,4 +1,4 @@
-"""Train a fleet of students, or a teacher: the one trainer behind `submit`, `sbatch` and W&B agents.
+"""Train a group of students, or a teacher: the one trainer behind `submit`, `sbatch` and W&B agents.
 
     python -m mvat_dist.train --config configs/distil.yaml --teacher runs/teacher --student all
 
@@ -18,9 +18,8 @@ from mvat_dist.config import parser
 from mvat_dist.config.schema import Config
 from mvat_dist.distributed import ranks, slurm
 from mvat_dist.errors import UserError, exit_code
-from mvat_dist.runs import folder
-from mvat_dist.runs import status as runstate
-from mvat_dist.training import stopping
+from mvat_dist.runs import folder, status
+from mvat_dist.training.fault_tolerance import FaultTolerance, StopRequest
 
 if TYPE_CHECKING:
     import torch
@@ -60,53 +59,53 @@ def _is_finished(run: folder.RunDir, config: Config) -> bool:
 
 
 def _say_how_it_ended(run: folder.RunDir, config: Config) -> None:
-    status = run.read_status()
-    if status["state"] == "finished":
+    ended = run.read_status()
+    if ended["state"] == "finished":
         print(
             f"finished: weights in {run.students}/*/best/model.safetensors\n"
             f"score them: python -m mvat_dist.evaluate {shlex.quote(str(run.path))} "
             f"--data {shlex.quote(config.data.train)}"
         )
     else:
-        print(f"stopped and saved after step {status['step']}: the same command goes on from there")
+        print(f"stopped and saved after step {ended['step']}: the same command goes on from there")
 
 
 def _train(config: Config, here: ranks.Ranks, run: folder.RunDir) -> int:
     """Run the trainer inside a process group; the exit code."""
     # Before torch is imported, which may take a minute from a cold disk; a signal would end the process.
-    stop = stopping.StopRequest()
+    stop = StopRequest()
     stop.listen()
     device, precision = _device(config, here)
     from mvat_dist.distributed import process_group
     from mvat_dist.distributed.logs import configure_logging
-    from mvat_dist.training.fault_tolerance import Guard
+    from mvat_dist.training import setup
     from mvat_dist.training.trainer import Trainer
 
     configure_logging(here.rank)
-    guard = Guard(run, here, config.train.watchdog_seconds)
+    fault_tolerance = FaultTolerance(run, here, config.train.watchdog_seconds)
     trainer: Trainer | None = None
-    code, words, orderly = 1, "", False
+    code, reason, orderly = 1, "", False
     try:
         process_group.wait_for_port(here)
         # Watchdogs end a hang and explain it; the timeout is for a process whose threads hang too.
         process_group.init_distributed(device, timedelta(seconds=2 * config.train.watchdog_seconds))
-        trainer = Trainer(config, here, run, device, precision, guard)
-        first = trainer.step
-        reason = trainer.train(stop)
-        code, orderly = 128 + reason if reason else 0, True
+        components = setup.open_run(config, here, run, device, precision, fault_tolerance)
+        trainer = Trainer(config.train, config.valid, config.track, components, fault_tolerance)
+        stop_signal = trainer.train(stop)
+        code, orderly = 128 + stop_signal if stop_signal else 0, True
     except BaseException as error:
-        if guard.is_lost():  # whatever failed in a folder that is not there
-            raise guard.lost() from error
-        words = runstate.words_of(error)
+        if fault_tolerance.lost_folder():  # whatever failed, it failed in a folder that is gone
+            raise fault_tolerance.folder_lost_error() from error
+        reason = status.words_of(error)
         code = error.code if isinstance(error, UserError) else code
         raise
     finally:
         if trainer:
-            trainer.close(code, words)
+            trainer.close(code, reason)
         process_group.leave(device, orderly=orderly)
-        guard.leave()
-    if reason and here.launcher == "slurm" and here.rank == 0:
-        slurm.requeue_after_signal(reason, progressed=trainer.step > first)
+        fault_tolerance.close()
+    if stop_signal and here.launcher == "slurm" and here.rank == 0:
+        slurm.requeue_after_signal(stop_signal, progressed=trainer.step > components.step)
     return code
 
 

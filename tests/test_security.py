@@ -26,7 +26,7 @@ from mvat_dist.models import weights
 from mvat_dist.runs.folder import RunDir
 from mvat_dist.training import checkpoint
 from tests.conftest import REPOSITORY
-from tests.faults.fleet import Bench
+from tests.faults.group import Bench
 from tests.tiny_corpus import _write, write_pairs, write_sources
 from tests.wandb_server import listening
 
@@ -72,7 +72,7 @@ def test_a_model_file_runs_no_code(tmp_path: Path, poison: bytes, canary: Path, 
 
 @pytest.mark.parametrize("part", ["weights", "optimizer"])
 def test_a_checkpoint_runs_no_code(tmp_path: Path, poison: bytes, canary: Path, part: str) -> None:
-    state = checkpoint.StudentState({"a": torch.zeros(1)}, {"a": torch.zeros(1)}, {})
+    state = checkpoint.StudentState({"a": torch.zeros(1)}, {"a": torch.zeros(1)}, checkpoint.Progress(), [])
     path = checkpoint.save(tmp_path / "checkpoints", 1, {"tiny": state}, 1)
     file = path / f"tiny.{part}.safetensors"
     file.write_bytes(poison)

@@ -112,15 +112,6 @@ def broadcast_object(value: T) -> T:
     return box[0]
 
 
-def all_reduce_max(number: int) -> int:
-    """The largest `number` of any rank."""
-    if world_size() == 1:
-        return number
-    value = torch.tensor([number], device="cuda" if distributed.get_backend() == "nccl" else "cpu")
-    distributed.all_reduce(value, op=distributed.ReduceOp.MAX)
-    return int(value.item())
-
-
 def run_on_all_ranks(function: Callable[[], T]) -> T:
     """Call ``function()`` on every rank; where it fails on one, all ranks fail, and none waits for that one.
 

@@ -25,111 +25,130 @@ from mvat_dist.losses.enhancement import (
 from mvat_dist.losses.mvat import Maps, energy_map, mvat_loss, shared_blocks
 from mvat_dist.losses.pesq import PesqLoss, PesqTargets
 
+_enhancement, _output, _waveform = EnhancementLoss(), OutputLoss(), WaveformLoss()
+_compressed, _pesq = CompressedLoss(), PesqLoss()
+
 
 @dataclass(frozen=True)
-class Prepared:
-    """Everything of one batch that is the same for every student."""
+class BatchTargets:
+    """What the losses of all students need of one batch."""
 
-    targets: Targets
+    enhancement: Targets
     compressed: CompressedTargets | None
+    """None where that loss is not used."""
     pesq: PesqTargets | None
-    """None too where it does not count yet."""
+    """None where that loss is not used, or not yet."""
     output: OutputTargets | None
+    """None where the method does not distil the output, or the teacher was not asked."""
     maps: Maps | None
-    """None where the teacher was not asked."""
+    """The teacher's energy maps; None where it was not asked."""
+
+    @property
+    def noisy(self) -> Tensor:
+        """(B, T), full scale 1: the students' input."""
+        return self.enhancement.noisy
+
+
+def prepare_targets(
+    noisy: Tensor,
+    clean: Tensor,
+    teacher_maps: Maps | None = None,
+    teacher_output: Tensor | None = None,
+    *,
+    config: LossConfig | None = None,
+    pesq: bool = True,
+) -> BatchTargets:
+    """Compute the targets of one batch, once for all students.
+
+    Args:
+        noisy: (B, T), full scale 1.
+        clean: (B, T), the speech in it.
+        teacher_maps: energy maps (B, T_b) by (side, level, view).
+        teacher_output: (B, T), where the method distils it.
+        config: the students' own loss; by default the authors' alone.
+        pesq: whether the differentiable PESQ, if it is used at all, is already part of the loss.
+    """
+    config = config or LossConfig()
+    return BatchTargets(
+        enhancement=_enhancement.prepare(noisy, clean),
+        compressed=_compressed.prepare(noisy, clean) if config.compressed else None,
+        pesq=_pesq.prepare(noisy, clean) if config.pesq and pesq else None,
+        output=None if teacher_output is None else _output.prepare(teacher_output),
+        maps=teacher_maps,
+    )
 
 
 class Objective:
     """The loss of one student beside one teacher."""
 
     def __init__(
-        self, config: DistilConfig, student: Size, teacher: Size | None, own: LossConfig | None = None
+        self, distil: DistilConfig, student: Size, teacher: Size | None, loss: LossConfig | None = None
     ) -> None:
-        """Choose the terms; `own` says what the student's own loss is, by default the authors' alone.
+        """Choose the terms; `loss` is the student's own loss, by default the authors' alone.
 
         Raises:
             UserError: attention transfer, but the two networks have no multi-view block in common.
         """
-        self._config = config
-        self._own = own = own or LossConfig()
-        self._enhancement, self._output = EnhancementLoss(), OutputLoss()
-        self._waveform, self._compressed, self._pesq = WaveformLoss(), CompressedLoss(), PesqLoss()
-        self._betas = config.view_betas
+        self._distil = distil
+        self._loss = loss = loss or LossConfig()
+        self._betas = distil.view_betas
         self.keys: list[ViewKey] = []
         """(side, level, view) of every attention-transfer term, in the network's order."""
-        if "mvat" in config.method:
+        if "mvat" in distil.method:
             assert teacher is not None, "the configuration's check asks for a teacher"
             blocks = shared_blocks(student, teacher)
             self.keys = [(*block, view) for block in blocks for view, beta in self._betas.items() if beta]
         self.terms: tuple[str, ...] = (
             "loss",
             "enhance",
-            *(["waveform"] if own.waveform else []),
-            *(["compressed"] if own.compressed else []),
-            *(["pesq"] if own.pesq else []),
-            *(["output"] if "output" in config.method else []),
+            *(["waveform"] if loss.waveform else []),
+            *(["compressed"] if loss.compressed else []),
+            *(["pesq"] if loss.pesq else []),
+            *(["output"] if "output" in distil.method else []),
             *(["mvat"] if self.keys else []),
             *(_term_name(key) for key in self.keys),
         )
         """Names of what a call returns."""
 
-    def prepare(
-        self,
-        noisy: Tensor,
-        clean: Tensor,
-        teacher_maps: Maps | None = None,
-        teacher_output: Tensor | None = None,
-        *,
-        pesq: bool = True,
-    ) -> Prepared:
-        """Compute the targets of one batch, which all students share.
-
-        Args:
-            noisy: (B, T), full scale 1.
-            clean: (B, T), the speech in it.
-            teacher_maps: energy maps (B, T_b); None where the teacher counts for nothing at this step.
-            teacher_output: (B, T); None where the method does not distil it, or where the maps are None.
-            pesq: whether the differentiable PESQ counts at this step.
-        """
-        return Prepared(
-            targets=self._enhancement.prepare(noisy, clean),
-            compressed=self._compressed.prepare(noisy, clean) if self._own.compressed else None,
-            pesq=self._pesq.prepare(noisy, clean) if self._own.pesq and pesq else None,
-            output=None if teacher_output is None else self._output.prepare(teacher_output),
-            maps=teacher_maps,
-        )
-
     def __call__(
-        self, estimate: Tensor, views: Mapping[ViewKey, Tensor], prepared: Prepared, kd_weight: float = 1.0
+        self,
+        enhanced: Tensor,
+        views: Mapping[ViewKey, Tensor],
+        targets: BatchTargets,
+        kd_weight: float = 1.0,
     ) -> dict[str, Tensor]:
-        """Every term of `terms` that `prepared` has targets for, each (); ``loss`` is the sum to minimise.
+        """Every term of `terms` that `targets` has a target for, each (); ``loss`` is the sum to minimise.
 
         Args:
-            estimate: the student's output (B, T).
+            enhanced: the student's output (B, T).
             views: its view features (B, n, T_b).
-            prepared: from `prepare`, of this or another student's objective of the same fleet.
+            targets: of the same batch, from `prepare_targets`.
             kd_weight: factor of lambda and mu at this step, 0 to 1; the terms themselves stay as they are.
         """
-        found = {"enhance": self._enhancement(estimate, prepared.targets)}
-        total = found["enhance"]
-        if self._own.waveform:
-            found["waveform"] = self._waveform(estimate, prepared.targets)
-            total = total + self._own.waveform * found["waveform"]
-        if prepared.compressed is not None:
-            found["compressed"] = self._compressed(estimate, prepared.compressed)
-            total = total + self._own.compressed * found["compressed"]
-        if prepared.pesq is not None:
-            found["pesq"] = self._pesq(estimate, prepared.pesq)
-            total = total + self._own.pesq * found["pesq"]
-        if prepared.output is not None:
-            found["output"] = self._output(estimate, prepared.output)
-            total = total + kd_weight * self._config.output_weight * found["output"]
-        if self.keys and prepared.maps is not None:
+        own, distil = self._loss, self._distil
+        terms = {"enhance": _enhancement(enhanced, targets.enhancement)}
+        loss = terms["enhance"]
+        if own.waveform:
+            terms["waveform"] = _waveform(enhanced, targets.enhancement)
+            loss = loss + own.waveform * terms["waveform"]
+        if targets.compressed is not None:
+            terms["compressed"] = _compressed(enhanced, targets.compressed)
+            loss = loss + own.compressed * terms["compressed"]
+        if targets.pesq is not None:
+            terms["pesq"] = _pesq(enhanced, targets.pesq)
+            loss = loss + own.pesq * terms["pesq"]
+        if targets.output is not None:
+            terms["output"] = _output(enhanced, targets.output)
+            loss = loss + kd_weight * distil.output_weight * terms["output"]
+        if self.keys and targets.maps is not None:
             maps = {key: energy_map(views[key]) for key in self.keys}
-            found["mvat"], terms = mvat_loss(maps, prepared.maps, self._betas)
-            found |= {_term_name(key): term for key, term in terms.items()}
-            total = total + kd_weight * self._config.weight * found["mvat"]
-        return {"loss": total, **found}
+            terms["mvat"], by_key = mvat_loss(maps, targets.maps, self._betas)
+            terms |= {_term_name(key): term for key, term in by_key.items()}
+            loss = loss + kd_weight * distil.weight * terms["mvat"]
+        terms["loss"] = loss
+        missing = set(self.terms) - terms.keys() - {"pesq"}
+        assert not kd_weight or not missing, f"no target for {missing}"
+        return terms
 
 
 def _term_name(key: ViewKey) -> str:

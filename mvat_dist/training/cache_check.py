@@ -22,7 +22,7 @@ from mvat_dist.data.shards.target_codec import NORM_FLOOR, Codec, encode, map_na
 from mvat_dist.data.shards.targets import HEADER, Lessons
 from mvat_dist.errors import UserError
 from mvat_dist.io import sha256, write_json
-from mvat_dist.losses.objective import Objective, Prepared
+from mvat_dist.losses.objective import BatchTargets, Objective, prepare_targets
 from mvat_dist.models.manner import Manner
 from mvat_dist.training.teacher_cache import (
     Colleague,
@@ -60,7 +60,7 @@ def verify(order: Order, out: Path) -> str:
             f"{out} was made in {lessons.header['precision']}, here the teacher runs in {here.precision}: "
             f"verify it with --engine.precision {lessons.header['precision']}, or where it was made"
         )
-    here.teacher.want(here.maps, output=lessons.header["output"])
+    here.teacher.select(here.maps, output=lessons.header["output"])
     lessons.want(here.maps, output=lessons.header["output"])
     problems = []
     for shard in tqdm(lessons.header["shards"], "checksums", unit="shard"):
@@ -168,14 +168,14 @@ def _measure(here: Colleague, config: Config) -> Times:
     noisy = torch.from_numpy(np.stack([one.noisy for one in segments])).to(here.device)
     clean = torch.from_numpy(np.stack([one.clean for one in segments])).to(here.device)
     _, said = here.hear(numbers)
-    lesson = here.teacher.hear(noisy)
+    lesson = here.teacher.forward(noisy)
     count = len(numbers)
     with tempfile.TemporaryDirectory() as folder:
         lessons = _small_cache(here, numbers, Path(folder))
         read = _seconds(lambda: [lessons.read(at, one.noisy) for at, one in enumerate(segments)], here.device)
         lessons.close()
     return Times(
-        teacher=_seconds(lambda: here.teacher.hear(noisy), here.device) / count,
+        teacher=_seconds(lambda: here.teacher.forward(noisy), here.device) / count,
         write=_seconds(
             lambda: [encode(one, here.order.codec, here.order.coarseness) for one in said], here.device
         )
@@ -204,10 +204,10 @@ def _student_seconds(
     for size in sizes.select(config.student, config.sizes).values():
         network = Manner(size).to(here.device)
         objective = Objective(config.distil, size, here.teacher.size)
-        prepared = objective.prepare(noisy, clean, targets.maps, targets.output)
+        prepared = prepare_targets(noisy, clean, targets.maps, targets.output)
 
         def step(
-            network: Manner = network, objective: Objective = objective, prepared: Prepared = prepared
+            network: Manner = network, objective: Objective = objective, prepared: BatchTargets = prepared
         ) -> None:
             estimate, views = network(noisy, return_views=True)
             torch.autograd.backward(objective(estimate, views, prepared)["loss"])

@@ -1,4 +1,4 @@
-"""Checkpoints of a fleet: whole weights and optimiser states, whatever the ZeRO stage or rank count.
+"""Checkpoints of a group of students: whole weights and optimiser states, at any ZeRO stage and rank count.
 
 A checkpoint is a folder ``step-NNNNNNNN`` of safetensors and JSON, never pickle. It is written under a
 temporary name and renamed when its manifest (sizes and checksums) is inside, so a folder with that name
@@ -10,24 +10,51 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mvat_dist.errors import UserError
-from mvat_dist.io import TEMPORARY_SUFFIX, atomic_directory, read_json, sha256, write_json
+from mvat_dist.io import TEMPORARY_SUFFIX, atomic_directory, read_record, sha256, write_json, write_record
 
 logger = logging.getLogger(__name__)
 
 _PREFIX = "step-"
 _MANIFEST = "manifest.json"
-_FLEET = "fleet.json"
+_RECORD = "checkpoint.json"
 
-FORMAT = 1
+FORMAT = 2
 """Of the files of a checkpoint; raised when an older one can no longer be read."""
+
+
+@dataclass
+class Progress:
+    """How far a student is, and what has gone wrong on the way."""
+
+    steps: int = 0
+    """Steps of the run that are behind it: a student that joined later is behind the others for a while."""
+    updates: int = 0
+    """Steps that changed the weights."""
+    skipped: int = 0
+    """Steps left out because the gradient was not finite."""
+    skipped_in_a_row: int = 0
+    rollbacks: int = 0
+    """Times it went back to a checkpoint after too many skipped steps in a row."""
+    lr_factor: float = 1.0
+    """Factor of its learning rate: every rollback halves it."""
+    given_up: bool = False
+    """True where rollbacks did not help: the student stays as it is, the others go on."""
+    validated: int = -1
+    """Steps done at the last validation; -1 before the first."""
+    best: float | None = None
+    """Best validation score so far (higher is better)."""
+
+    @property
+    def well(self) -> bool:
+        """Whether the last gradient was finite."""
+        return self.skipped_in_a_row == 0
 
 
 @dataclass
@@ -38,8 +65,34 @@ class StudentState:
     """fp32 parameters and BatchNorm buffers by name."""
     optimizer: dict[str, Tensor]
     """Moments by parameter and the update count; empty before the first update."""
-    progress: dict[str, Any]
-    """JSON values: counters, best score, sums of the open row of the record."""
+    progress: Progress
+    open_row: list[float]
+    """Sums of the loss terms, and the count of segments, since the last row of the history."""
+
+
+@dataclass(frozen=True)
+class _StudentRecord:
+    progress: Progress
+    open_row: list[float]
+
+
+@dataclass(frozen=True)
+class _Record:
+    """``checkpoint.json``: everything but the tensors."""
+
+    step: int
+    serial: int
+    """Number of the checkpoint in the order of writing."""
+    students: dict[str, _StudentRecord]
+    format: int = FORMAT
+
+
+@dataclass(frozen=True)
+class _File:
+    """Size and checksum of a file, as the manifest has them."""
+
+    bytes: int
+    sha256: str
 
 
 def save(folder: Path, step: int, states: dict[str, StudentState], keep: int) -> Path:
@@ -48,7 +101,7 @@ def save(folder: Path, step: int, states: dict[str, StudentState], keep: int) ->
     `keep` usable ones stay, this one among them, and for a student that is well in none of these the newest
     that it was well in: it may have to go back there. Called on one rank, the folder's only writer: what a
     killed one left half written or half removed goes too. Newer means written later: where a student joined
-    the fleet, the steps begin again, for that student.
+    the run, the steps begin again, for that student.
     """
     for unfinished in folder.glob(f".{_PREFIX}*{TEMPORARY_SUFFIX}"):
         shutil.rmtree(unfinished)
@@ -58,13 +111,11 @@ def save(folder: Path, step: int, states: dict[str, StudentState], keep: int) ->
         for name, state in states.items():
             save_file(state.weights, temporary / f"{name}.weights.safetensors")
             save_file(state.optimizer, temporary / f"{name}.optimizer.safetensors")
-        progress = {name: state.progress for name, state in states.items()}
-        write_json(
-            temporary / _FLEET, {"format": FORMAT, "serial": serial, "step": step, "students": progress}
-        )
-        files = {file.name: _fingerprint(file) for file in sorted(temporary.iterdir())}
+        students = {name: _StudentRecord(state.progress, state.open_row) for name, state in states.items()}
+        write_record(temporary / _RECORD, _Record(step, serial, students))
+        files = {file.name: asdict(_describe(file)) for file in sorted(temporary.iterdir())}
         write_json(temporary / _MANIFEST, files)
-    _remove_superseded(path, keep, {name for name, one in progress.items() if _is_unwell(one)})
+    _remove_superseded(path, keep, {name for name, state in states.items() if not state.progress.well})
     return path
 
 
@@ -89,11 +140,7 @@ def _remove_superseded(written: Path, keep: int, unwell: set[str]) -> None:
 def is_well(path: Path, name: str) -> bool:
     """Whether the last gradient of student `name` was finite when the checkpoint was written."""
     progress = progress_of(path)
-    return name in progress and not _is_unwell(progress[name])
-
-
-def _is_unwell(progress: dict[str, Any]) -> bool:
-    return int(progress.get("skipped_in_a_row", 0)) > 0
+    return name in progress and progress[name].well
 
 
 def newest(folder: Path, wanted: Callable[[Path], bool] = lambda _: True) -> Path | None:
@@ -129,17 +176,21 @@ def newest(folder: Path, wanted: Callable[[Path], bool] = lambda _: True) -> Pat
 
 
 def _check_format(path: Path) -> None:
-    """Refuse a checkpoint that another version of this package wrote in another way.
+    """Refuse a checkpoint of another format.
 
     Raises:
-        UserError: with both formats.
+        UserError: with both formats, or without a record, as the first format was.
     """
-    found = read_json(path / _FLEET).get("format", FORMAT)  # the first ones did not say
-    if found != FORMAT:
+    if not (path / _RECORD).is_file():
         raise UserError(
-            f"checkpoint {path} has format {found}, this version reads {FORMAT}: go on with the version of "
-            "mvat_dist that the run's environment.json names, or start another run with --name"
+            f"checkpoint {path} has no {_RECORD}, so another version of mvat_dist wrote it: go on with the "
+            "version that the run's environment.json names, or start another run with --name"
         )
+    _record(path)
+
+
+def _record(path: Path) -> _Record:
+    return read_record(path / _RECORD, _Record)
 
 
 def step_of(path: Path) -> int:
@@ -149,21 +200,20 @@ def step_of(path: Path) -> int:
 
 def load(path: Path, name: str) -> StudentState | None:
     """The state of student `name`, or None where the checkpoint does not hold that student."""
-    progress = progress_of(path)
-    if name not in progress:
+    student = _record(path).students.get(name)
+    if student is None:
         return None
     return StudentState(
         load_file(path / f"{name}.weights.safetensors"),
         load_file(path / f"{name}.optimizer.safetensors"),
-        progress[name],
+        student.progress,
+        student.open_row,
     )
 
 
-def progress_of(path: Path) -> dict[str, dict[str, Any]]:
-    """What the students that the checkpoint holds have been through, by name, as JSON values."""
-    found: dict[str, dict[str, Any]] = read_json(path / _FLEET)["students"]
-    # The first checkpoints had one step for all.
-    return {name: {"steps": step_of(path), **progress} for name, progress in found.items()}
+def progress_of(path: Path) -> dict[str, Progress]:
+    """Progress of the students that the checkpoint holds, by name."""
+    return {name: student.progress for name, student in _record(path).students.items()}
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -172,36 +222,36 @@ def _folders(folder: Path) -> list[Path]:
     One that cannot say when it was written counts as the newest, so that it is named before it is passed
     over.
     """
-    found = folder.glob(f"{_PREFIX}*") if folder.is_dir() else []
-    named = [path for path in found if path.name.removeprefix(_PREFIX).isdecimal()]
-    serials = {path: _serial(path) for path in named}
-    return sorted(named, key=lambda path: (serials[path] is None, serials[path] or 0, step_of(path)))
+    paths = folder.glob(f"{_PREFIX}*") if folder.is_dir() else []
+    checkpoints = [path for path in paths if path.name.removeprefix(_PREFIX).isdecimal()]
+    serials = {path: _serial(path) for path in checkpoints}
+    return sorted(checkpoints, key=lambda path: (serials[path] is None, serials[path] or 0, step_of(path)))
 
 
 def _serial(path: Path) -> int | None:
-    """Number of the checkpoint in the order of writing, 0 in the first ones; None where it cannot be read."""
+    """Number of the checkpoint in the order of writing; None where it cannot be read."""
     try:
-        return int(read_json(path / _FLEET).get("serial", 0))
-    except (OSError, ValueError, AttributeError):
+        return _record(path).serial
+    except (OSError, UserError):
         return None
 
 
-def _fingerprint(file: Path) -> dict[str, Any]:
-    return {"bytes": file.stat().st_size, "sha256": sha256(file)}
+def _describe(file: Path) -> _File:
+    return _File(file.stat().st_size, sha256(file))
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """What is wrong with the files of a checkpoint, or None."""
     try:
-        manifest = read_json(path / _MANIFEST)
+        manifest = read_record(path / _MANIFEST, dict[str, _File])
     except FileNotFoundError:
         return f"{_MANIFEST} is missing"
-    except ValueError:
+    except UserError:
         return f"{_MANIFEST} is not readable"
     for name, expected in manifest.items():
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
-        if _fingerprint(file) != expected:
+        if _describe(file) != expected:
             return f"{name} has changed since it was written"
     return None

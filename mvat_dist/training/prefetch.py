@@ -1,37 +1,44 @@
-"""A rank's batches, step by step: read ahead, counted where damaged, and refused by all ranks together."""
+"""Read the next step's micro-batches ahead; a rank's failure to read waits until all ranks can act on it."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterator
 
-from mvat_dist.config.schema import Config
+from mvat_dist.config.schema import DataConfig, TrainConfig
 from mvat_dist.data.batch import Batch
 from mvat_dist.data.loader import batches
 from mvat_dist.data.mixing.dataset import BadSampleLimit, TrainingData
-from mvat_dist.distributed import collectives
 from mvat_dist.distributed.ranks import Ranks
 from mvat_dist.errors import UserError
 
 
-class Intake:
-    """The micro-batches of the remaining steps."""
+class Prefetcher:
+    """This rank's micro-batches of the remaining steps."""
 
-    def __init__(self, config: Config, data: TrainingData, ranks: Ranks, first_step: int) -> None:
-        self._batch, self._rank = config.train.batch, ranks.rank
-        self._stream = batches(
+    def __init__(
+        self,
+        data: TrainingData,
+        data_config: DataConfig,
+        train_config: TrainConfig,
+        ranks: Ranks,
+        first_step: int,
+    ) -> None:
+        """Prepare to read from step `first_step` on; the readers start with the first `fetch_next`."""
+        self._batch, self._rank = train_config.batch, ranks.rank
+        self._steps: Iterator[list[Batch]] = batches(
             data,
-            batch=config.train.batch,
-            micro_batch=config.train.micro_batch,
+            batch=train_config.batch,
+            micro_batch=train_config.micro_batch,
             rank=ranks.rank,
             world_size=ranks.world_size,
             first_step=first_step,
-            steps=config.train.steps - first_step,
-            workers=config.data.workers,
+            steps=train_config.steps - first_step,
+            workers=data_config.workers,
         )
-        self._budget: BadSampleLimit | None = None
-        if config.data.on_bad_sample == "skip":
-            self._budget = BadSampleLimit(config.data.max_bad_samples, len(data))
-        self._upcoming: list[Batch] = []
+        self._limit: BadSampleLimit | None = None
+        if data_config.on_bad_sample == "skip":
+            self._limit = BadSampleLimit(data_config.max_bad_samples, len(data))
+        self._next: list[Batch] = []
         self._error: Exception | None = None
 
     @property
@@ -40,40 +47,38 @@ class Intake:
         return self._error is not None
 
     @property
-    def damaged(self) -> int | None:
-        """Segments replaced so far, of all ranks; None where damage ends the run."""
-        return None if self._budget is None else self._budget.replaced
+    def bad_samples(self) -> int | None:
+        """Segments replaced so far on all ranks; None where a bad sample ends the run."""
+        return None if self._limit is None else self._limit.replaced
 
-    def read_ahead(self) -> None:
-        """Have the next step's micro-batches; a failure is kept until `check`.
+    def fetch_next(self) -> None:
+        """Have the next step's micro-batches ready; a failure is kept until `raise_failure`.
 
-        A rank that ended with it here would leave the others waiting in the next collective.
+        A rank that raised it here would leave the others waiting in the next collective.
         """
         try:
-            self._upcoming = next(self._stream)
+            self._next = next(self._steps)
         except Exception as error:
             self._error = error
 
-    def check(self) -> None:
+    def raise_failure(self) -> None:
         """Raise what kept this rank from reading, if anything did: for `collectives.run_on_all_ranks`."""
         if self._error:
             raise self._error
 
     def take(self) -> list[Batch]:
-        """The micro-batches that were read ahead."""
-        taken, self._upcoming = self._upcoming, []
-        return taken
+        """The micro-batches that were fetched last."""
+        micro_batches, self._next = self._next, []
+        return micro_batches
 
-    def count_damage(self, micro_batches: list[Batch], device: torch.device) -> None:
-        """Count replaced segments over all ranks, so that all of them refuse at the same step.
+    def count_bad_samples(self, replaced: int) -> None:
+        """Count the segments of one step that replaced bad samples, on all ranks.
 
         Raises:
-            UserError: more than `data.max_bad_samples`.
+            UserError: more than `data.max_bad_samples` so far, on every rank at the same step.
         """
-        if self._budget is None:
+        if self._limit is None:
             return
-        damaged = torch.tensor([float(sum(batch.replaced for batch in micro_batches))], device=device)
-        collectives.all_reduce_sum([damaged])
-        self._budget.count(int(damaged.item()), self._batch)
-        if refusal := self._budget.refusal():
+        self._limit.count(replaced, self._batch)
+        if refusal := self._limit.refusal():
             raise UserError(refusal, say=self._rank == 0)

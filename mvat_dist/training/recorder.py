@@ -1,113 +1,219 @@
-"""What rank 0 writes down of a run: rows of training and validation, examples, a table of the fleet."""
+"""Records of a run: rows of training and validation, examples to hear and see, a table of the students.
+
+In the run's folder: ``examples/NN/{noisy,clean,teacher}.flac`` and, in each student's, ``examples/NN.flac``
+as of its last validation; beside each its spectrogram, ``.png``. ``examples/examples.json`` names the clips.
+"""
 
 from __future__ import annotations
 
+import logging
 import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import soundfile
 import torch
 from torch import nn
 
-from mvat_dist.config.schema import Config
-from mvat_dist.distributed.ranks import Ranks
+from mvat_dist.config.schema import SAMPLE_RATE, TrackConfig
+from mvat_dist.data.clips import UnusableClipError
+from mvat_dist.evaluation.report.spectrogram import picture
 from mvat_dist.evaluation.statistics import Statistics
-from mvat_dist.runs import environment
+from mvat_dist.evaluation.validate import Audio, Clips, enhance
+from mvat_dist.io import atomic_file, make_folder, write_json
 from mvat_dist.runs.folder import RunDir
 from mvat_dist.runs.history import Row
-from mvat_dist.runs.tracker import Tracker, cost, described
+from mvat_dist.runs.tracker import Tracker, cost
 from mvat_dist.runs.wandb_rows import Extras
-from mvat_dist.training.examples import Examples
-from mvat_dist.training.setup import Inputs
+from mvat_dist.training import throughput
 from mvat_dist.training.students import Student
+from mvat_dist.training.teacher import Teacher
+
+logger = logging.getLogger(__name__)
+
+EXAMPLE_SECONDS = 4.0
+"""How much of each example clip is kept, from its start."""
+
+_AUDIO, _SPECTROGRAM = ".flac", ".png"
 
 
-class Record:
-    """The record of one start of a run; made on rank 0 only."""
+class Recorder:
+    """The histories of one start of a run and W&B's copy of them; made on rank 0 only."""
 
     def __init__(
-        self, config: Config, run: RunDir, ranks: Ranks, fleet: Sequence[Student], inputs: Inputs
+        self,
+        config: TrackConfig,
+        run: RunDir,
+        students: Sequence[Student],
+        about: Mapping[str, dict[str, Any]],
+        examples: Examples | None,
     ) -> None:
-        """Go on with the histories from where each student is."""
-        self._config, self._run = config, run
-        environment.record(run.environment, ranks)
-        self._sizes = {student.name: student.size for student in fleet}
+        """Go on with the histories from where each student is.
+
+        Args:
+            config: of W&B.
+            run: the run's folder.
+            students: in the order of the run.
+            about: what W&B shows as the configuration of each student, by name.
+            examples: clips that every validated student enhances, if any.
+        """
+        self._config = config
+        self._sizes = {student.name: student.size for student in students}
         for name in self._sizes:
             run.student(name).mkdir(parents=True, exist_ok=True)
         self._tracker = Tracker(run.path, {name: run.history(name) for name in self._sizes})
-        # Before its first step a student may have been validated: it is again.
-        self._tracker.rewind({student.name: student.progress.steps or -1 for student in fleet})
+        # A student may have been validated before its first step: it is validated again.
+        self._tracker.rewind({student.name: student.progress.steps or -1 for student in students})
         self._scores = {name: _last_validation(self._tracker.rows(name)) for name in self._sizes}
-        restarts = run.read_status().get("restarts", 0)
-        self._tracker.connect(config.track, described(run, config), restarts)
-        self._examples: Examples | None = None
-        if config.track.examples:
-            self._examples = Examples(run, inputs.clips, config.track.examples, inputs.teacher)
+        self._tracker.connect(config, about, run.read_status().get("restarts", 0))
+        self._examples = examples
 
-    def trained(self, step: int, rows: Mapping[str, Row]) -> None:
-        """One row of training per student."""
+    def log_training(self, step: int, rows: Mapping[str, Row]) -> None:
+        """Append one row of training per student."""
         for name, row in rows.items():
             self._tracker.log(name, step, **row)
 
-    def validated(
+    def log_validation(
         self, step: int, rows: Mapping[str, Row], networks: Mapping[str, nn.Module], device: torch.device
     ) -> None:
-        """One row of validation per student, with what the `networks`, in eval mode, make of the examples."""
+        """Append one row of validation per student, with the examples as the `networks` enhance them."""
         for name, row in rows.items():
             self._scores[name] = {"step": step, **row}
         for name, row in rows.items():
-            extras = self._examples.of(name, networks[name], device) if self._examples else Extras()
+            extras = self._examples.enhance(name, networks[name], device) if self._examples else Extras()
             if name == next(iter(rows)):
-                extras = replace(extras, tables={"fleet": self.table()})
+                extras = replace(extras, tables={"students": self.table()})
             self._tracker.log(name, step, extras, **row)
 
-    def improved(self, student: Student, file: Path) -> None:
-        """The weights in `file` are the student's best so far."""
-        if self._config.track.artifacts:
-            self._tracker.artifact(
-                student.name,
-                file,
-                {
-                    "step": student.progress.steps,
-                    "student": student.name,
-                    "size": asdict(student.size),
-                    self._config.valid.best: student.progress.best,
-                    **cost(student.size),
-                },
-            )
+    def log_best_weights(self, student: Student, file: Path, metric: str) -> None:
+        """Hand the student's best weights to W&B, where that is asked for."""
+        if self._config.artifacts:
+            about = {
+                "step": student.progress.steps,
+                "student": student.name,
+                "size": asdict(student.size),
+                metric: student.progress.best,
+                **cost(student.size),
+            }
+            self._tracker.artifact(student.name, file, about)
 
     def table(self) -> list[Row]:
-        """What each student costs and what it has reached: its scores at its last validation."""
+        """What each student costs, and its scores at its last validation."""
         keys = list(dict.fromkeys(key for scores in self._scores.values() for key in scores))
         return [
             {"student": name, **cost(size), **{key: self._scores[name].get(key) for key in keys}}
             for name, size in self._sizes.items()
         ]
 
-    def finish(self, exit_code: int) -> None:
-        """Close the record."""
+    def close(self, exit_code: int) -> None:
+        """End W&B's copy."""
         self._tracker.finish(exit_code)
 
 
 def _last_validation(rows: Sequence[Row]) -> Row:
-    scored = (row for row in reversed(rows) if any(key.startswith("valid/") for key in row))
-    return next(scored, {})
+    validations = (row for row in reversed(rows) if any(key.startswith("valid/") for key in row))
+    return next(validations, {})
 
 
-def validation_row(summaries: Mapping[str, Statistics]) -> Row:
-    """Mean, ends of its 95 % interval and failures, by metric; higher is better but for the last."""
+def training_row(student: Student, lr: float, speed: float | None, shares: Mapping[str, float]) -> Row:
+    """One student's row: means over all ranks and over the steps since the last row.
+
+    Args:
+        student: its metrics start a new row.
+        lr: learning rate of the last step, before the student's own factor.
+        speed: seconds of audio per second of training, of all students together.
+        shares: of the time, by section.
+    """
+    return {
+        **student.metrics.compute_and_reset(),
+        "lr": lr * student.progress.lr_factor,
+        "gradient_norm": student.engine.gradient_norm,
+        "skipped": student.progress.skipped,
+        "audio_seconds_per_second": speed,
+        "memory": peak_memory(student.engine.device),
+        "time": throughput.of_student(student.name, shares),
+    }
+
+
+def validation_row(scores: Mapping[str, Statistics]) -> Row:
+    """Mean, ends of its 95 % interval and failures, by metric; higher is better but for the failures."""
     row: Row = {}
-    for metric, found in summaries.items():
-        row[f"valid/{metric}"] = found.mean
-        row |= {f"valid/{metric}_low": found.low, f"valid/{metric}_high": found.high}
-        row[f"valid/{metric}_failed"] = sum(found.failed.values())
+    for metric, statistics in scores.items():
+        row[f"valid/{metric}"] = statistics.mean
+        row |= {f"valid/{metric}_low": statistics.low, f"valid/{metric}_high": statistics.high}
+        row[f"valid/{metric}_failed"] = sum(statistics.failed.values())
     return row
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
-    """The most that this process has had at once so far, in GB: of RAM, and of the GPU for tensors."""
-    found = {"rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
+    """The most memory that this process has had at once so far, in GB: RAM, and tensors on the GPU."""
+    peak = {"rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
     if device.type == "cuda":
-        found["cuda_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
-    return found
+        peak["cuda_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+    return peak
+
+
+class Examples:
+    """A few validation clips, the same at every validation, and the teacher's output for them."""
+
+    def __init__(self, run: RunDir, clips: Clips, count: int, teacher: Teacher | None) -> None:
+        """Choose at most `count` clips, spread over all; reads nothing yet."""
+        self._run, self._clips, self._teacher = run, clips, teacher
+        self._chosen = sorted({place * len(clips) // count for place in range(count)}) if len(clips) else []
+        self._audio: list[dict[str, Audio]] | None = None
+        self._keys: list[str] = []
+        self._sent: set[str] = set()
+
+    def enhance(self, name: str, network: nn.Module, device: torch.device) -> Extras:
+        """Have the student's `network`, in eval mode, enhance the clips; writes and names the files."""
+        if self._audio is None:
+            self._audio = self._open(device)
+        files: dict[str, Path] = {}
+        for place, audio in enumerate(self._audio):
+            stem = self._run.student(name) / "examples" / f"{place:02d}"
+            _write(stem, enhance(network, audio["noisy"], device))
+            stems = {"student": stem}
+            if name not in self._sent:  # the others stay what they are
+                stems |= {kind: self._stem(place, kind) for kind in audio}
+            for kind, stem in stems.items():
+                files[f"examples/{place:02d}/{kind}"] = stem.with_suffix(_AUDIO)
+                files[f"examples/{place:02d}/{kind}-spectrogram"] = stem.with_suffix(_SPECTROGRAM)
+        self._sent.add(name)
+        return Extras(files, {key: self._keys[int(key.split("/")[1])] for key in files})
+
+    def _open(self, device: torch.device) -> list[dict[str, Audio]]:
+        """Read the clips and run the teacher; a clip that cannot be read is left out, as in scoring."""
+        examples: list[dict[str, Audio]] = []
+        for index in self._chosen:
+            try:
+                key, noisy, clean = self._clips[index]
+            except UnusableClipError as error:
+                logger.warning("no example: %s", error)
+                continue
+            length = round(EXAMPLE_SECONDS * SAMPLE_RATE)
+            audio = {"noisy": noisy[:length], "clean": clean[:length]}
+            if self._teacher:
+                enhanced = self._teacher.enhance(torch.from_numpy(audio["noisy"])[None].to(device))
+                if enhanced is not None:
+                    audio["teacher"] = enhanced[0].float().cpu().numpy()
+            for kind, signal in audio.items():
+                _write(self._stem(len(examples), kind), signal)
+            self._keys.append(key)
+            examples.append(audio)
+        write_json(self._run.examples / "examples.json", {"keys": self._keys, "seconds": EXAMPLE_SECONDS})
+        return examples
+
+    def _stem(self, place: int, kind: str) -> Path:
+        return self._run.examples / f"{place:02d}" / kind
+
+
+def _write(stem: Path, audio: Audio) -> None:
+    """Write FLAC of 16 bits, in which what exceeds full scale is clipped, and the spectrogram."""
+    make_folder(stem.parent)
+    with atomic_file(stem.with_suffix(_AUDIO)) as temporary:
+        soundfile.write(temporary, np.clip(audio, -1, 1), SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    with atomic_file(stem.with_suffix(_SPECTROGRAM)) as temporary:
+        temporary.write_bytes(picture(audio))

@@ -1,4 +1,4 @@
-"""The teacher behind one interface: run on every batch, or read from a cache. Asked once for all students."""
+"""The teacher behind one call: run on every batch, or read from a cache. Asked once for all students."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ class Teacher(Protocol):
     def size(self) -> Size:
         """Its architecture."""
 
-    def want(self, maps: Collection[ViewKey], output: bool) -> None:
-        """Choose what its lessons hold: energy maps by (side, level, view), and whether its output."""
+    def select(self, maps: Collection[ViewKey], output: bool) -> None:
+        """Choose what its targets hold: energy maps by (side, level, view), and whether its output."""
 
     def __call__(self, batch: Batch) -> TeacherTargets:
-        """What it says of a micro-batch, on the batch's device."""
+        """Its targets for a micro-batch, on the batch's device."""
 
     def enhance(self, noisy: Tensor) -> Tensor | None:
-        """What it makes of `noisy` (B, T); None where it cannot be asked."""
+        """Its output for `noisy` (B, T); None where there is no network to run."""
 
     def describe(self) -> dict[str, Any]:
-        """What a run records of it, as JSON values."""
+        """What a run records of its teacher, as JSON values."""
 
 
 class LiveTeacher:
@@ -56,17 +56,17 @@ class LiveTeacher:
         """Its architecture."""
         return self.model.size
 
-    def want(self, maps: Collection[ViewKey], output: bool) -> None:
-        """Choose what its lessons hold."""
+    def select(self, maps: Collection[ViewKey], output: bool) -> None:
+        """Choose what its targets hold."""
         self._maps, self._output = set(maps), output
 
     def __call__(self, batch: Batch) -> TeacherTargets:
-        """What it makes of the batch's noisy side."""
-        return self.hear(batch.noisy)
+        """Its targets for the batch's noisy side."""
+        return self.forward(batch.noisy)
 
     @torch.no_grad()
-    def hear(self, noisy: Tensor) -> TeacherTargets:
-        """What it makes of `noisy` (B, T): maps (B, T_b) and, where wanted, output (B, T)."""
+    def forward(self, noisy: Tensor) -> TeacherTargets:
+        """Its targets for `noisy` (B, T): maps (B, T_b) and, where selected, output (B, T)."""
         with self._autocast:
             output, views = self.model(noisy, return_views=True)
         maps = {key: energy_map(feature) for key, feature in views.items() if key in self._maps}
@@ -74,7 +74,7 @@ class LiveTeacher:
 
     @torch.no_grad()
     def enhance(self, noisy: Tensor) -> Tensor:
-        """Its output (B, T)."""
+        """Its output (B, T) for `noisy` (B, T)."""
         with self._autocast:
             output: Tensor = self.model(noisy)
         return output.float()
@@ -91,34 +91,34 @@ class LiveTeacher:
 
 
 class CachedTeacher:
-    """Hands on what the readers found in a teacher cache."""
+    """Hands on the targets that the readers found in a teacher cache."""
 
-    def __init__(self, lessons: Lessons) -> None:
-        self._lessons = lessons
+    def __init__(self, cache: Lessons) -> None:
+        self._cache = cache
 
     @property
     def size(self) -> Size:
         """Architecture of the teacher that filled the cache."""
-        return self._lessons.size
+        return self._cache.size
 
-    def want(self, maps: Collection[ViewKey], output: bool) -> None:
-        """Choose what its lessons hold, before the readers start.
+    def select(self, maps: Collection[ViewKey], output: bool) -> None:
+        """Choose what its targets hold, before the readers start.
 
         Raises:
             UserError: the cache does not hold it.
         """
-        self._lessons.want(maps, output)
+        self._cache.want(maps, output)
 
     def __call__(self, batch: Batch) -> TeacherTargets:
-        """What came with the batch."""
-        assert batch.teacher_targets is not None, "the stream was opened with the cache"
+        """The targets that came with the batch."""
+        assert batch.teacher_targets is not None, "the data was opened with the cache"
         return batch.teacher_targets
 
     def enhance(self, noisy: Tensor) -> None:
-        """Nothing: a cache holds no network."""
+        """Return nothing: a cache holds no network."""
         del noisy
 
     def describe(self) -> dict[str, Any]:
         """The teacher that filled the cache, and which cache it was."""
-        header = self._lessons.header
-        return {**header["teacher"], "cache": str(self._lessons.folder), "codec": header["codec"]}
+        header = self._cache.header
+        return {**header["teacher"], "cache": str(self._cache.folder), "codec": header["codec"]}

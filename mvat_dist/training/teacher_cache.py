@@ -86,13 +86,13 @@ class Colleague:
         self.teacher = LiveTeacher(teacher_file(order.config), device, self.precision)
         self.maps = self.teacher.size.views(self.samples)
         """Frames of every map, by (side, level, view)."""
-        self.teacher.want(self.maps, output=order.output)
+        self.teacher.select(self.maps, output=order.output)
         self.device = device
 
     def hear(self, numbers: NDArray[np.int64]) -> tuple[list[NDArray[np.float32]], list[LessonArrays]]:
         """Segments `numbers` as the teacher hears them, (T,) each, and what it says of each."""
         heard = [self.data.segment(int(number)).noisy for number in numbers]
-        said = self.teacher.hear(torch.from_numpy(np.stack(heard)).to(self.device))
+        said = self.teacher.forward(torch.from_numpy(np.stack(heard)).to(self.device))
         maps = {key: values.cpu().numpy() for key, values in said.maps.items()}
         output = None if said.output is None else said.output.cpu().numpy()
         if not all(np.isfinite(values).all() for values in [*maps.values(), output] if values is not None):

@@ -36,7 +36,7 @@ def test_without_a_gpu_nothing_is_claimed(tmp_path: Path) -> None:
 
 
 def test_its_path_on_a_cpu(tmp_path: Path) -> None:
-    """Networks are right in float32 and compiled; the fleet's FLOPs are its parts'; nothing is written."""
+    """Networks are right in float32 and compiled; the group's FLOPs are its parts'; nothing is written."""
     done = run("--device", "cpu", "--tiny", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     cells = [
@@ -50,7 +50,7 @@ def test_its_path_on_a_cpu(tmp_path: Path) -> None:
         assert min(float(one) for one in (gradient, its_gradient) if one) > 40
     assert all(right["one"])
     work = {row[0]: float(row[3]) for row in cells if len(row) == 6 and re.match(r"[\d.]", row[3])}
-    assert work["fleet"] == pytest.approx(work["teacher's forward"] + work["one"] + work["two"], rel=0.02)
+    assert work["group"] == pytest.approx(work["teacher's forward"] + work["one"] + work["two"], rel=0.02)
     assert not list(tmp_path.iterdir())
 
 

@@ -1,7 +1,7 @@
 """The trainer as a user starts it: real processes, real engines, real shards.
 
 Laws: a resumed run equals the uninterrupted one bit for bit; a student learns the same alone and in a
-fleet; every ZeRO stage gives the same curve; one process equals two on the same global batch.
+group; every ZeRO stage gives the same curve; one process equals two on the same global batch.
 """
 
 from __future__ import annotations
@@ -121,24 +121,24 @@ def teacher(corpus: Path, runs: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def fleet(corpus: Path, runs: Path, teacher: Path) -> Path:
+def group(corpus: Path, runs: Path, teacher: Path) -> Path:
     """Two students beside the teacher, undisturbed, with every loss on."""
     return train(
-        corpus, runs, "fleet", "--student=tiny,mini", f"--teacher={teacher}", "--distil.method=mvat+output"
+        corpus, runs, "group", "--student=tiny,mini", f"--teacher={teacher}", "--distil.method=mvat+output"
     )
 
 
-def test_a_run_explains_itself(fleet: Path, teacher: Path) -> None:
-    status = json.loads((fleet / "STATUS").read_text())
+def test_a_run_explains_itself(group: Path, teacher: Path) -> None:
+    status = json.loads((group / "STATUS").read_text())
     assert (status["state"], status["step"]) == ("finished", 6)
-    inputs = json.loads((fleet / "inputs.json").read_text())
+    inputs = json.loads((group / "inputs.json").read_text())
     assert inputs["teacher"]["file"].startswith(str(teacher))
     assert all(len(digest) == 64 for digest in inputs["data"].values())
-    assert sorted(path.name for path in (fleet / "checkpoints").iterdir()) == [
+    assert sorted(path.name for path in (group / "checkpoints").iterdir()) == [
         "step-00000004",
         "step-00000006",
     ]
-    rows = history(fleet, "mini")
+    rows = history(group, "mini")
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in rows if "valid/stoi" in row] == [4, 6]
     row = rows[0]
@@ -148,12 +148,12 @@ def test_a_run_explains_itself(fleet: Path, teacher: Path) -> None:
     assert row["loss"] == pytest.approx(row["enhance"] + row["output"] + row["mvat"], rel=1e-5)
 
 
-def test_a_student_learns_the_same_alone(corpus: Path, runs: Path, teacher: Path, fleet: Path) -> None:
+def test_a_student_learns_the_same_alone(corpus: Path, runs: Path, teacher: Path, group: Path) -> None:
     alone = train(
         corpus, runs, "alone", "--student=tiny", f"--teacher={teacher}", "--distil.method=mvat+output"
     )
-    assert history(alone, "tiny") == history(fleet, "tiny")
-    assert same_weights(alone, fleet, "tiny")
+    assert history(alone, "tiny") == history(group, "tiny")
+    assert same_weights(alone, group, "tiny")
 
 
 def stopped_early(argv: list[str]) -> int:
@@ -169,7 +169,7 @@ def stopped_early(argv: list[str]) -> int:
     return process.returncode
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(corpus: Path, runs: Path, teacher: Path, fleet: Path) -> None:
+def test_a_stopped_run_goes_on_bit_for_bit(corpus: Path, runs: Path, teacher: Path, group: Path) -> None:
     """With a reader process, where the undisturbed run has none: what it had read ahead is not lost."""
     arguments = (
         "--student=tiny,mini",
@@ -191,8 +191,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(corpus: Path, runs: Path, teacher: Pa
     assert stops == 2
     assert json.loads((resumed / "STATUS").read_text())["state"] == "finished"
     for student in ("tiny", "mini"):
-        assert history(resumed, student) == history(fleet, student)
-        assert same_weights(resumed, fleet, student)
+        assert history(resumed, student) == history(group, student)
+        assert same_weights(resumed, group, student)
 
 
 def test_a_finished_run_is_not_trained_again(corpus: Path, runs: Path, teacher: Path) -> None:
@@ -234,12 +234,12 @@ def test_one_process_equals_two(corpus: Path, runs: Path, teacher: Path) -> None
     np.testing.assert_allclose(losses(two, "tiny"), losses(one, "tiny"), rtol=1e-5)
 
 
-def test_students_begin_as_the_weights_they_are_given(corpus: Path, runs: Path, fleet: Path) -> None:
+def test_students_begin_as_the_weights_they_are_given(corpus: Path, runs: Path, group: Path) -> None:
     """At no learning rate they stay what they began as, and their first score is the best."""
     arguments = ("--optim.lr=1e-30", "--engine.freeze_batchnorm=true", "--distil.method=none", *LOSSES_ONLY)
-    still = train(corpus, runs, "still", "--student=tiny,mini", f"--train.init={fleet}", *arguments)
+    still = train(corpus, runs, "still", "--student=tiny,mini", f"--train.init={group}", *arguments)
     for student in ("tiny", "mini"):
-        assert same_weights(still, fleet, student, "best")
+        assert same_weights(still, group, student, "best")
         assert [row["step"] for row in history(still, student) if "valid/si_sdr" in row] == [0, 4]
     began = json.loads((still / "inputs.json").read_text())["init"]
     assert {name: one["name"] for name, one in began.items()} == {"tiny": "tiny", "mini": "mini"}

@@ -15,7 +15,7 @@ from mvat_dist.config.sizes import Size
 from mvat_dist.data.shards.codecs import encode_flac
 from mvat_dist.data.shards.target_codec import CODECS, NORM_FLOOR, LessonArrays, decode, encode, unit_step
 from mvat_dist.losses.mvat import energy_map
-from mvat_dist.losses.objective import Objective
+from mvat_dist.losses.objective import Objective, prepare_targets
 from mvat_dist.models.manner import Manner
 
 KEYS = [("encoder", 1, "channel"), ("decoder", 1, "global"), ("decoder", 2, "local")]
@@ -140,7 +140,7 @@ def test_compact_is_small_and_hardly_turns_the_gradient() -> None:
     objective = Objective(DistilConfig(method="mvat"), student.size, teacher.size)
     gradients = []
     for said in (exact, rounded):
-        prepared = objective.prepare(heard, 0.5 * heard, said)
+        prepared = prepare_targets(heard, 0.5 * heard, said)
         terms = objective(*student(heard, return_views=True), prepared)
         found = torch.autograd.grad(terms["mvat"], list(student.parameters()), allow_unused=True)
         gradients.append(torch.cat([one.flatten().double() for one in found if one is not None]))
@@ -163,7 +163,7 @@ def test_kd_weight_counts_in_the_loss_and_leaves_the_terms() -> None:
     with torch.no_grad():
         estimate, views = network(noisy, return_views=True)
     other = {key: torch.rand(feature.shape[0], feature.shape[-1]) for key, feature in views.items()}
-    prepared = objective.prepare(noisy, clean, other, said)
+    prepared = prepare_targets(noisy, clean, other, said)
     for kd_weight in (0.0, 0.25, 1.0):
         terms = objective(estimate, views, prepared, kd_weight)
         expected = terms["enhance"] + kd_weight * (0.7 * terms["output"] + 0.3 * terms["mvat"])

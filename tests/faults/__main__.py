@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults import cluster, local  # noqa: F401, both register their faults
-from tests.faults.fleet import Bench
+from tests.faults.group import Bench
 from tests.faults.matrix import FAULTS, CannotError, Fault, Moment, run_cell
 
 BEGIN, END = "<!-- make faults: begin -->", "<!-- make faults: end -->"

@@ -14,7 +14,7 @@ from mvat_dist.distributed.slurm import job_state
 from mvat_dist.launch import submission
 from mvat_dist.runs.folder import RunDir
 from tests.conftest import REPOSITORY
-from tests.faults.fleet import STUDENTS, TIMING, Bench, assert_same
+from tests.faults.group import STUDENTS, TIMING, Bench, assert_same
 from tests.faults.matrix import Moment, Outcome, cannot, fault
 from tests.faults.processes import MissedError, await_rows, lives, pending, rows, send, until
 from tests.wandb_runs import rows_of, same_rows

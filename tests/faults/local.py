@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mvat_dist.runs.folder import RunDir
-from tests.faults.fleet import SAVE_EVERY, STEPS, Bench, assert_same, checkpoints
+from tests.faults.group import SAVE_EVERY, STEPS, Bench, assert_same, checkpoints
 from tests.faults.matrix import Moment, Outcome, cannot, fault
 from tests.waiting import until
 from tests.wandb_server import listening

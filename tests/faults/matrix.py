@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from mvat_dist.runs.folder import RunDir
-from tests.faults.fleet import STEPS, Bench
+from tests.faults.group import STEPS, Bench
 from tests.faults.processes import MissedError
 
 _ATTEMPTS = 5

@@ -17,7 +17,7 @@ from collections import Counter
 from pathlib import Path
 
 from mvat_dist.runs.folder import RunDir
-from tests.faults.fleet import OPTIONS, Bench, assert_same
+from tests.faults.group import OPTIONS, Bench, assert_same
 from tests.faults.processes import Training, rows, send, until
 
 STEPS = 150

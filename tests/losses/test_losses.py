@@ -21,7 +21,7 @@ from mvat_dist.errors import UserError
 from mvat_dist.losses import stft as distances
 from mvat_dist.losses.enhancement import CompressedLoss, EnhancementLoss, OutputLoss, WaveformLoss
 from mvat_dist.losses.mvat import energy_map, mvat_loss, shared_blocks
-from mvat_dist.losses.objective import Objective
+from mvat_dist.losses.objective import Objective, prepare_targets
 from mvat_dist.losses.pesq import PesqLoss
 from mvat_dist.models.manner import build
 from mvat_dist.models.pretrained import load_manner_checkpoint
@@ -135,17 +135,16 @@ def test_the_waveform_loss_is_its_formula_at_any_level() -> None:
 def test_an_objective_adds_terms_by_their_factors() -> None:
     size = Size("small", 6, depth=2)
     estimate, clean, noisy = (noise(2, SAMPLES, seed=seed) for seed in (3, 1, 2))
+    own = LossConfig(waveform=2.5, compressed=3.0, pesq=0.5)
     plain = Objective(DistilConfig(method="none"), size, None)
-    added = Objective(
-        DistilConfig(method="none"), size, None, LossConfig(waveform=2.5, compressed=3.0, pesq=0.5)
-    )
-    prepared = added.prepare(noisy, clean, None)
-    before, after = plain(estimate, {}, plain.prepare(noisy, clean, None)), added(estimate, {}, prepared)
+    added = Objective(DistilConfig(method="none"), size, None, own)
+    targets = prepare_targets(noisy, clean, config=own)
+    before, after = plain(estimate, {}, prepare_targets(noisy, clean)), added(estimate, {}, targets)
     assert plain.terms == ("loss", "enhance")
     assert added.terms == ("loss", "enhance", "waveform", "compressed", "pesq")
     assert after["enhance"] == before["enhance"] == before["loss"]
     compressed, pesq = CompressedLoss(), PesqLoss()
-    expected = before["loss"] + 2.5 * WaveformLoss()(estimate, prepared.targets)
+    expected = before["loss"] + 2.5 * WaveformLoss()(estimate, targets.enhancement)
     expected += 3.0 * compressed(estimate, compressed.prepare(noisy, clean))
     expected += 0.5 * pesq(estimate, pesq.prepare(noisy, clean))
     assert after["loss"].item() == pytest.approx(expected.item(), rel=1e-12)
@@ -355,7 +354,7 @@ def test_a_teacher_of_weight_zero_leaves_no_trace() -> None:
     gradients = []
     for targets in ((maps, output), ()):
         estimate, views = student(noisy, return_views=True)
-        terms = objective(estimate, views, objective.prepare(noisy, clean, *targets), kd_weight=0.0)
+        terms = objective(estimate, views, prepare_targets(noisy, clean, *targets, config=own), kd_weight=0.0)
         gradients.append(torch.autograd.grad(terms["loss"], list(student.parameters()), allow_unused=True))
     assert set(terms) == {"loss", "enhance", "waveform", "compressed", "pesq"}
     for with_teacher, without in zip(*gradients, strict=True):

@@ -20,7 +20,7 @@ from mvat_dist.runs import heartbeat, lock
 from mvat_dist.runs.folder import RunDir
 from mvat_dist.runs.heartbeat import Beat
 from mvat_dist.runs.lock import RunLock
-from mvat_dist.training.fault_tolerance import Guard
+from mvat_dist.training.fault_tolerance import FaultTolerance
 
 HOLD = """
 import sys
@@ -155,9 +155,9 @@ def test_another_rank_that_leaves_first_frees_nothing(
     run, place = RunDir(tmp_path), Ranks(0, 2, 0, 2, 0, 1, "127.0.0.1", 1, "local")
     zero = RunLock(run.path, "train")
     assert zero.acquire() is None
-    Guard(run, dataclasses.replace(place, rank=1, local_rank=1), 60.0).leave()
+    FaultTolerance(run, dataclasses.replace(place, rank=1, local_rank=1), 60.0).close()
     assert zero.held()
-    Guard(run, place, 60.0).leave()
+    FaultTolerance(run, place, 60.0).close()
     assert not zero.held()
 
 

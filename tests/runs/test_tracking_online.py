@@ -273,7 +273,7 @@ def test_a_hanging_server_cannot_hold_a_run_that_slurm_stops(
 _STOPPED = """
 import sys
 from pathlib import Path
-from mvat_dist.training.stopping import StopRequest
+from mvat_dist.training.fault_tolerance import StopRequest
 from tests.runs.test_tracking_online import log, start
 from tests.waiting import until
 

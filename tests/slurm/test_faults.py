@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import tests.faults.cluster  # noqa: F401, registers the faults
-from tests.faults.fleet import Bench
+from tests.faults.group import Bench
 from tests.faults.matrix import Fault, Moment, ci_cells, run_cell
 
 pytestmark = pytest.mark.slurm

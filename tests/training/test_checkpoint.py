@@ -11,20 +11,22 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from mvat_dist.errors import UserError
 from mvat_dist.io import sha256
 from mvat_dist.training import checkpoint
-from mvat_dist.training.checkpoint import StudentState
+from mvat_dist.training.checkpoint import Progress, StudentState
 
 
 def state(value: float) -> StudentState:
     return StudentState(
         {"weight": torch.full((4,), value), "bn.num_batches_tracked": torch.tensor(3)},
         {"step": torch.tensor(2.0), "exp_avg.weight": torch.randn(4)},
-        {"steps": 2, "updates": 2, "best": 1.5, "row": [0.1, 2.0]},
+        Progress(steps=2, updates=2, best=1.5),
+        [0.1, float("nan"), 2.0],
     )
 
 
@@ -37,6 +39,7 @@ def test_round_trip(tmp_path: Path) -> None:
         found = checkpoint.load(path, name)
         assert found is not None
         assert found.progress == expected.progress
+        np.testing.assert_equal(found.open_row, expected.open_row)
         for part in ("weights", "optimizer"):
             for key, value in getattr(expected, part).items():
                 assert torch.equal(getattr(found, part)[key], value)
@@ -52,7 +55,7 @@ def test_keeps_the_newest(tmp_path: Path) -> None:
 def test_what_an_unwell_student_would_go_back_to_is_kept(tmp_path: Path) -> None:
     """Whatever was saved since: without it, the student would begin anew in the midst of the training."""
     for step, in_a_row in ((1, 0), (2, 0), (3, 5), (4, 9), (5, 12)):
-        ill = replace(state(step), progress={**state(step).progress, "skipped_in_a_row": in_a_row})
+        ill = replace(state(step), progress=Progress(skipped_in_a_row=in_a_row))
         checkpoint.save(tmp_path, step, {"ill": ill, "well": state(step)}, keep=2)
     assert sorted(checkpoint.step_of(path) for path in tmp_path.iterdir()) == [2, 4, 5]
     found = checkpoint.newest(tmp_path, lambda path: checkpoint.is_well(path, "ill"))
@@ -63,7 +66,7 @@ def test_what_an_unwell_student_would_go_back_to_is_kept(tmp_path: Path) -> None
 
 
 def damage(path: Path, how: str = "flip") -> None:
-    files = {"manifest": "manifest.json", "fleet": "fleet.json"}
+    files = {"manifest": "manifest.json", "record": "checkpoint.json"}
     file = path / files.get(how, "a.weights.safetensors")
     content = bytearray(file.read_bytes())
     if how == "flip":
@@ -75,7 +78,7 @@ def damage(path: Path, how: str = "flip") -> None:
         file.write_bytes(content[: len(content) // 2])
 
 
-@pytest.mark.parametrize("how", ["flip", "truncate", "remove", "manifest", "fleet"])
+@pytest.mark.parametrize("how", ["flip", "truncate", "remove", "manifest", "record"])
 def test_a_damaged_checkpoint_is_named_and_passed_over(
     tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -164,7 +167,7 @@ from mvat_dist.training import checkpoint
 from mvat_dist.errors import exit_code
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-state = checkpoint.StudentState({"weight": torch.zeros(100_000)}, {}, {})
+state = checkpoint.StudentState({"weight": torch.zeros(100_000)}, {}, checkpoint.Progress(), [])
 sys.exit(exit_code(lambda _: checkpoint.save(Path(sys.argv[1]), 2, {"a": state}, keep=1)))
 """
     ended = subprocess.run(
@@ -179,10 +182,19 @@ sys.exit(exit_code(lambda _: checkpoint.save(Path(sys.argv[1]), 2, {"a": state},
 
 def test_a_checkpoint_of_another_version_is_refused_by_its_format(tmp_path: Path) -> None:
     written = checkpoint.save(tmp_path, 1, {"a": state(1.0)}, keep=1)
-    fleet, manifest = (written / name for name in ("fleet.json", "manifest.json"))
-    fleet.write_text(fleet.read_text().replace(f'"format": {checkpoint.FORMAT}', '"format": 0'))
-    sums = json.loads(manifest.read_text())
-    sums["fleet.json"] = {"bytes": fleet.stat().st_size, "sha256": sha256(fleet)}
-    manifest.write_text(json.dumps(sums))
-    with pytest.raises(UserError, match=r"step-00000001 has format 0, this version reads 1: go on with"):
+    record, manifest = (written / name for name in ("checkpoint.json", "manifest.json"))
+    record.write_text(record.read_text().replace(f'"format": {checkpoint.FORMAT}', '"format": 0'))
+    checksums = json.loads(manifest.read_text())
+    checksums["checkpoint.json"] = {"bytes": record.stat().st_size, "sha256": sha256(record)}
+    manifest.write_text(json.dumps(checksums))
+    with pytest.raises(UserError, match=rf"checkpoint.json has the format 0, .* reads {checkpoint.FORMAT}"):
+        checkpoint.newest(tmp_path)
+
+
+def test_a_checkpoint_of_the_first_format_is_refused(tmp_path: Path) -> None:
+    written = checkpoint.save(tmp_path, 1, {"a": state(1.0)}, keep=1)
+    (written / "checkpoint.json").rename(written / "fleet.json")
+    manifest = written / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("checkpoint.json", "fleet.json"))
+    with pytest.raises(UserError, match=r"has no checkpoint.json, so another version .* wrote it: go on"):
         checkpoint.newest(tmp_path)

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from mvat_dist.runs.folder import RunDir
-from tests.faults.fleet import OPTIONS, STUDENTS, Bench, history, steps
+from tests.faults.group import OPTIONS, STUDENTS, Bench, history, steps
 
 STEPS = 8
 LEGS = ((1, 0, 0), (2, 2, 1), (4, 3, 0), (3, 1, 0))

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from mvat_dist.config.schema import EngineConfig, OptimConfig
 from mvat_dist.training.engine import StudentEngine, deepspeed_config
-from mvat_dist.training.schedule import Hyperparameters
 from tests.ranks_harness import on_ranks
 
 STAGES = (0, 1, 2, 3)
 STEPS = 4
 OPTIM = OptimConfig(lr=1e-2, weight_decay=0.1, clip_norm=0.5)
-NOW = Hyperparameters(lr=1e-2, beta1=0.9)
+LR, BETA1 = 1e-2, 0.9
 
 
 class Toy(nn.Module):
@@ -60,9 +59,10 @@ def train_step(engine: StudentEngine, step: int, parts: range, poison: bool = Fa
         noisy, clean = batch(step, part)
         if poison:
             noisy[0, 0] = float("nan")
-        engine.backward((engine(noisy, return_views=False) - clean).square().mean())
-    engine.begin_reduction()
-    return bool(engine.step(NOW))
+        loss = (engine(noisy, return_views=False) - clean).square().mean()
+        engine.backward(loss, last=part == parts[-1])
+    engine.wait_for_gradients()
+    return bool(engine.step(LR, BETA1))
 
 
 def every_stage(rank: int) -> dict[str, Any]:
@@ -82,9 +82,9 @@ def every_stage(rank: int) -> dict[str, Any]:
         applied = [train_step(engine, step, mine) for step in range(STEPS)]
         norm = engine.gradient_norm
         before = engine.weights()
-        buffers = engine.copy_buffers()
+        buffers = engine.snapshot_batchnorm()
         skipped = train_step(engine, 50, mine, poison=rank == 1)  # one rank's trouble
-        engine.restore_buffers(buffers)
+        engine.restore_batchnorm(buffers)
         state = engine.optimizer_state()
         after = engine.weights()
         found[f"{stage}"] = {

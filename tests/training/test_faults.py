@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 import tests.faults.local  # noqa: F401, registers the faults
-from tests.faults.fleet import OPTIONS, Bench
+from tests.faults.group import OPTIONS, Bench
 from tests.faults.matrix import FAULTS, CannotError, Fault, Moment, ci_cells, run_cell
 
 READERS = {"kill -9 of rank 0", "SIGTERM to the job", "shard unreadable in mid-epoch"}

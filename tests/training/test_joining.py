@@ -28,7 +28,7 @@ BOTH, TINY, MINI = "--student=tiny,mini", "--student=tiny", "--student=mini"
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("fleets")
+    return tmp_path_factory.mktemp("groups")
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def ruin(run: Path, step: int, *, ill: bool) -> None:
         if value.is_floating_point():
             value.mul_(1e30)
     if ill:
-        states["mini"].progress |= {"skipped": 1, "skipped_in_a_row": 1}
+        states["mini"].progress.skipped = states["mini"].progress.skipped_in_a_row = 1
     checkpoint.save(run / "checkpoints", step, states, keep=3)
 
 

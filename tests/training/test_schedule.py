@@ -20,10 +20,10 @@ def test_onecycle_is_torchs(steps: int, warmup: float) -> None:
         optimizer, max_lr=config.lr, total_steps=steps, pct_start=warmup
     )
     for step in range(steps):
-        now = schedule.at(step, steps, config)
+        lr, beta1 = schedule.lr_and_beta1(step, steps, config)
         group = optimizer.param_groups[0]
-        assert now.lr == pytest.approx(group["lr"], rel=1e-12)
-        assert now.beta1 == pytest.approx(group["betas"][0], rel=1e-12)
+        assert lr == pytest.approx(group["lr"], rel=1e-12)
+        assert beta1 == pytest.approx(group["betas"][0], rel=1e-12)
         optimizer.step()
         if step + 1 < steps:
             reference.step()
@@ -31,7 +31,7 @@ def test_onecycle_is_torchs(steps: int, warmup: float) -> None:
 
 def test_cosine_rises_to_the_peak_and_falls_to_nothing() -> None:
     config = OptimConfig(lr=1.0, schedule="cosine", warmup_fraction=0.1)
-    rates = [schedule.at(step, 100, config).lr for step in range(100)]
+    rates = [schedule.lr_and_beta1(step, 100, config)[0] for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == pytest.approx(1.0)
     assert rates.index(max(rates)) == 9
@@ -39,11 +39,11 @@ def test_cosine_rises_to_the_peak_and_falls_to_nothing() -> None:
     assert rates[-1] < 1e-2
 
 
-def test_the_likeness_of_pesq_counts_after_its_share_of_the_steps() -> None:
+def test_differentiable_pesq_counts_after_its_share_of_the_steps() -> None:
     config = LossConfig(pesq=0.5, pesq_after=0.25)
-    assert [schedule.pesq_counts(step, 8, config) for step in range(8)] == [False] * 2 + [True] * 6
-    assert schedule.pesq_counts(0, 8, LossConfig(pesq=0.5))
-    assert not schedule.pesq_counts(7, 8, LossConfig())
+    assert [schedule.uses_pesq(step, 8, config) for step in range(8)] == [False] * 2 + [True] * 6
+    assert schedule.uses_pesq(0, 8, LossConfig(pesq=0.5))
+    assert not schedule.uses_pesq(7, 8, LossConfig())
 
 
 @pytest.mark.parametrize("kind", ["onecycle", "cosine", "constant"])
@@ -52,15 +52,22 @@ def test_the_likeness_of_pesq_counts_after_its_share_of_the_steps() -> None:
 def test_short_runs_stay_within_bounds(kind: str, warmup: float, steps: int) -> None:
     config = OptimConfig(lr=1e-3, schedule=kind, warmup_fraction=warmup)  # type: ignore[arg-type]
     for step in range(steps):
-        now = schedule.at(step, steps, config)
-        assert 0 <= now.lr <= config.lr
-        assert 0.8 < now.beta1 < 1
+        lr, beta1 = schedule.lr_and_beta1(step, steps, config)
+        assert 0 <= lr <= config.lr
+        assert 0.8 < beta1 < 1
 
 
-def test_the_teachers_part_fades_linearly_to_nothing_and_stays_there() -> None:
-    shares = [schedule.distillation(step, 100, DistilConfig(fade_by=0.4)) for step in range(100)]
-    assert shares[0] == 1
-    assert shares[10] == pytest.approx(0.75)
-    assert shares[39] == pytest.approx(1 / 40)
-    assert set(shares[40:]) == {0.0}
-    assert {schedule.distillation(step, 100, DistilConfig()) for step in range(100)} == {1.0}
+def test_kd_weight_fades_linearly_to_nothing_and_stays_there() -> None:
+    weights = [schedule.kd_weight(step, 100, DistilConfig(fade_by=0.4)) for step in range(100)]
+    assert weights[0] == 1
+    assert weights[10] == pytest.approx(0.75)
+    assert weights[39] == pytest.approx(1 / 40)
+    assert set(weights[40:]) == {0.0}
+    assert {schedule.kd_weight(step, 100, DistilConfig()) for step in range(100)} == {1.0}
+
+
+def test_a_schedule_has_everything_that_changes_with_the_step() -> None:
+    optim, distil, loss = OptimConfig(lr=2e-3), DistilConfig(fade_by=0.5), LossConfig(pesq=1, pesq_after=0.5)
+    hparams = schedule.Schedule(8, optim, distil, loss).at(2)
+    assert (hparams.lr, hparams.beta1) == schedule.lr_and_beta1(2, 8, optim)
+    assert (hparams.kd_weight, hparams.pesq) == (0.5, False)

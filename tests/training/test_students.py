@@ -1,4 +1,4 @@
-"""What a fleet counts, and what ends a student."""
+"""What a group of students counts, and what ends a student."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mvat_dist.training.students import Meter
+from mvat_dist.training.students import MetricAccumulator
 from tests.commands.test_train import (
     LOSSES_ONLY,
     command,
@@ -22,17 +22,17 @@ from tests.commands.test_train import (
 )
 
 
-def test_meter_weighs_every_item_alike() -> None:
-    """Means of unequal micro-batches are the mean over their items, however they were cut into steps."""
+def test_the_accumulator_weighs_every_segment_alike() -> None:
+    """Means of unequal micro-batches are the mean over their segments, however they were cut into steps."""
     values = torch.randn(11, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    meter = Meter(["loss", "twice"], torch.device("cpu"))
+    metrics = MetricAccumulator(["loss", "twice"], torch.device("cpu"))
     for step in (values[:2], values[2:7], values[7:]):
         for part in step.split(3):
-            meter.add({"loss": part.mean(), "twice": 2 * part.mean(), "other": part.sum()}, len(part))
-        meter.close_step()
-    row = meter.take_row()
+            metrics.add({"loss": part.mean(), "twice": 2 * part.mean(), "other": part.sum()}, len(part))
+        metrics.close_step()
+    row = metrics.compute_and_reset()
     assert row == pytest.approx({"loss": float(values.mean()), "twice": 2 * float(values.mean())})
-    assert all(math.isnan(mean) for mean in meter.take_row().values())  # a new row has seen nothing
+    assert all(math.isnan(mean) for mean in metrics.compute_and_reset().values())
 
 
 def test_a_student_that_never_recovers_is_given_up(corpus: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -53,9 +53,9 @@ def test_a_student_that_never_recovers_is_given_up(corpus: Path, tmp_path: Path)
     assert (tiny["updates"], tiny["skipped"], tiny["given_up"]) == (1, 2, True)
 
 
-def test_the_likeness_of_pesq_counts_from_its_time_on(corpus: Path, runs: Path) -> None:  # noqa: F811
+def test_differentiable_pesq_counts_from_its_time_on(corpus: Path, runs: Path) -> None:  # noqa: F811
     loss = ("--loss.pesq=0.5", "--loss.pesq_after=0.5", "--distil.method=none")
-    run = train(corpus, runs, "heard-later", "--student=tiny", *loss, *LOSSES_ONLY)
+    run = train(corpus, runs, "pesq-later", "--student=tiny", *loss, *LOSSES_ONLY)
     lines = (run / "students" / "tiny" / "history.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if "loss" in row]
     for row, counts in zip(rows, (False, False, True, True), strict=True):

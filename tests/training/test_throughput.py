@@ -1,19 +1,30 @@
-"""Every second of a run is accounted for, once, to the section that spent it."""
+"""Every second of a run is accounted for once, to its section; so is every joule that the GPUs tell of."""
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mvat_dist.training.throughput import Stopwatch, in_words, of_student, speed
+from mvat_dist.training.throughput import (
+    EnergyMeter,
+    GpuCounter,
+    Stopwatch,
+    in_words,
+    of_student,
+    speed,
+)
 from tests.commands.test_train import corpus, train  # noqa: F401 (corpus is a fixture)
+from tests.ranks_harness import on_ranks
 
 
 @dataclass
@@ -156,3 +167,86 @@ def test_a_run_accounts_for_its_time(corpus: Path, tmp_path: Path) -> None:  # n
     status = json.loads((run / "STATUS").read_text())["time_shares"]
     assert sum(status.values()) == pytest.approx(1)
     assert {"forward/tiny", "backward/mini"} <= set(status)
+
+
+class FakeNvml:
+    """NVML as nvidia-ml-py has it: millijoules since the driver was loaded."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self) -> None:
+        self.millijoules: dict[str, int] = {}
+
+    def nvmlInit(self) -> None:  # noqa: N802
+        pass
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:  # noqa: N802
+        return uuid
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:  # noqa: N802
+        if handle not in self.millijoules:
+            raise self.NVMLError
+        return self.millijoules[handle]
+
+
+def test_a_gpu_is_asked_for_by_its_uuid(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = FakeNvml()
+    nvml.millijoules = {"GPU-0-1": 10_000, "GPU-2-3": 70_000}
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="2-3"))
+    counter = GpuCounter(torch.device("cuda", 0))
+    nvml.millijoules["GPU-2-3"] += 1_500
+    assert counter.joules() == pytest.approx(1.5)
+    nvml.millijoules.clear()
+    assert counter.joules() is None
+    assert GpuCounter(torch.device("cuda", 0)).joules() is None
+
+
+def test_without_nvml_a_gpu_s_energy_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert GpuCounter(torch.device("cuda", 0)).joules() is None
+
+
+class FakeCounter(GpuCounter):
+    """A counter that gives its readings one after the other."""
+
+    def __init__(self, *readings: float | None) -> None:
+        self._readings = iter(readings)
+
+    def joules(self) -> float | None:
+        return next(self._readings)
+
+
+def test_a_meter_counts_from_lap_to_lap() -> None:
+    meter = EnergyMeter(torch.device("cpu"), FakeCounter(6.0, 8.0))
+    assert meter.lap() == pytest.approx(6.0)
+    assert meter.lap() == pytest.approx(2.0)
+
+
+def test_a_cpu_has_no_counter() -> None:
+    assert EnergyMeter(torch.device("cpu")).lap() is None
+
+
+def laps_of_a_rank(rank: int) -> list[float | None]:
+    """Each rank has a GPU of its own; the second one's counter cannot be read at the second lap."""
+    meter = EnergyMeter(torch.device("cpu"), FakeCounter(10.0 * (rank + 1), None if rank else 50.0))
+    return [meter.lap(), meter.lap()]
+
+
+def test_gpus_are_added_up_and_one_that_does_not_tell_spoils_it_for_all(tmp_path: Path) -> None:
+    assert on_ranks(2, laps_of_a_rank, tmp_path) == [[30.0, None]] * 2
+
+
+def test_a_timed_function_counts_in_its_section() -> None:
+    device = Device(done=math.inf)
+    watch = Stopwatch(device)
+
+    def work(seconds: float, *, result: str) -> str:
+        device.work(seconds)
+        return result
+
+    timed = watch.timed("work", work)
+    device.work(1)
+    assert timed(3, result="done") == "done"
+    assert watch.lap() == (4, {"other": 0.25, "work": 0.75})

@@ -16,15 +16,15 @@ from mvat_dist.config.sizes import SIZES, VIEWS
 from mvat_dist.data.clips import Clip, ValidationClips
 from mvat_dist.evaluation.report.spectrogram import picture
 from mvat_dist.runs.folder import RunDir
-from mvat_dist.training.examples import Examples
-from tests.faults.fleet import STUDENTS, Bench
+from mvat_dist.training.recorder import Examples
+from tests.faults.group import STUDENTS, Bench
 from tests.wandb_runs import same_rows
 from tests.wandb_server import listening
 
 
 def test_a_preempted_training_is_one_whole_run_per_student(tmp_path: Path) -> None:
     bench = Bench(tmp_path / "bench")
-    run = RunDir(tmp_path / "my runs" / "fleet")
+    run = RunDir(tmp_path / "my runs" / "group")
     options = ("--train.steps=9", "--train.validate_every=4", "--data.workers=0")
     options += ("--track.examples=1", "--track.artifacts=true")
     with listening() as server:
@@ -39,7 +39,7 @@ def test_a_preempted_training_is_one_whole_run_per_student(tmp_path: Path) -> No
         for name in STUDENTS:
             copy = server.run(name)
             same_rows(copy.history, run.history(name))
-            assert (copy.group, copy.exit_code, set(copy.tags)) == ("fleet", 0, {"preempted", "requeued"})
+            assert (copy.group, copy.exit_code, set(copy.tags)) == ("group", 0, {"preempted", "requeued"})
             assert copy.config["train"]["value"]["steps"] == 9
             assert copy.config["environment"]["value"]["packages"]["wandb"]
             best = [one for one in server.artifacts if one.run == copy.name and one.kind == "model"][-1]
@@ -48,7 +48,7 @@ def test_a_preempted_training_is_one_whole_run_per_student(tmp_path: Path) -> No
             sent = {row[key]["path"] for row in copy.history for key in row if key.startswith("examples/00/")}
             assert sent <= set(copy.files)
             assert any(path.endswith(".png") for path in sent)
-        tables = [row["fleet"]["path"] for row in server.run(STUDENTS[0]).history if "fleet" in row]
+        tables = [row["students"]["path"] for row in server.run(STUDENTS[0]).history if "students" in row]
         table = json.loads(server.run(STUDENTS[0]).files[tables[-1]])
         assert [row[table["columns"].index("student")] for row in table["data"]] == list(STUDENTS)
 
@@ -88,8 +88,8 @@ def test_examples_are_the_same_clips_as_each_network_hears_them(tmp_path: Path) 
     ]
     run = RunDir(tmp_path / "my run")
     examples = Examples(run, clips, 3, _Teacher())  # type: ignore[arg-type]
-    first = examples.of("a", _Half(), torch.device("cpu"))
-    again = examples.of("a", _Half(), torch.device("cpu"))
+    first = examples.enhance("a", _Half(), torch.device("cpu"))
+    again = examples.enhance("a", _Half(), torch.device("cpu"))
     for extras, expected in ((first, {"noisy", "clean", "teacher", "student"}), (again, {"student"})):
         kinds = {key.rpartition("/")[2] for key in extras.files}
         assert kinds == expected | {f"{one}-spectrogram" for one in expected}
@@ -114,7 +114,7 @@ def test_a_clip_that_cannot_be_read_is_no_example_and_no_end(
     (pairs / "noisy" / "a.wav").write_bytes(b"no sound")
     run = RunDir(tmp_path / "a run")
     examples = Examples(run, ValidationClips(str(pairs)), 2, None)
-    found = examples.of("tiny", _Half(), torch.device("cpu"))
+    found = examples.enhance("tiny", _Half(), torch.device("cpu"))
     assert set(found.captions.values()) == {"noisy/b.wav"}
     assert "a.wav" in caplog.text
     assert json.loads((run.examples / "examples.json").read_text())["keys"] == ["noisy/b.wav"]

@@ -1,4 +1,4 @@
-"""A process that hangs is ended and says where it hung; one that was only suspended is not."""
+"""A process that hangs is ended and says where it hung; one that was only suspended goes on."""
 
 from __future__ import annotations
 
@@ -10,22 +10,25 @@ from pathlib import Path
 
 from mvat_dist.errors import EXIT_HUNG
 
-# Says how it is at every line that it gets.
+# Makes a step for every line that it gets.
 WATCHED = """
 import sys
 from pathlib import Path
-from mvat_dist.training.watchdog import Watchdog
+from mvat_dist.training.fault_tolerance import Watchdog
 
 def wait_for_ever():
     return sys.stdin.readline()
 
-dog = Watchdog(float(sys.argv[1]), Path(sys.argv[2]), lambda reason: print("last words:", reason, flush=True))
-dog.start()
+def before_abort(reason):
+    print("aborts:", reason, flush=True)
+
+watchdog = Watchdog(float(sys.argv[1]), Path(sys.argv[2]), before_abort)
+watchdog.start()
 for step in range(3):
-    dog.progress("training", step)
+    watchdog.progress("training", step)
     print(step, flush=True)
     wait_for_ever()
-dog.stop()
+watchdog.stop()
 """
 
 
@@ -47,7 +50,7 @@ def test_a_hang_is_ended_and_explained(tmp_path: Path) -> None:
         assert process.wait(60) == EXIT_HUNG
         assert process.stderr
         assert process.stderr.read().startswith("error: hung: no step")
-    assert "last words: no step, validation or save was completed for 1 s while training after step 1" in said
+    assert "aborts: no step, validation or save was completed for 1 s while training after step 1" in said
     assert "in wait_for_ever" in stacks.read_text()
 
 

@@ -1,4 +1,4 @@
-"""A fleet of two tiny students on two ranks, and the law that every disturbed run of it has to keep."""
+"""A group of two tiny students on two ranks, and the law that every disturbed run of it has to keep."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def write_corpus(folder: Path) -> Path:
 
 @dataclass
 class Bench:
-    """A place for runs of the tiny fleet: their corpus, and the run that nothing disturbs."""
+    """A place for runs of the tiny students: their corpus, and the run that nothing disturbs."""
 
     folder: Path
     options: Sequence[str] = OPTIONS

@@ -1,10 +1,10 @@
-"""What a fleet saves: k students in one fleet, against k jobs of their own in the plain formulation.
+"""What a group of students saves: k students in one group, against k plain jobs of their own.
 
-    python -m benchmarks.fleet
-    python -m benchmarks.fleet --rounds 1 --students manner-s-0.9gf,manner-s-0.6gf --seconds 1
+    python -m benchmarks.students
+    python -m benchmarks.students --rounds 1 --students manner-s-0.9gf,manner-s-0.6gf --seconds 1
 
-Every round times, one after the other, the plain teacher, every student's plain step, and the fleet's step
-with one, three and all students, with a live teacher and with its lessons at hand. Results are medians over
+Every round times, one after the other, the plain teacher, every student's plain step, and the group's step
+with one, three and all students, with a live teacher and with its targets at hand. Results are medians over
 rounds of ratios within a round, so that a busy machine slows both sides. Reading and mixing are left out: k
 jobs do them k times.
 """
@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,12 +34,14 @@ from mvat_dist.losses.objective import Objective
 from mvat_dist.models import weights
 from mvat_dist.models.manner import Manner
 from mvat_dist.training.engine import StudentEngine, deepspeed_config
-from mvat_dist.training.students import Fleet, Student
+from mvat_dist.training.schedule import Schedule
+from mvat_dist.training.students import Student, StudentGroup
 from mvat_dist.training.teacher import LiveTeacher
+from mvat_dist.training.throughput import Stopwatch
 
 CPU = torch.device("cpu")
 SEGMENTS = 1_000_000
-"""Heard by a student in the training whose hours are reckoned."""
+"""Segments of the training whose hours are reckoned."""
 
 
 class Spent:
@@ -61,10 +64,10 @@ class FixedTeacher:
         return self.targets
 
 
-def build_fleet(names: list[str], teacher: LiveTeacher) -> Fleet:
+def build_group(names: list[str], teacher: LiveTeacher) -> StudentGroup:
     """Students with fresh weights beside the teacher, as the trainer makes them."""
     config = Config(distil=DistilConfig(), engine=EngineConfig())
-    fleet = []
+    students, stopwatch = [], Stopwatch()
     for name in names:
         size = sizes.get(name)
         engine_config = deepspeed_config(
@@ -78,9 +81,11 @@ def build_fleet(names: list[str], teacher: LiveTeacher) -> Fleet:
         torch.manual_seed(0)
         engine = StudentEngine(Manner(size), engine_config, config.optim, CPU)
         engine.module.train()
-        fleet.append(Student(name, size, engine, Objective(config.distil, size, teacher.size)))
-    teacher.want({key for student in fleet for key in student.objective.keys}, output=False)
-    return Fleet(fleet, teacher, config)
+        objective = Objective(config.distil, size, teacher.size)
+        students.append(Student(name, size, engine, objective, stopwatch))
+    teacher.select({key for student in students for key in student.objective.keys}, output=False)
+    schedule = Schedule(config.train.steps, config.optim, config.distil, config.loss)
+    return StudentGroup(students, teacher, schedule, config.loss, stopwatch)
 
 
 def check_plain(job: PlainJob, model: Manner, noisy: torch.Tensor) -> None:
@@ -103,7 +108,7 @@ def main() -> None:
     clean = 0.05 * torch.randn(arguments.batch, samples, generator=generator)
     noisy = clean + 0.05 * torch.randn(arguments.batch, samples, generator=generator)
     batch = Batch(noisy, clean, [])
-    with tempfile.TemporaryDirectory(prefix="fleet benchmark ") as place:
+    with tempfile.TemporaryDirectory(prefix="students benchmark ") as place:
         size = sizes.get(arguments.teacher)
         file = Path(place) / "model.safetensors"
         weights.save(file, Manner(size).state_dict(), name=arguments.teacher, size=size, step=0)
@@ -115,12 +120,12 @@ def main() -> None:
         check_plain(jobs[name], model, noisy[:1])
     counts = sorted({1, min(3, len(names)), len(names)})
     groups = {count: _spread(names, count) for count in counts}
-    fleets = {count: build_fleet(group, teacher) for count, group in groups.items()}
+    trained = {count: build_group(names, teacher) for count, names in groups.items()}
     rounds = []
     for number in range(arguments.rounds + 1):
-        found = _round(jobs, fleets, teacher, batch)
+        measured = _round(jobs, trained, teacher, batch)
         if number:  # the first allocates and picks kernels
-            rounds.append(found)
+            rounds.append(measured)
     _report(arguments, groups, rounds)
     torch.distributed.destroy_process_group()
 
@@ -128,22 +133,25 @@ def main() -> None:
 Round = tuple[dict[str, Spent], dict[tuple[int, str], Spent]]
 
 
-def _round(jobs: dict[str, PlainJob], fleets: dict[int, Fleet], teacher: LiveTeacher, batch: Batch) -> Round:
-    """Every measurement once: (the plain teacher and the rest of each plain step, every fleet's step)."""
+def _round(
+    jobs: dict[str, PlainJob], groups: dict[int, StudentGroup], teacher: LiveTeacher, batch: Batch
+) -> Round:
+    """Every measurement once: (the plain teacher and the rest of each plain step, every group's step)."""
     noisy, clean = batch.noisy, batch.clean
     first = next(iter(jobs.values()))
-    lessons: list[object] = []
-    plain = {"teacher": Spent(lambda: lessons.append(first.ask(noisy)))}
+    maps: list[object] = []
+    plain = {"teacher": Spent(lambda: maps.append(first.ask(noisy)))}
     for name, job in jobs.items():
-        plain[name] = Spent(lambda job=job: job.learn(noisy, clean, lessons[0]))  # type: ignore[misc]
-    fleet: dict[tuple[int, str], Spent] = {}
-    said = FixedTeacher(teacher.hear(noisy))
-    for count, one in fleets.items():
-        for source, asked in (("live", teacher), ("cached", said)):
-            one.teacher = asked  # type: ignore[assignment]
-            step = one.students[0].progress.steps
-            fleet[count, source] = Spent(lambda one=one, step=step: one.step([batch], step))  # type: ignore[misc]
-    return plain, fleet
+        plain[name] = Spent(lambda job=job: job.learn(noisy, clean, maps[0]))  # type: ignore[misc]
+    grouped: dict[tuple[int, str], Spent] = {}
+    fixed = FixedTeacher(teacher.forward(noisy))
+    for count, group in groups.items():
+        for source, chosen in (("live", teacher), ("cached", fixed)):
+            group.teacher = chosen  # type: ignore[assignment]
+            step = group.students[0].progress.steps
+            work = partial(group.train_step, [batch], step)
+            grouped[count, source] = Spent(work)
+    return plain, grouped
 
 
 def _spread(names: list[str], count: int) -> list[str]:
@@ -152,7 +160,7 @@ def _spread(names: list[str], count: int) -> list[str]:
 
 
 def _report(arguments: argparse.Namespace, groups: dict[int, list[str]], rounds: list[Round]) -> None:
-    heard = arguments.batch * arguments.seconds
+    audio = arguments.batch * arguments.seconds
     print(
         f"batch {arguments.batch} x {arguments.seconds:g} s, {arguments.threads} threads, "
         f"teacher {arguments.teacher}, median of {len(rounds)} rounds"
@@ -171,12 +179,12 @@ def _report(arguments: argparse.Namespace, groups: dict[int, list[str]], rounds:
             {
                 "students": count,
                 "teacher": source,
-                "fleet audio s/s ^": count * heard / median(fleet[key].wall for _, fleet in rounds),
-                "jobs audio s/s ^": count * heard / median(jobs(plain, "wall") for plain, _ in rounds),
-                "fleet CPU h v": hours * median(fleet[key].cpu for _, fleet in rounds),
+                "group audio s/s ^": count * audio / median(grouped[key].wall for _, grouped in rounds),
+                "jobs audio s/s ^": count * audio / median(jobs(plain, "wall") for plain, _ in rounds),
+                "group CPU h v": hours * median(grouped[key].cpu for _, grouped in rounds),
                 "jobs CPU h v": hours * median(separate),
-                "wall ratio ^": median(jobs(plain, "wall") / fleet[key].wall for plain, fleet in rounds),
-                "CPU ratio ^": median(jobs(plain, "cpu") / fleet[key].cpu for plain, fleet in rounds),
+                "wall ratio ^": median(jobs(plain, "wall") / grouped[key].wall for plain, grouped in rounds),
+                "CPU ratio ^": median(jobs(plain, "cpu") / grouped[key].cpu for plain, grouped in rounds),
             }
         )
     print(tabulate(rows, headers="keys", tablefmt="github", floatfmt=".2f"))
@@ -188,8 +196,8 @@ def _report(arguments: argparse.Namespace, groups: dict[int, list[str]], rounds:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="A fleet's step against its students' own plain jobs.",
-        epilog="example: python -m benchmarks.fleet --rounds 5",
+        description="A group's step against its students' own plain jobs.",
+        epilog="example: python -m benchmarks.students --rounds 5",
     )
     parser.add_argument("--students", default="all", help="names separated by commas (default: all)")
     parser.add_argument("--teacher", default="manner-b", help="size of the teacher (default: manner-b)")

@@ -170,7 +170,7 @@ class Trainer:
         rows: dict[str, Row] = {}
         for student in self._well():
             row = training_row(student, end.hparams.lr, speed, shares)
-            optional = {"joules": joules, "damaged": bad_samples}
+            optional = {"joules": joules, "bad_samples": bad_samples}
             rows[student.name] = row | {key: value for key, value in optional.items() if value is not None}
         self._bar.set_description(f"training ({throughput.in_words(shares)})", refresh=False)
         losses = {name.removeprefix("manner-"): f"{row['loss']:.3f}" for name, row in rows.items()}

@@ -180,7 +180,7 @@ def test_a_run_counts_damage_over_its_ranks_and_ends_together(trainable, tmp_pat
     assert borne.returncode == 0, borne.stderr[-3000:]
     history = tmp_path / "borne" / "run" / "students" / "tiny" / "history.jsonl"
     rows = [json.loads(line) for line in history.read_text().splitlines()]
-    assert [row["damaged"] for row in rows if "loss" in row] == [1, 2]
+    assert [row["bad_samples"] for row in rows if "loss" in row] == [1, 2]
     refused = train(trainable, tmp_path / "refused")
     assert refused.returncode == 2, refused.stderr[-3000:]
     assert "2 of 16 segments met damaged data" in refused.stderr

@@ -1,4 +1,5 @@
-"""A trained network for audio of any rate, length and number of channels: ``mvat_dist.load(path)``."""
+"""Enhance audio of any rate, length and number of channels with a trained network:
+``mvat_dist.load(path)``."""
 
 from __future__ import annotations
 
@@ -24,15 +25,15 @@ from mvat_dist.models.weights import LoadedModel
 from mvat_dist.runs.weights import resolve
 
 WINDOW_SECONDS = 16.0
-"""Longest input of one pass. Beyond it the network hears overlapping windows (docs/export.md has the
-measurement behind these two)."""
+"""Longest input of one pass; longer audio is cut into overlapping windows (measured in docs/export.md)."""
 OVERLAP_SECONDS = 2.0
 
 BLOCK = 1 << 16
-"""Frames read, resampled and written at a time. Files and arrays are cut alike: the same samples come out."""
+"""Frames read, resampled and written at a time; the same for files and arrays, so that both give equal
+samples."""
 
 LOUDEST = 1e6
-"""Largest sample, 120 dB above full scale: beyond it squares leave the range of float32."""
+"""Largest sample, 120 dB above full scale: squares of larger ones exceed the range of float32."""
 
 HIGHEST_RATE = 10**7
 """Hz."""
@@ -42,14 +43,14 @@ MOST_CHANNELS = 1024
 
 
 class UnusableAudioError(UserError, ValueError):
-    """Audio, or a rate, that no network can enhance: one line of a command, a `ValueError` to a caller."""
+    """Audio or a rate that no network can enhance; a `ValueError` to a caller of the library."""
 
 
 class Enhancer:
     """Enhances speech with one network.
 
-    Channels are enhanced one by one. The network hears 16 kHz, so nothing above 8 kHz is left, except
-    what `dry` keeps of the input.
+    Channels are enhanced one by one. The network works at 16 kHz, so nothing above 8 kHz remains, except the
+    part of the input that `dry` keeps.
     """
 
     def __init__(
@@ -64,8 +65,8 @@ class Enhancer:
         Args:
             loaded: the network and its name.
             device: where it runs.
-            batch: windows that it hears at once; more than 1 pays on a GPU.
-            precision: ``bf16`` computes the products in half the bits (docs/performance.md has its cost).
+            batch: windows per pass; more than 1 pays on a GPU.
+            precision: ``bf16`` computes products with half the bits (docs/performance.md has the cost).
         """
         self.name = loaded.name
         self.device = torch.device(device)
@@ -74,20 +75,21 @@ class Enhancer:
         self._network = folded(loaded.model).to(self.device)
 
     def enhance(self, audio: npt.ArrayLike, sample_rate: int, dry: float = 0.0) -> Audio:
-        """The enhanced speech, with the shape, rate and level of `audio`; what the command writes, too.
+        """Enhance an array; the result has its shape, rate and level, and equals what the command writes.
 
         Args:
-            audio: (T,) or, as soundfile reads it, (T, C); floats with full scale 1, or integers of 8,
-                16 or 32 bits with a sign, whose full scale is that of their type.
+            audio: (T,) or, as soundfile reads it, (T, C); floats with full scale 1, or signed integers of 8,
+            16
+                or 32 bits with the full scale of their type.
             sample_rate: in Hz.
-            dry: 0 to 1, how much of the input is kept: ``(1 - dry) * enhanced + dry * audio``.
+            dry: share of the input in the result, 0 to 1: ``(1 - dry) * enhanced + dry * audio``.
 
         Returns:
             float32, not clipped.
 
         Raises:
-            UnusableAudioError: another shape, more channels than frames, no rate, or samples that are not
-                finite.
+            UnusableAudioError: another shape, more channels than frames, no usable rate, or samples that are
+                not finite.
         """
         samples = _floats(np.asarray(audio))
         frames = samples if samples.ndim == 2 else samples[:, None]
@@ -98,7 +100,8 @@ class Enhancer:
     def stream(
         self, blocks: Iterable[Audio], sample_rate: int, channels: int, dry: float = 0.0
     ) -> Iterator[Audio]:
-        """Enhance a stream in bounded memory; it comes out as long, and up to `WINDOW_SECONDS` later.
+        """Enhance a stream in bounded memory; the output has its length and comes up to `WINDOW_SECONDS`
+        later.
 
         Args:
             blocks: float32 (T, `channels`), full scale 1.
@@ -111,27 +114,27 @@ class Enhancer:
         """
         _check_number("sample_rate", sample_rate, 1, HIGHEST_RATE, " Hz")
         _check_number("dry", dry, 0, 1)
-        kept = _Kept(channels)
-        narrow = _resampled(kept.keep(blocks), sample_rate, SAMPLE_RATE, channels)
+        original = _InputBuffer(channels)
+        narrow = _resampled(original.keep(blocks), sample_rate, SAMPLE_RATE, channels)
         overlap = round(OVERLAP_SECONDS * SAMPLE_RATE)
         windows = self._passes(cut(narrow, round(WINDOW_SECONDS * SAMPLE_RATE), overlap))
         for enhanced in _resampled(join(windows, overlap), SAMPLE_RATE, sample_rate, channels):
-            noisy = kept.take(len(enhanced))
+            noisy = original.take(len(enhanced))
             yield _mixed(enhanced[: len(noisy)], noisy, dry)
-        # Resampled there and back, the stream may end a few frames early.
-        noisy = kept.take()
+        # After resampling there and back, the stream may end a few frames early.
+        noisy = original.take()
         yield _mixed(np.zeros_like(noisy), noisy, dry)
 
     def _passes(self, windows: Iterator[Window]) -> Iterator[Window]:
-        """Each window with its channels enhanced; `batch` of them are held at once."""
-        while several := list(itertools.islice(windows, self.batch)):
-            enhanced = iter(self._rows([row for window in several for row in window.audio.T]))
-            for audio, shared in several:
+        """Enhance the channels of each window, `batch` windows at a time."""
+        while chunk := list(itertools.islice(windows, self.batch)):
+            enhanced = iter(self._rows([row for window in chunk for row in window.audio.T]))
+            for audio, shared in chunk:
                 yield Window(np.stack(list(itertools.islice(enhanced, audio.shape[1])), axis=1), shared)
 
     @torch.inference_mode()
     def _rows(self, rows: list[Audio]) -> list[Audio]:
-        """Each of `rows` (T,) through the network, which divides it by its deviation and multiplies back."""
+        """Enhance each of `rows` (T,)."""
         enhanced: list[Audio] = []
         for start in range(0, len(rows), self.batch):
             noisy = torch.from_numpy(np.stack(rows[start : start + self.batch])).to(self.device)
@@ -157,13 +160,13 @@ def load(path: str | Path, device: str = "auto", batch: int = 1, precision: Prec
 
 
 def _check_number(name: str, value: Any, low: int, high: int, unit: str = "") -> None:
-    # Not a number is not between any two.
+    # NaN fails both comparisons.
     if not (isinstance(value, numbers.Real) and low <= float(value) <= high):
         raise UnusableAudioError(f"{name} is {value!r}{unit}: it must be a number from {low} to {high}{unit}")
 
 
-class _Kept:
-    """Remembers a stream until the enhanced one has caught up with it."""
+class _InputBuffer:
+    """Keeps the input stream until the enhanced stream has caught up with it."""
 
     def __init__(self, channels: int) -> None:
         self._blocks: deque[Audio] = deque()
@@ -171,23 +174,23 @@ class _Kept:
         self._frames = 0
 
     def keep(self, blocks: Iterable[Audio]) -> Iterator[Audio]:
-        """Hand `blocks` on, checked.
+        """Check `blocks`, remember them and pass them on.
 
         Raises:
-            UnusableAudioError: a sample that would spoil its whole window.
+            UnusableAudioError: a sample that would spoil the window around it.
         """
         for block in blocks:
-            usable = (np.abs(block) < LOUDEST).all(axis=1)  # not a number is not less than anything
+            usable = (np.abs(block) < LOUDEST).all(axis=1)  # NaN is not less than anything
             if not usable.all():
-                where = self._frames + int(np.argmin(usable))
-                raise UnusableAudioError(f"frame {where} is not finite, or more than 120 dB above full scale")
+                frame = self._frames + int(np.argmin(usable))
+                raise UnusableAudioError(f"frame {frame} is not finite, or more than 120 dB above full scale")
             self._frames += len(block)
             self._blocks.append(block)
             yield block
 
     def take(self, frames: int | None = None) -> Audio:
-        """The next `frames`, or all that are left: fewer where the stream has ended."""
-        found = [self._none]
+        """The next `frames`, or all that remain; fewer at the end of the stream."""
+        blocks = [self._none]
         while self._blocks and (frames is None or frames > 0):
             block = self._blocks.popleft()
             if frames is not None:
@@ -195,8 +198,8 @@ class _Kept:
                     self._blocks.appendleft(block[frames:])
                     block = block[:frames]
                 frames -= len(block)
-            found.append(block)
-        return np.concatenate(found)
+            blocks.append(block)
+        return np.concatenate(blocks)
 
 
 def _mixed(enhanced: Audio, noisy: Audio, dry: float) -> Audio:
@@ -209,7 +212,7 @@ def _resampled(blocks: Iterable[Audio], rate_in: int, rate_out: int, channels: i
         return
     resampler = soxr.ResampleStream(rate_in, rate_out, channels, dtype="float32", quality="VHQ")
     for block in blocks:
-        # soxr takes one channel without its axis, and gives it back so.
+        # soxr takes and returns a single channel without its axis.
         yield resampler.resample_chunk(block.squeeze(1) if channels == 1 else block).reshape(-1, channels)
     end = np.zeros((0, channels) if channels > 1 else 0, np.float32)
     yield resampler.resample_chunk(end, last=True).reshape(-1, channels)

@@ -1,4 +1,4 @@
-"""The model card beside an export: what it is, where it comes from, how good it is, how to use it."""
+"""Write the model card of an export: the network, its origin, its scores, its use."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from mvat_dist.models.weights import LoadedModel
 
 @dataclass(frozen=True)
 class Exported:
-    """One file of an export, or why it was not kept."""
+    """One file of an export, or the reason why it was not kept."""
 
     file: str
     kind: str
     bytes: int
     check: str
-    """How far it is from the network, or the reason of its refusal."""
+    """Its difference from the network, or the reason of its refusal."""
     kept: bool = True
 
 
@@ -53,7 +53,7 @@ _LIMITS = """\
 
 
 def card(loaded: LoadedModel, about: Mapping[str, str], exported: Sequence[Exported]) -> str:
-    """Markdown."""
+    """The model card of `loaded` as Markdown."""
     size = loaded.model.size
     gmac = sizes.macs(size, round(COST_SECONDS * SAMPLE_RATE)) / 1e9
     facts = [
@@ -65,15 +65,15 @@ def card(loaded: LoadedModel, about: Mapping[str, str], exported: Sequence[Expor
         ("licence", about["licence"]),
         ("exported with", about["exported_with"]),
     ]
-    kept = [one.file for one in exported if one.kept]
+    kept = [file.file for file in exported if file.kept]
     files = [
         (
-            f"`{one.file}`" if one.kept else f"{one.file} (not kept)",
-            one.kind,
-            f"{one.bytes / 1e6:.2f}" if one.kept else "-",
-            one.check,
+            f"`{file.file}`" if file.kept else f"{file.file} (not kept)",
+            file.kind,
+            f"{file.bytes / 1e6:.2f}" if file.kept else "-",
+            file.check,
         )
-        for one in exported
+        for file in exported
     ]
     return "\n\n".join(
         [
@@ -95,24 +95,24 @@ def card(loaded: LoadedModel, about: Mapping[str, str], exported: Sequence[Expor
 
 
 def _use(kept: Sequence[str]) -> list[str]:
-    """How to use the files that are there."""
+    """Say how to use the files that were kept."""
     weights = [file for file in kept if file.endswith(".safetensors")]
     onnx = [file for file in kept if file.endswith(".onnx")]
     graphs = [f"`{file}`" for file in kept if file not in weights]
-    said = [_USE.format(weights=weights[0])] if weights else []
+    paragraphs = [_USE.format(weights=weights[0])] if weights else []
     if graphs:
-        said.append(_USE_GRAPH.format(graphs=" and ".join(graphs)))
+        paragraphs.append(_USE_GRAPH.format(graphs=" and ".join(graphs)))
     if onnx:
-        said.append(_USE_ONNX.format(onnx=onnx[0]))
-    return said or ["No file was kept."]
+        paragraphs.append(_USE_ONNX.format(onnx=onnx[0]))
+    return paragraphs or ["No file was kept."]
 
 
-def _legible(section: Callable[[], str], of: str = "it") -> str:
-    """A section; another sentence where a file that was exported elsewhere says what it should not."""
+def _legible(section: Callable[[], str], subject: str = "it") -> str:
+    """A section of the card, or a sentence in its place if the exported file's metadata are damaged."""
     try:
         return section()
     except provenance.DAMAGE:
-        return f"What the file that was exported says of {of} cannot be read."
+        return f"What the file that was exported says of {subject} cannot be read."
 
 
 def _training(about: Mapping[str, str], kept: Sequence[str]) -> str:
@@ -129,25 +129,24 @@ def _training(about: Mapping[str, str], kept: Sequence[str]) -> str:
     if environment := provenance.read(about, "environment"):
         lines.append(f"mvat_dist at commit {environment['commit']}")
     listed = "\n".join(f"- {line}" for line in lines)
-    # TorchScript files say nothing of their training.
-    speaking = [f"`{file}`" for file in kept if not file.endswith(".pt")]
-    inside = (
-        f"\n\nThe whole configuration is in the metadata of {' and '.join(speaking)}." if speaking else ""
-    )
-    return listed + inside
+    # TorchScript files have no metadata on their training.
+    described = [f"`{file}`" for file in kept if not file.endswith(".pt")]
+    if not described:
+        return listed
+    return f"{listed}\n\nThe whole configuration is in the metadata of {' and '.join(described)}."
 
 
 def _scores(about: Mapping[str, str]) -> str:
-    found = provenance.read(about, "scores")
-    if not found:
+    scores = provenance.read(about, "scores")
+    if not scores:
         return "Not evaluated yet: `python -m mvat_dist.evaluate RUN --data DATA`, then export again."
-    blocks = [_legible(partial(_tables, data, sections), data) for data, sections in found.items()]
-    how = "Higher is better; 95 % bootstrap intervals over clips in brackets, of two clips or more."
-    return "\n\n".join([*blocks, how])
+    blocks = [_legible(partial(_tables, data, sections), data) for data, sections in scores.items()]
+    note = "Higher is better; 95 % bootstrap intervals over clips in brackets, of two clips or more."
+    return "\n\n".join([*blocks, note])
 
 
 def _tables(data: str, sections: Mapping[str, Any]) -> str:
-    """One table for each section; a damaged one does not hide the others."""
+    """One table per section; a damaged section does not hide the others."""
     titles = {f"{section} of {data}": by_model for section, by_model in sections.items()}
     return "\n\n".join(
         _legible(partial(_table, title, by_model), title) for title, by_model in titles.items()
@@ -158,12 +157,12 @@ def _table(title: str, by_model: Mapping[str, Any]) -> str:
     metrics = [name for name in next(iter(by_model.values())) if name in METRICS]
     rows = [[model, *(_cell(scored[name], name) for name in metrics)] for model, scored in by_model.items()]
     heads = ["", *(f"{METRICS[name].label} {METRICS[name].unit}".strip() for name in metrics)]
-    # Not parsed: tabulate would take the last zero of a mean without an interval.
+    # Numbers are not parsed: tabulate would drop the last zero of a mean without an interval.
     return f"{title}\n\n" + tabulate(rows, heads, tablefmt="github", disable_numparse=True)
 
 
 def _cell(score: Mapping[str, Any], metric: str) -> str:
-    """Of one clip, a mean without an interval; of none, a dash."""
+    """Mean and interval; one clip has no interval, and no clip gives a dash."""
     mean, low, high = (
         None if score[key] is None else f"{score[key]:.{METRICS[metric].decimals}f}"
         for key in ("mean", "low", "high")

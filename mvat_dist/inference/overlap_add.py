@@ -1,7 +1,6 @@
-"""A recording of any length in bounded memory: overlapping windows, joined by cross-fades.
+"""Cut a stream into overlapping windows and join them again by cross-fades, in bounded memory.
 
-The pieces of a stream are float arrays (T, C), frames by channels. Nothing here knows what is done to
-the windows.
+The blocks of a stream are float arrays (T, C), frames by channels.
 """
 
 from __future__ import annotations
@@ -21,42 +20,42 @@ class Window(NamedTuple):
     audio: Audio
     """(T, C)."""
     shared: int
-    """Its first frames, of which the window before has heard the same."""
+    """Number of its first frames that the previous window holds too."""
 
 
 def cut(blocks: Iterable[Audio], length: int, overlap: int) -> Iterator[Window]:
-    """Windows of `length` frames that share `overlap` with the one before.
+    """Cut a stream into windows of `length` frames; each shares `overlap` frames with the previous one.
 
-    The last one shares more, so that it is as long as the others; a stream of at most `length` frames
-    is one window.
+    The last window shares more, so that it is as long as the others. A stream of at most `length` frames is
+    one window.
 
     Args:
-        blocks: the stream, in pieces of any length.
+        blocks: the stream, in blocks of any length.
         length: frames of a window.
         overlap: frames, at least 1 and less than `length`.
     """
     buffer: Audio | None = None
-    before: Audio | None = None
+    previous: Audio | None = None
     for block in blocks:
         buffer = block if buffer is None else np.concatenate([buffer, block])
-        # Longer, not as long: what follows decides how much the next window shares.
+        # Longer, not equal: the rest of the stream decides how much the next window shares.
         while len(buffer) > length:
-            yield Window(buffer[:length], 0 if before is None else overlap)
-            before, buffer = buffer[:length], buffer[length - overlap :]
+            yield Window(buffer[:length], 0 if previous is None else overlap)
+            previous, buffer = buffer[:length], buffer[length - overlap :]
     if buffer is None or len(buffer) == 0:
         return
-    if before is None:
+    if previous is None:
         yield Window(buffer, 0)
     else:
         fresh = buffer[overlap:]
-        yield Window(np.concatenate([before, fresh])[-length:], length - len(fresh))
+        yield Window(np.concatenate([previous, fresh])[-length:], length - len(fresh))
 
 
 def join(windows: Iterable[Window], overlap: int) -> Iterator[Audio]:
-    """The stream from its windows, (T, C) at a time: a raised-cosine cross-fade over `overlap` frames.
+    """Join windows to a stream by raised-cosine cross-fades over `overlap` frames; yields blocks (T, C).
 
-    A frame near the end of a window, which has heard little of what comes after it, thus counts less
-    than the same frame in the next window. Weights sum to 1: windows that agree come out as they are.
+    A frame near the end of a window, where the network has little context after it, counts less than the same
+    frame in the next window. The weights sum to 1, so windows that agree do not change.
     """
     rise = (0.5 - 0.5 * np.cos(np.pi * (np.arange(overlap) + 0.5) / overlap)).astype(np.float32)[:, None]
     tail: Audio | None = None
@@ -64,9 +63,10 @@ def join(windows: Iterable[Window], overlap: int) -> Iterator[Audio]:
         if tail is not None:
             audio = audio[shared - overlap :].copy()
             audio[:overlap] = tail + rise * (audio[:overlap] - tail)
-        # The end waits for the next window; of one window alone, which may be shorter than that, all of it.
-        held = min(overlap, len(audio))
-        yield audio[: len(audio) - held]
-        tail = audio[len(audio) - held :]
+        # The end waits for the next window. A single window may be shorter than `overlap`: then all of it
+        # waits.
+        kept = min(overlap, len(audio))
+        yield audio[: len(audio) - kept]
+        tail = audio[len(audio) - kept :]
     if tail is not None:
         yield tail

@@ -1,4 +1,4 @@
-"""Where a trained network comes from, as exported files say it: run, teacher, data, scores, licence."""
+"""Describe where a trained network comes from, for exported files: run, teacher, data, scores, licence."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ DAMAGE = (
     OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError, yaml.YAMLError,
     UserError,
 )  # fmt: skip
-"""What a record raises that is torn, or is not what it should be."""
+"""Errors that a damaged record raises, or one of another kind."""
 
-_Said = TypeVar("_Said")
+_Record = TypeVar("_Record")
 
 
 def describe(file: Path, loaded: LoadedModel, licence: str) -> dict[str, str]:
-    """What to write into an exported file, by key; values that are not plain text are JSON.
+    """Collect the metadata of an exported file, by key; values that are not plain text are JSON.
 
-    ``licence``; ``sha256`` of the weights (`modelfile.fingerprint`); ``exported_with``; and, as far as a
-    run's folder is around `file`, ``config`` (YAML), ``inputs`` (teacher and data with their fingerprints),
-    ``environment`` (commit and versions) and ``scores`` (by test set). Folders and files of this machine are
-    called by their names alone. A file that was exported before keeps what it says. What cannot be read is
-    left out, and standard error says so.
+    The keys are ``licence``, ``sha256`` of the weights (`models.weights.fingerprint`), ``exported_with``
+    and, if `file` lies in a run's folder, ``config`` (YAML), ``inputs`` (teacher and data with their
+    fingerprints), ``environment`` (commit and versions) and ``scores`` (by test set). Folders and files of
+    this machine appear by name only. A file that was exported before keeps its metadata. A record that
+    cannot be read is left out, with a note on standard error.
 
     Args:
         file: where `loaded` was read.
         loaded: the network.
-        licence: of the weights; empty keeps what an exported file says, or else says that it is not stated.
+        licence: of the weights; empty keeps that of an exported file, or says that it is not stated.
     """
     sha256 = weights.fingerprint(loaded.model)
     about = {**loaded.about, **_of_run(file, loaded.name, sha256)}
@@ -57,7 +57,7 @@ def describe(file: Path, loaded: LoadedModel, licence: str) -> dict[str, str]:
 
 
 def _of_run(file: Path, name: str, sha256: str) -> dict[str, str]:
-    """What the run says of its student: nothing where `file` is not ``RUN/students/NAME/WHICH/FILE``."""
+    """Metadata from the run's records; empty if `file` is not ``RUN/students/NAME/WHICH/FILE``."""
     parents = file.absolute().parents
     if len(parents) < 4 or not RunDir(parents[3]).config.is_file():
         return {}
@@ -67,22 +67,22 @@ def _of_run(file: Path, name: str, sha256: str) -> dict[str, str]:
         (run.inputs, "inputs", partial(_inputs, name=name)),
         (run.environment, "environment", _environment),
     ]
-    found = {}
-    for place, key, read_record in records:
-        if place.is_file() and (said := _legible(place, read_record)) is not None:
-            found[key] = said
+    about = {}
+    for path, key, read in records:
+        if path.is_file() and (text := _legible(path, read)) is not None:
+            about[key] = text
     if scores := _scores(run.path, name, file.parent.name, sha256):
-        found["scores"] = json.dumps(scores)
-    return found
+        about["scores"] = json.dumps(scores)
+    return about
 
 
-def _legible(file: Path, read_record: Callable[[Path], _Said]) -> _Said | None:
-    """What `file` says; None, with a note, where it is damaged."""
+def _legible(file: Path, read: Callable[[Path], _Record]) -> _Record | None:
+    """Read a record; None, with a note on standard error, if it is damaged."""
     try:
-        return read_record(file)
+        return read(file)
     except DAMAGE as error:
-        why = " ".join(f"{type(error).__name__}: {error}".split())
-        print(f"note: {file} cannot be read, and is left out of the export ({why})", file=sys.stderr)
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"note: {file} cannot be read, and is left out of the export ({reason})", file=sys.stderr)
         return None
 
 
@@ -93,7 +93,7 @@ def _config(file: Path) -> str:
 
 
 def training(config: Mapping[str, Any]) -> list[str]:
-    """How a run was trained and on what, in words; raises one of `DAMAGE` for what is no configuration."""
+    """Say how a run was trained and on what data; raises one of `DAMAGE` for a damaged configuration."""
     train, data = config["train"], config["data"]
     steps = f"{train['steps']} steps of {train['batch']} segments of {data['segment_seconds']:g} s"
     # Runs of before these terms do not name them.
@@ -103,40 +103,40 @@ def training(config: Mapping[str, Any]) -> list[str]:
     return [method, loss, f"data {data['train']}"]
 
 
-def origin(what: str, found: Mapping[str, Any]) -> str:
-    """Which network it was, in words."""
-    return f"{what} {found['name']}, SHA-256 {found['sha256']}"
+def origin(role: str, network: Mapping[str, Any]) -> str:
+    """Name a network that a training used, with its fingerprint."""
+    return f"{role} {network['name']}, SHA-256 {network['sha256']}"
 
 
 def _inputs(file: Path, name: str) -> str:
     inputs = read_json(file)
     data = [{"name": _name(folder), "manifest_sha256": sha256} for folder, sha256 in inputs["data"].items()]
-    learnt_from = {"teacher": _placeless(inputs["teacher"]), "data": data}
+    origins = {"teacher": _placeless(inputs["teacher"]), "data": data}
     if name in inputs.get("init", {}):
-        learnt_from["init"] = inputs["init"][name]
-    for one in ("teacher", "init"):
-        if learnt_from.get(one):
-            origin(one, learnt_from[one])  # raises where the card would
-    return json.dumps(learnt_from)
+        origins["init"] = inputs["init"][name]
+    for role in ("teacher", "init"):
+        if origins.get(role):
+            origin(role, origins[role])  # raises where the card would
+    return json.dumps(origins)
 
 
 def _environment(file: Path) -> str:
     environment = read_json(file)
-    # Not the command, the host and the variables: they say more of the owner than of the network.
+    # Without command, host and variables, which describe the owner and not the network.
     kept = {key: environment.get(key) for key in ("commit", "packages", "python", "platform")}
     return json.dumps(kept)
 
 
 def _scores(run: Path, name: str, which: str, sha256: str) -> dict[str, Any]:
-    """Of the network, the noisy input and the classical filter, by data and section, as evaluated.
+    """Scores of the network, the noisy input and the classical filter, by data and section.
 
-    Only where the network that was scored is the one of these weights: a run may have gone on since.
+    Only scores of these very weights count: a run may have gone on since its evaluation.
     """
-    found = {}
+    scores = {}
     for file in sorted((run / "evaluate").glob("*/scores.json")):
         if sections := _legible(file, partial(_sections, name=name, which=which, sha256=sha256)):
-            found[file.parent.name.removesuffix(f"-{which}")] = sections
-    return found
+            scores[file.parent.name.removesuffix(f"-{which}")] = sections
+    return scores
 
 
 def _sections(file: Path, name: str, which: str, sha256: str) -> dict[str, Any]:
@@ -164,22 +164,22 @@ def _sections(file: Path, name: str, which: str, sha256: str) -> dict[str, Any]:
 
 
 def _placeless(value: Any) -> Any:
-    """`value` with names in place of its paths: they would say much of the owner, and lead nowhere."""
+    """Replace paths in `value` by names: they would reveal the owner's folders and lead nowhere."""
     if isinstance(value, dict):
         return {key: _placeless(inner) for key, inner in value.items()}
     if isinstance(value, str) and value.startswith(("/", "{")):
-        names = [_name(one) for one in locations.expand(value)]
+        names = [_name(location) for location in locations.expand(value)]
         return names[0] if len(names) == 1 else "{" + ",".join(names) + "}"
     return value
 
 
 def _name(location: str) -> str:
-    """Of a folder or a file of this machine; URLs stay."""
+    """The name of a folder or a file of this machine; URLs stay."""
     return location if locations.is_url(location) else Path(location).name
 
 
 def read(about: Mapping[str, str], key: str) -> Any:
-    """The JSON value at `key` of a description; None where there is none."""
+    """The JSON value at `key` of the metadata; None if there is none."""
     return json.loads(about[key]) if key in about else None
 
 

@@ -156,7 +156,9 @@ def _parse(content: dict[str, Any]) -> Sweep:
     early = content.get("early_terminate") or {}
     if not isinstance(early, dict):
         raise UserError(f"early_terminate is {early!r}: give type, min_iter and so on below it")
-    science = [method, content["parameters"], command, program]
+    # The points of a Bayesian search depend on the scores too.
+    objective = [metric, goal] if method == "bayes" else []
+    science = [method, content["parameters"], command, program, *objective]
     return Sweep(
         method=method,
         metric=metric,

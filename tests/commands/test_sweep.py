@@ -171,6 +171,16 @@ def test_the_ranking_is_by_the_last_score(
     assert f"trial {order[0]}/students/a/best" in output
 
 
+def test_points_that_are_not_chosen_yet_are_left_open(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_sweep(place, {"x": {"min": 0.0, "max": 1.0}}, ["true"], method="bayes", run_cap=2)
+    sweep.main([str(file), "--ranking"])
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert rows[2:] == [[str(number), "-", "-", "new", "-"] for number in (0, 1)]
+    assert [path.name for path in place.iterdir()] == ["sweep.yaml"]
+
+
 def test_three_failures_in_a_row_end_it(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file = write_sweep(place, {"x": {"values": [1, 2, 3, 4, 5]}}, ["sh", "-c", "echo one more; exit 7"])
     with pytest.raises(SystemExit) as end:

@@ -65,6 +65,16 @@ def test_a_point_depends_on_its_number_and_the_seed_alone(tmp_path: Path) -> Non
     assert first.fingerprint == again.fingerprint != more.fingerprint
 
 
+def test_another_goal_is_another_search_only_where_points_depend_on_scores(tmp_path: Path) -> None:
+    parameters = {"x": {"values": [1, 2]}}
+    for method, differ in (("bayes", True), ("random", False), ("grid", False)):
+        goals = [
+            sweep(tmp_path, parameters, method, metric={"name": "loss", "goal": goal}).fingerprint
+            for goal in ("maximize", "minimize")
+        ]
+        assert (goals[0] != goals[1]) is differ
+
+
 def test_a_grid_is_the_product_of_its_values(tmp_path: Path) -> None:
     grid = sweep(
         tmp_path,

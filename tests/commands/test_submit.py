@@ -98,10 +98,10 @@ def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 )
 @pytest.mark.usefixtures("program")
 def test_mistakes_are_told_before_anything_starts(place: Path, arguments: list[str], words: str) -> None:
-    before = tree(place)
+    files = tree(place)
     with pytest.raises(UserError, match=words):
         submit.main([*COMMON, *arguments])
-    assert tree(place) == before
+    assert tree(place) == files
 
 
 @pytest.mark.parametrize(
@@ -116,10 +116,10 @@ def test_mistakes_are_told_before_anything_starts(place: Path, arguments: list[s
 def test_what_cannot_stand_in_a_script_is_refused(
     place: Path, slurm: Path, arguments: list[str], words: str
 ) -> None:
-    before = tree(place)
+    files = tree(place)
     with pytest.raises(UserError, match=words):
         submit.main([*COMMON, *arguments])
-    assert tree(place) == before
+    assert tree(place) == files
     assert not slurm.exists()
 
 
@@ -141,13 +141,13 @@ def test_torch_is_not_needed_to_submit() -> None:
 def test_a_dry_run_shows_the_plan_and_writes_nothing(
     place: Path, slurm: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = tree(place)
-    said = plan(capsys, "--nodes=4", "--gpus-per-node=2", "--runs=my runs", "--time=2-00:00:00")
-    assert tree(place) == before
+    files = tree(place)
+    output = plan(capsys, "--nodes=4", "--gpus-per-node=2", "--runs=my runs", "--time=2-00:00:00")
+    assert tree(place) == files
     assert not slurm.exists()
-    assert "manner-s-0.6gf" in said
-    assert "4 nodes x 2 tasks, 2 GPUs per node: 4 of the 32 segments per process" in said
-    flags = [line for line in said.splitlines() if line.startswith("#SBATCH")]
+    assert "manner-s-0.6gf" in output
+    assert "4 nodes x 2 tasks, 2 GPUs per node: 4 of the 32 segments per process" in output
+    flags = [line for line in output.splitlines() if line.startswith("#SBATCH")]
     log = """'"'"'""".join(f"{place}/my runs/one/submitit/%j_0_log.out".split("'"))
     assert flags == [
         "#SBATCH --cpus-per-task=3",
@@ -161,7 +161,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(
         "#SBATCH --signal=USR2@120",
         "#SBATCH --time=2880",
     ]
-    assert "srun --unbuffered" in said
+    assert "srun --unbuffered" in output
 
 
 @pytest.mark.usefixtures("slurm")
@@ -175,7 +175,7 @@ def test_every_wish_reaches_the_script(capsys: pytest.CaptureFixture[str]) -> No
         "exclude": "bad[1-3]",
         "wckey": "speech",
     }
-    said = plan(
+    output = plan(
         capsys,
         *(f"--{key}={value}" for key, value in wishes.items()),
         "--slurm=mail-type=END",
@@ -199,8 +199,8 @@ def test_every_wish_reaches_the_script(capsys: pytest.CaptureFixture[str]) -> No
         "module load cuda",
         "echo $(hostname)",
     ):
-        assert f"\n{line}\n" in said
-    assert "--mpi=none '--export=A B'" in said
+        assert f"\n{line}\n" in output
+    assert "--mpi=none '--export=A B'" in output
 
 
 @pytest.mark.parametrize(
@@ -216,10 +216,10 @@ def test_auto_without_a_cluster_stays_here_and_says_so(
     if answer:
         for name in ("sbatch", "srun", "scontrol"):
             program(name, answer)
-    said = plan(capsys, "--nodes=4", "--partition=gpu")
-    assert words in said
-    assert "without Slurm these mean nothing: --partition" in said
-    assert "#SBATCH" not in said
+    output = plan(capsys, "--nodes=4", "--partition=gpu")
+    assert words in output
+    assert "without Slurm these mean nothing: --partition" in output
+    assert "#SBATCH" not in output
 
 
 def test_auto_with_a_silent_cluster_does_not_train_on_the_login_node(program: Program) -> None:
@@ -234,13 +234,13 @@ def test_a_refused_job_leaves_nothing_and_one_line(
     place: Path, program: Program, capsys: pytest.CaptureFixture[str]
 ) -> None:
     program("sbatch", f"cat >&2 <<'END'\n{REFUSAL}\nEND\nexit 1")
-    before = tree(place)
+    files = tree(place)
     with pytest.raises(
         UserError,
         match="refused the job: invalid partition specified: nope; Batch job submission failed: Invalid",
     ):
         submit.main([*COMMON, "--partition=nope"])
-    assert tree(place) == before
+    assert tree(place) == files
     assert capsys.readouterr().err == ""
 
 
@@ -326,9 +326,9 @@ def test_a_run_in_progress_is_left_alone(place: Path, capsys: pytest.CaptureFixt
             with pytest.raises(SystemExit) as ended:
                 submit.main([*COMMON, f"--cluster={cluster}"])
             assert ended.value.code == submission.EXIT_BUSY
-            said = capsys.readouterr().out
-            assert f"trained by process {other.pid} on" in said
-            assert "nothing new was started" in said
+            output = capsys.readouterr().out
+            assert f"trained by process {other.pid} on" in output
+            assert "nothing new was started" in output
         run = RunDir(folder)
         finish(run)
         submit.main([*COMMON, "--cluster=local"])
@@ -341,7 +341,7 @@ def test_a_run_in_progress_is_left_alone(place: Path, capsys: pytest.CaptureFixt
 
 def test_a_mistake_that_only_the_trainer_can_see_is_one_line_and_leaves_nothing(place: Path) -> None:
     (place / "holiday.jpg").write_bytes(b"not a model")
-    before = tree(place)
+    files = tree(place)
     given = ["--data.segment_seconds=0.2", "--data.reverb_probability=0", "--train.batch=4"]
     given += ["--distil.method=output", "--teacher=holiday.jpg"]
     command = [sys.executable, "-m", "mvat_dist.submit", *COMMON, "--cluster=local", "--nodes=2", *given]
@@ -350,7 +350,7 @@ def test_a_mistake_that_only_the_trainer_can_see_is_one_line_and_leaves_nothing(
     assert done.returncode == 2, done.stderr
     assert (done.stderr.count("\n"), done.stderr.startswith("error: ")) == (1, True), done.stderr
     assert "holiday.jpg" in done.stderr
-    assert tree(place) == before
+    assert tree(place) == files
 
 
 @pytest.mark.usefixtures("slurm")

@@ -1,4 +1,4 @@
-"""What runs in a job before the trainer does: its shell script, its pickle, its environment."""
+"""What runs in a job before its command does: the shell script, the pickle, the environment."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_restart_clears_what_a_killed_submitit_left(
 
 
 @pytest.mark.parametrize(
-    ("tasks", "gpus", "said"),
+    ("tasks", "gpus", "output"),
     [
         ("1(x4)", "8", "error: 8 GPUs on a node for 1 task(s) of one GPU each: add --ntasks-per-node 8"),
         ("8(x4)", "8", "1000"),
@@ -65,7 +65,7 @@ def test_a_restart_clears_what_a_killed_submitit_left(
     ],
 )
 def test_sbatch_with_idle_gpus_is_refused_before_the_ranks_start(
-    program: Program, tasks: str, gpus: str | None, said: str
+    program: Program, tasks: str, gpus: str | None, output: str
 ) -> None:
     for name in ("bash", "sed", "dirname", "date", "mkdir", "tail"):
         program(name, f'exec {shutil.which(name, path=os.defpath)} "$@"')
@@ -74,8 +74,8 @@ def test_sbatch_with_idle_gpus_is_refused_before_the_ranks_start(
     variables = {"PATH": os.environ["PATH"], "SLURM_TASKS_PER_NODE": tasks}
     variables |= {"SLURM_GPUS_ON_NODE": gpus} if gpus else {}
     done = subprocess.run(["bash", str(script)], env=variables, capture_output=True, text=True)
-    assert done.returncode == (2 if said.startswith("error") else 0)
-    assert (done.stdout + done.stderr).splitlines()[-1].startswith(said)
+    assert done.returncode == (2 if output.startswith("error") else 0)
+    assert (done.stdout + done.stderr).splitlines()[-1].startswith(output)
     assert Path("runs").exists() is (done.returncode == 0)
 
 
@@ -101,8 +101,40 @@ def test_a_job_submitted_from_within_a_job_inherits_nothing(monkeypatch: pytest.
         "SBATCH_ACCOUNT",
     ):
         monkeypatch.setenv(name, "1")
-    before = dict(os.environ)
+    environment = dict(os.environ)
     with slurm.outside_of_jobs():
         assert not {"SLURM_JOB_ID", "SLURM_NTASKS", "RANK", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
         assert {"SLURM_CONF", "SBATCH_ACCOUNT"} <= os.environ.keys()
-    assert dict(os.environ) == before
+    assert dict(os.environ) == environment
+
+
+def test_a_command_runs_its_module_and_ends_with_its_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "SUBMITIT_FOLDER"):
+        monkeypatch.delenv(name, raising=False)
+    slurm.Command("mvat_dist.launch.requeue", ["0"])("--seed=1")  # the ranks ended well: nothing to do
+    slurm.Command("mvat_dist.launch.requeue", [])("--help")
+    assert "usage: python -m mvat_dist.launch.requeue" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        slurm.Command("mvat_dist.launch.requeue", [])()
+    assert ended.value.code == 2
+    assert "give the exit code of the ranks first" in capsys.readouterr().err
+
+
+def test_a_task_that_calls_srun_itself_runs_in_the_shell_of_each_job_of_an_array(tmp_path: Path) -> None:
+    resources = slurm.Resources(2, 4, 3, 60, 2, srun_args=("--mpi=none",))
+    executor = slurm.Executor(tmp_path, "mvat-sweep", resources, in_shell=True, requeues_itself=True)
+    script = executor.script(["a"] * 300).splitlines()
+    assert "#SBATCH --array=0-299%300" in script  # all may run at once
+    assert not [line for line in script if line.startswith("srun")]
+    assert "#SBATCH --array" not in executor.script()
+    assert resources.processes == 8
+
+
+@pytest.mark.parametrize(("itself", "restarts"), [(True, 1_000_000), (False, 3)])
+def test_restarts_are_counted_once(tmp_path: Path, itself: bool, restarts: int) -> None:
+    """By submitit, or by what runs in the job."""
+    resources = slurm.Resources(1, 1, 1, 60, 0, max_restarts=3)
+    executor = slurm.Executor(tmp_path, "mvat-one", resources, requeues_itself=itself)
+    assert executor._submitit.max_num_timeout == restarts

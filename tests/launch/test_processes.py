@@ -70,13 +70,13 @@ def test_every_rank_knows_its_place(
         monkeypatch.setenv(name, value)  # left over from torchrun
     assert processes.run_ranks(python(REPORT), 3, tmp_path) == 0
     logs = [(tmp_path / f"rank-{rank}.log").read_text().splitlines()[-1] for rank in (1, 2)]
-    found = [json.loads(line) for line in [capfd.readouterr().out, *logs]]
-    assert [(one["rank"], one["local_rank"], one["world_size"], one["launcher"]) for one in found] == [
-        (rank, rank, 3, "local") for rank in range(3)
-    ]
-    assert len({(one["master_address"], one["master_port"]) for one in found}) == 1
-    assert {one["threads"] for one in found} == {str(max(1, processes.cores() // 3))}
-    assert {one["left"] for one in found} == {None}
+    reports = [json.loads(line) for line in [capfd.readouterr().out, *logs]]
+    assert [
+        (report["rank"], report["local_rank"], report["world_size"], report["launcher"]) for report in reports
+    ] == [(rank, rank, 3, "local") for rank in range(3)]
+    assert len({(report["master_address"], report["master_port"]) for report in reports}) == 1
+    assert {report["threads"] for report in reports} == {str(max(1, processes.cores() // 3))}
+    assert {report["left"] for report in reports} == {None}
 
 
 def test_one_process_is_a_process_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -101,9 +101,9 @@ def test_one_failure_ends_all_and_is_explained(
     monkeypatch.setattr(processes, "_GRACE_SECONDS", 0.5)
     code = "import os, sys; os.environ['RANK'] == '2' and sys.exit('bad luck');" + STAY
     assert processes.run_ranks(python(code, str(tmp_path)), 4, tmp_path) == 1
-    said = capfd.readouterr().err
-    assert "rank 2 failed with exit code 1" in said
-    assert "bad luck" in said
+    errors = capfd.readouterr().err
+    assert "rank 2 failed with exit code 1" in errors
+    assert "bad luck" in errors
     assert not [pid for pid in pids(tmp_path) if alive(pid)]
 
 
@@ -145,8 +145,8 @@ time.sleep(600)
     )
     until(lambda: len(list(tmp_path.glob("*.pid"))) == 2, 20)
     process.send_signal(sent)
-    _, said = process.communicate(timeout=20)
-    assert (process.returncode, said) == (code, "")
+    _, errors = process.communicate(timeout=20)
+    assert (process.returncode, errors) == (code, "")
     assert len(list(tmp_path.glob("*.saved"))) == 2
 
 

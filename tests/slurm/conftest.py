@@ -25,10 +25,10 @@ def cluster() -> None:
     os.environ.pop("OMP_NUM_THREADS", None)  # set for tests in this process; jobs choose by themselves
     if "SLURM_CONF" not in os.environ:
         script = REPOSITORY / "slurm" / "devcluster.sh"
-        told = subprocess.run([script, "status"], capture_output=True, text=True)
-        if told.returncode:
+        answer = subprocess.run([script, "status"], capture_output=True, text=True)
+        if answer.returncode:
             pytest.skip("no cluster: start one with slurm/devcluster.sh up")
-        os.environ["SLURM_CONF"] = told.stdout.strip().removeprefix("export SLURM_CONF=")
+        os.environ["SLURM_CONF"] = answer.stdout.strip().removeprefix("export SLURM_CONF=")
     # On a site's login node SLURM_CONF may name the real cluster.
     name = re.search(r"^ClusterName\s*=\s*(\S+)", slurm("scontrol", "show", "config"), re.MULTILINE)
     if name is None or name.group(1) != "mvat-devcluster":
@@ -59,10 +59,10 @@ def accounting(job: str, *columns: str) -> list[list[str]]:
     """Rows of sacct for a job and its steps, once accounting has seen it end."""
 
     def rows() -> list[list[str]]:
-        told = slurm(
+        answer = slurm(
             "sacct", "--noheader", "--parsable2", f"--jobs={job}", f"--format=End,{','.join(columns)}"
         )
-        return [line.split("|") for line in told.splitlines()]
+        return [line.split("|") for line in answer.splitlines()]
 
     until(lambda: bool(rows()) and all(row[0] != "Unknown" for row in rows()), 20)
     return [row[1:] for row in rows()]

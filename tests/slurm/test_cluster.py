@@ -35,22 +35,22 @@ def devcluster(command: str, state: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_up_again_changes_nothing(state: Path) -> None:
-    before = processes(state)
+    first = processes(state)
     again = devcluster("up", state)
     assert (again.returncode, again.stdout) == (0, f"export SLURM_CONF={state}/slurm.conf\n")
-    assert processes(state) == before
+    assert processes(state) == first
     assert devcluster("status", state).stdout == again.stdout
 
 
 def test_up_mends_what_was_killed(state: Path) -> None:
-    before = processes(state)
+    first = processes(state)
     killed = {"node3", "slurmctld", "munged"}
     for name in killed:
-        os.kill(before[name], signal.SIGKILL)
+        os.kill(first[name], signal.SIGKILL)
     assert devcluster("status", state).returncode == 2
     assert devcluster("up", state).returncode == 0
     after = processes(state)
-    assert {name for name in before if after[name] != before[name]} == killed
+    assert {name for name in first if after[name] != first[name]} == killed
     nodes = set(slurm("srun", "--nodes=4", "printenv", "SLURMD_NODENAME").split())
     assert nodes == {"node1", "node2", "node3", "node4"}
 

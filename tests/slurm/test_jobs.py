@@ -24,7 +24,7 @@ from tests.slurm.rank_report import RankReport
 
 pytestmark = pytest.mark.slurm
 
-# In the place of the trainer: says who it is and what it was told, then does as told.
+# In the place of the trainer: reports its rank and its arguments, then does what they say.
 STAND_IN = """
 import json, os, sys, time
 from dataclasses import asdict
@@ -32,10 +32,10 @@ from pathlib import Path
 from mvat_dist.distributed import ranks
 here = ranks.read()
 restart = os.environ.get("SLURM_RESTART_COUNT", "0")
-told = {"argv": sys.argv[1:], "python": sys.prefix, "node": os.environ["SLURMD_NODENAME"]}
-told |= {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "SRUN_CPUS_PER_TASK", "VIRTUAL_ENV")}
+report = {"argv": sys.argv[1:], "python": sys.prefix, "node": os.environ["SLURMD_NODENAME"]}
+report |= {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "SRUN_CPUS_PER_TASK", "VIRTUAL_ENV")}
 file = Path(f"start-{restart}-rank-{here.rank}.json")
-file.with_suffix(".tmp").write_text(json.dumps({**asdict(here), **told}))
+file.with_suffix(".tmp").write_text(json.dumps({**asdict(here), **report}))
 file.with_suffix(".tmp").rename(file)
 if "--mistake" in sys.argv:
     time.sleep(here.rank / 2)  # ranks do not find it at the same moment
@@ -70,8 +70,10 @@ def reports(folder: Path) -> list[dict[str, object]]:
     return [json.loads(file.read_text()) for file in sorted(folder.glob("*rank-*.json"))]
 
 
-def places(found: list[dict[str, object]]) -> list[tuple[object, ...]]:
-    return [(one["rank"], one["node"], one["node_rank"], one["local_rank"]) for one in found]
+def places(reported: list[dict[str, object]]) -> list[tuple[object, ...]]:
+    return [
+        (report["rank"], report["node"], report["node_rank"], report["local_rank"]) for report in reported
+    ]
 
 
 def test_four_nodes_meet_through_submitit(tmp_path: Path) -> None:
@@ -81,9 +83,9 @@ def test_four_nodes_meet_through_submitit(tmp_path: Path) -> None:
     resources = Resources(4, 1, 2, 10, 1, setup=(f'export PYTHONPATH="{REPOSITORY}"',))
     [job] = Executor(folder / "submitit", "mvat-report", resources).submit(RankReport(folder))
     until(lambda: not job_state(job, "mvat-report").active, 300)
-    found = reports(folder)
-    assert places(found) == [(rank, f"node{rank + 1}", rank, 0) for rank in range(4)]
-    assert {(one["total"], one["OMP_NUM_THREADS"]) for one in found} == {(1 + 2 + 3 + 4, "1")}
+    reported = reports(folder)
+    assert places(reported) == [(rank, f"node{rank + 1}", rank, 0) for rank in range(4)]
+    assert {(report["total"], report["OMP_NUM_THREADS"]) for report in reported} == {(1 + 2 + 3 + 4, "1")}
     rows = accounting(job, "JobName", "State", "NNodes", "AllocCPUS")
     assert rows[0] == ["mvat-report", "COMPLETED", "4", "8"]
     # The ranks got their two CPUs each, although srun does not take them over from sbatch.
@@ -161,9 +163,9 @@ def test_a_run_is_queued_once(tmp_path: Path, training: list[str]) -> None:
     both = [
         subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=pipe, text=True) for _ in range(2)
     ]
-    said = [one.communicate(timeout=60)[0] for one in both]
-    assert [one.returncode for one in both] == [0, 0]
-    assert sorted("nothing new was submitted" in text for text in said) == [False, True]
+    outputs = [process.communicate(timeout=60)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sorted("nothing new was submitted" in output for output in outputs) == [False, True]
     queued = slurm("squeue", "--noheader", "--name=mvat-once", "--format=%i").split()
     assert len(queued) == 1
     slurm("scancel", queued[0])
@@ -186,10 +188,13 @@ def test_sbatch_starts_every_rank_with_its_arguments(project: Path) -> None:
         text=True,
         check=True,
     ).stdout.strip()
-    found = reports(project)
-    assert places(found) == [(rank, f"node{rank // 2 + 1}", rank // 2, rank % 2) for rank in range(4)]
-    assert [one["argv"] for one in found] == [given] * 4
-    seen = {(one["VIRTUAL_ENV"], one["SRUN_CPUS_PER_TASK"], one["OMP_NUM_THREADS"]) for one in found}
+    reported = reports(project)
+    assert places(reported) == [(rank, f"node{rank // 2 + 1}", rank // 2, rank % 2) for rank in range(4)]
+    assert [report["argv"] for report in reported] == [given] * 4
+    seen = {
+        (report["VIRTUAL_ENV"], report["SRUN_CPUS_PER_TASK"], report["OMP_NUM_THREADS"])
+        for report in reported
+    }
     assert seen == {("used", "4", "2")}
     assert accounting(job, "State", "NNodes")[0] == ["COMPLETED", "2"]
     assert "follow: tail -F" in (project / f"mvat-distill-{job}.log").read_text()
@@ -239,7 +244,7 @@ def test_a_requeued_job_meets_again_elsewhere(project: Path) -> None:
         ranks.job_port(job, "0", "0"),
         ranks.job_port(job, "0", "1"),
     )
-    assert [one["rank"] for one in reports(project)] == [0, 1, 0, 1]
+    assert [report["rank"] for report in reports(project)] == [0, 1, 0, 1]
     log = project / f"mvat-distill-{job}.log"
     until(lambda: "start 2:" in log.read_text(), 10)
     assert "start 1:" in log.read_text()

@@ -37,8 +37,8 @@ def rows(run: RunDir, student: str) -> list[str]:
 
 
 def losses(run: RunDir, student: str) -> list[tuple[int, float]]:
-    found = [json.loads(row) for row in rows(run, student)]
-    return [(row["step"], row["loss"]) for row in found if "loss" in row]
+    history = [json.loads(row) for row in rows(run, student)]
+    return [(row["step"], row["loss"]) for row in history if "loss" in row]
 
 
 def learnt(run: RunDir) -> None:
@@ -60,8 +60,8 @@ def saved(run: RunDir) -> tuple[int, dict[str, list[str]]]:
 
 
 def restarts(job: str) -> int:
-    told = slurm("scontrol", "show", "job", job)
-    return int(told.split("Restarts=")[1].split()[0])
+    shown = slurm("scontrol", "show", "job", job)
+    return int(shown.split("Restarts=")[1].split()[0])
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_a_cancelled_run_is_saved_and_stays_away(folder: Path, training: list[st
     run, job = start("cancelled", folder, training)
     learnt(run)
     slurm("scancel", job)
-    step, before = saved(run)
+    step, history = saved(run)
     ended(run, job)
     assert accounting(job, "State")[0][0].startswith("CANCELLED")
     assert restarts(job) == 0
@@ -87,7 +87,7 @@ def test_a_cancelled_run_is_saved_and_stays_away(folder: Path, training: list[st
     again = submit("--name=cancelled", *training, *LONG, "--slurm=hold", cwd=folder, wandb="offline")
     assert again.returncode == 0, again.stderr
     assert run.read_status()["step"] == step
-    assert {student: rows(run, student) for student in STUDENTS} == before
+    assert {student: rows(run, student) for student in STUDENTS} == history
 
 
 def test_a_run_restarts_no_more_often_than_allowed(folder: Path, training: list[str]) -> None:
@@ -110,12 +110,12 @@ def test_a_killed_rank_brings_the_job_back(
     os.kill(ranks_of(job)[0], signal.SIGKILL)
     ended(run, job)
     ended(*undisturbed)
-    found = run.read_status()
-    assert (found["state"], found["step"], found["restarts"], restarts(job)) == ("finished", STEPS, 1, 1)
-    assert found["starts"][1]["step"] >= 5
+    status = run.read_status()
+    assert (status["state"], status["step"], status["restarts"], restarts(job)) == ("finished", STEPS, 1, 1)
+    assert status["starts"][1]["step"] >= 5
     for student in STUDENTS:
         assert losses(run, student) == losses(undisturbed[0], student)
-        weights, same = (load_file(one.weights(student, "last")) for one in (run, undisturbed[0]))
+        weights, same = (load_file(folder.weights(student, "last")) for folder in (run, undisturbed[0]))
         assert {key: value.tobytes() for key, value in weights.items()} == {
             key: value.tobytes() for key, value in same.items()
         }

@@ -1,4 +1,4 @@
-"""From the folders of runs to one page that answers what the distillation was good for."""
+"""Write one page that compares runs: whether distillation helped, by how much, and at what cost."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from mvat_dist.config.cli import CommandParser
 from mvat_dist.errors import UserError, exit_code
-from mvat_dist.evaluation.report import compose, markdown, page
-from mvat_dist.evaluation.report.runs import Reader
+from mvat_dist.evaluation.report.load import load_runs
+from mvat_dist.evaluation.report.render import compose, render_page, render_twin
 from mvat_dist.io import make_folder, write_text
 
 PAGE, TWIN = "report.html", "report.md"
@@ -30,13 +30,13 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--audio-mb is {arguments.audio_mb:g}: give megabytes, 0 or more")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: give a folder")
-    reader = Reader()
-    runs = reader.runs(tqdm(arguments.runs, desc="reading", unit="run", leave=False))
-    made = compose.report(runs, reader.problems, round(arguments.audio_mb * 1e6))
+    problems: list[str] = []
+    runs = load_runs(tqdm(arguments.runs, desc="reading", unit="run", leave=False), problems)
+    report = compose(runs, problems, round(arguments.audio_mb * 1e6))
     make_folder(out)
-    write_text(out / TWIN, _encodable(markdown.render(made)))
-    write_text(out / PAGE, _encodable(page.render(made)))
-    for problem in reader.problems:
+    write_text(out / TWIN, _encodable(render_twin(report)))
+    write_text(out / PAGE, _encodable(render_page(report)))
+    for problem in problems:
         print(f"note: {problem}", file=sys.stderr)
     print(f"page: {out / PAGE}\nthe same as Markdown: {out / TWIN}")
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
 
 Row = dict[str, Any]
 
@@ -59,6 +58,8 @@ def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float 
     The interval is the percentile one (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993,
     chapter 13), which unlike BCa is defined where all clips score the same.
     """
+    from scipy import stats  # here, because it takes a second, and `--help` needs none of it
+
     array = np.asarray(values, np.float64)
     mean = float(array.mean())
     if array.size == 1:
@@ -128,6 +129,8 @@ def paired(values: Sequence[float]) -> Difference:
 
 
 def _sign_flip_p(differences: npt.NDArray[np.float64]) -> float:
+    from scipy import stats
+
     if differences.size == 1:
         return 1.0  # either sign is as large; SciPy asks for two values
     test = stats.permutation_test(

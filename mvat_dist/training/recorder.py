@@ -20,7 +20,7 @@ from torch import nn
 
 from mvat_dist.config.schema import SAMPLE_RATE, TrackConfig
 from mvat_dist.data.clips import UnusableClipError
-from mvat_dist.evaluation.report.spectrogram import picture
+from mvat_dist.evaluation.spectrogram import spectrogram_png
 from mvat_dist.evaluation.statistics import Statistics
 from mvat_dist.evaluation.validate import Audio, Clips, enhance
 from mvat_dist.io import atomic_file, make_folder, write_json
@@ -216,4 +216,4 @@ def _write(stem: Path, audio: Audio) -> None:
     with atomic_file(stem.with_suffix(_AUDIO)) as temporary:
         soundfile.write(temporary, np.clip(audio, -1, 1), SAMPLE_RATE, format="FLAC", subtype="PCM_16")
     with atomic_file(stem.with_suffix(_SPECTROGRAM)) as temporary:
-        temporary.write_bytes(picture(audio))
+        temporary.write_bytes(spectrogram_png(audio))

@@ -17,7 +17,7 @@ import pytest
 import soundfile
 
 from mvat_dist.config.schema import TrackConfig
-from mvat_dist.evaluation.report.spectrogram import picture
+from mvat_dist.evaluation.spectrogram import spectrogram_png
 from mvat_dist.runs import wandb_sync
 from mvat_dist.runs.history import History
 from mvat_dist.runs.tracker import Tracker
@@ -87,7 +87,7 @@ def test_all_of_it_arrives(tmp_path: Path, server: Server) -> None:
     sound, seen = tmp_path / "heard.flac", tmp_path / "seen.png"
     tone = np.sin(np.arange(1600) / 5).astype(np.float32)
     soundfile.write(sound, tone, 16_000)
-    seen.write_bytes(picture(tone))
+    seen.write_bytes(spectrogram_png(tone))
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(bytes(range(256)))
     log(tracker, range(1, 8))

@@ -14,7 +14,7 @@ from torch import nn
 
 from mvat_dist.config.sizes import SIZES, VIEWS
 from mvat_dist.data.clips import Clip, ValidationClips
-from mvat_dist.evaluation.report.spectrogram import picture
+from mvat_dist.evaluation.spectrogram import spectrogram_png
 from mvat_dist.runs.folder import RunDir
 from mvat_dist.training.recorder import Examples
 from tests.faults.group import STUDENTS, Bench
@@ -99,7 +99,7 @@ def test_examples_are_the_same_clips_as_each_network_hears_them(tmp_path: Path) 
         assert rate == 16_000
         np.testing.assert_allclose(heard, factor * clips[4].noisy[: 4 * 16_000], atol=2e-5)
         seen = first.files[f"examples/02/{key}-spectrogram"].read_bytes()
-        assert seen == picture(np.float32(factor) * clips[4].noisy[: 4 * 16_000])
+        assert seen == spectrogram_png(np.float32(factor) * clips[4].noisy[: 4 * 16_000])
 
 
 def test_a_clip_that_cannot_be_read_is_no_example_and_no_end(

@@ -1,215 +1,256 @@
-"""The words and tables: the paper's claims beside our figures, and the scores of students by methods."""
+"""Compare students under the methods: the paper's claims beside these runs, and the tables of scores."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from mvat_dist.evaluation.metrics.registry import METRICS
-from mvat_dist.evaluation.report import methods as grouping
-from mvat_dist.evaluation.report.blocks import (
-    SYMBOL,
-    Block,
-    Cell,
-    Fold,
-    Items,
-    Mark,
-    Missing,
-    Section,
-    Table,
-    Text,
+from mvat_dist.evaluation.report.scores import Estimate, System, TestSet
+from mvat_dist.evaluation.report.study import (
+    ALONE,
+    Method,
+    Study,
+    alone,
+    nearest_alone,
+    output_distillation,
+    with_all_views,
 )
-from mvat_dist.evaluation.report.methods import Method
-from mvat_dist.evaluation.report.results import Clip, Estimate, TestSet, Who
-from mvat_dist.evaluation.report.study import Study, change, label, shown, signed
+from mvat_dist.evaluation.report.table import (
+    SYMBOLS,
+    Cell,
+    Table,
+    change,
+    difference_cell,
+    label,
+    mark,
+    score_cell,
+    signed,
+    unscored,
+)
 from mvat_dist.evaluation.statistics import NOISY
 
 SIMILAR = 0.1
 """MOS. A student is as good as its teacher where the interval of its PESQ lies above the teacher's less
 this much. Design choice: the paper does not say what "similar" means."""
 
+_SHARED = (
+    "data.train",
+    "data.segment_seconds",
+    "train.steps",
+    "train.batch",
+    "train.micro_batch",
+    "optim.lr",
+    "optim.schedule",
+)
+"""Settings that a reader wants to know even where they are the same everywhere."""
 
-def mark(estimate: Estimate | None) -> Mark:
-    """Whether a difference is clearly above or below 0."""
-    if estimate is None or not estimate.sign:
-        return ""
-    return "better" if estimate.sign > 0 else "worse"
+_MEANINGS = {
+    "none": "the student alone, without a teacher",
+    "output": "the distance to the teacher's output is added to the loss",
+    "mvat": "multi-view attention transfer",
+    "mvat+output": "multi-view attention transfer and the teacher's output",
+}
 
 
-def claims(study: Study) -> Section:
-    """The claims of the paper's abstract as rows."""
-    figures = {
+def methods_table(study: Study) -> Table:
+    """The methods: seeds, factors, and whether there is a training alone to compare with."""
+    rows = []
+    for method in study.methods:
+        without = f", without the {' and '.join(method.views_off)} view" if method.views_off else ""
+        compared = (
+            "yes" if alone(method, study.methods) else "no: none was trained alone under the same settings"
+        )
+        cells = [
+            method.label,
+            _MEANINGS[method.kind] + without,
+            ", ".join(map(str, method.seeds)),
+            _factors(method),
+            "-" if method.kind == ALONE else compared,
+        ]
+        rows.append([Cell(text) for text in cells])
+    heads = ["method", "what it is", "seeds", "factors", "compared with training alone"]
+    return Table("Methods", heads, rows)
+
+
+def _factors(method: Method) -> str:
+    factors = {
+        key.removeprefix("distil."): value
+        for key, value in method.recipe.items()
+        if key.startswith("distil.") and key != "distil.method"
+    }
+    return ", ".join(f"{key} {value:g}" for key, value in factors.items()) or "-"
+
+
+def shared_settings(study: Study) -> str:
+    """The settings that are equal in all methods, of those that matter most."""
+    first, *others = [method.recipe for method in study.methods]
+    shared = [key for key in _SHARED if all(recipe[key] == first[key] for recipe in others)]
+    return "; ".join(f"{key}: {first[key]}" for key in shared) or f"none of {', '.join(_SHARED)}"
+
+
+def claims(study: Study, tests: Sequence[TestSet]) -> Table | None:
+    """The claims of the paper's abstract as rows; None where no run can say anything of them."""
+    verdicts: dict[str, Callable[[Study, TestSet, Method], tuple[str, str]]] = {
         "MV-AT improves students of various sizes consistently": _against_alone,
         "MV-AT is better than output distillation": _against_output,
-        "15.4x fewer parameters and 4.71x fewer FLOPs than the baseline at similar quality": _beside_teacher,
+        "15.4x fewer parameters and 4.71x fewer FLOPs than the baseline at similar quality": _against_teacher,
     }
     rows = []
-    for claim, figure in figures.items():
-        for test in study.tests:
+    for claim, verdict_of in verdicts.items():
+        for test in tests:
             for method in _transferring(study):
-                ours, reading = figure(study, test, method)
-                rows.append([Cell(claim), Cell(reading, f"{test.name}, {method.label}"), Cell(ours)])
-    title = "The paper's claims, and what these runs show"
-    if not rows:
-        return Section(title, [Missing(_why_no_claims(study))])
+                figures, verdict = verdict_of(study, test, method)
+                rows.append([Cell(claim), Cell(verdict, f"{test.name}, {method.label}"), Cell(figures)])
     caption = (
         "Claims of arXiv 2208.10367 (abstract). Our figures are differences of PESQ-WB where it was scored, "
         "with 95 % intervals; ▲ clearly above 0, ▼ clearly below 0, no mark: neither."
     )
-    heads = ["claim", "here", "our figures"]
-    return Section(title, [Table(caption, heads, rows)])
+    return Table(caption, ["claim", "here", "our figures"], rows) if rows else None
 
 
 def _transferring(study: Study) -> list[Method]:
     """The methods that the claims are about: attention transfer by itself, if any run has it so."""
-    whole = [method for method in study.methods if "mvat" in method.kind and not method.views_off]
-    return [method for method in whole if method.kind == "mvat"] or whole
-
-
-def _why_no_claims(study: Study) -> str:
-    if not study.tests:
-        return "Nothing can be said yet: no run was evaluated. Run python -m mvat_dist.evaluate on each."
-    return "Nothing can be said: no run transfers attention with all views (--distil.method mvat)."
+    with_views = [method for method in study.methods if "mvat" in method.kind and not method.views_off]
+    return [method for method in with_views if method.kind == "mvat"] or with_views
 
 
 def _against_alone(study: Study, test: TestSet, method: Method) -> tuple[str, str]:
-    return _against(study, test, method, grouping.alone(method, study.methods), "was trained alone")
+    return _against(study, test, method, alone(method, study.methods), "was trained alone")
 
 
 def _against_output(study: Study, test: TestSet, method: Method) -> tuple[str, str]:
-    reference = grouping.output_distillation(method, study.methods)
+    reference = output_distillation(method, study.methods)
     return _against(study, test, method, reference, "learnt from the teacher's output alone")
 
 
 def _against(
-    study: Study, test: TestSet, method: Method, reference: Method | None, did: str
+    study: Study, test: TestSet, method: Method, reference: Method | None, training: str
 ) -> tuple[str, str]:
-    """Our figures against `reference`, whose students `did` something else, and what they say."""
+    """The differences from `reference`, and the verdict on the claim; `training` says what is missing."""
     if reference is None:
-        return "-", f"cannot be said: no student {did} under the same settings"
-    found = {
-        name: difference
-        for name in study.sizes
-        if (difference := _difference(test, name, method, reference)) is not None
+        return "-", f"cannot be said: no student {training} under the same settings"
+    differences = {
+        student: difference
+        for student in study.sizes
+        if (difference := difference_between(test, student, method, reference)) is not None
     }
-    if not found:
+    if not differences:
         return "-", f"cannot be said: no student was scored under both this and {reference.label}"
-    metric = test.primary
-    ours = "\n".join(f"{name} {signed(one, metric)}{_symbol(one)}" for name, one in found.items())
-    return ours, _reading(found)
+    lines = [
+        f"{student} {signed(difference, test.primary)}{_symbol(difference)}"
+        for student, difference in differences.items()
+    ]
+    return "\n".join(lines), _verdict(differences)
 
 
-def _reading(found: Mapping[str, Estimate]) -> str:
-    """What differences, by student, say of a claim: from their clips, and whether their seeds agree."""
-    signs = [one.sign for one in found.values()]
+def _verdict(differences: Mapping[str, Estimate]) -> str:
+    """Whether differences, by student, support a claim: on their clips, and in all their seeds."""
+    signs = [difference.sign for difference in differences.values()]
     better, worse, count = signs.count(1), signs.count(-1), len(signs)
     if count == 1:
         word = {1: "better", 0: "no clear difference", -1: "worse"}[signs[0]]
-        told = f"{word} for the one student here"
+        verdict = f"{word} for the one student here"
     elif better == count:
-        told = f"{'not shown' if _divided(found) else 'holds'}: better for all {count} students"
+        holds = "not shown" if _students_with_divided_seeds(differences) else "holds"
+        verdict = f"{holds}: better for all {count} students"
     elif worse:
-        told = f"does not hold: worse for {worse} of {count} students, better for {better}"
+        verdict = f"does not hold: worse for {worse} of {count} students, better for {better}"
     else:
-        told = f"not shown: better for {better} of {count} students, no clear difference for the others"
-    return told + _by_seed(found)
+        verdict = f"not shown: better for {better} of {count} students, no clear difference for the others"
+    return verdict + _seed_caveats(differences)
 
 
-def _divided(found: Mapping[str, Estimate], bar: float = 0.0) -> list[str]:
-    """The students some of whose seeds lie above `bar`, and some below."""
-    return [name for name, one in found.items() if one.seeds and min(one.seeds) < bar < max(one.seeds)]
+def _students_with_divided_seeds(differences: Mapping[str, Estimate], threshold: float = 0.0) -> list[str]:
+    """The students some of whose seeds lie above `threshold`, and some below."""
+    return [
+        student
+        for student, difference in differences.items()
+        if difference.seeds and min(difference.seeds) < threshold < max(difference.seeds)
+    ]
 
 
-def _by_seed(found: Mapping[str, Estimate], bar: float = 0.0) -> str:
-    """What must be added to a verdict on clips: it says nothing of other seeds where there is one."""
+def _seed_caveats(differences: Mapping[str, Estimate], threshold: float = 0.0) -> str:
+    """What must be added to a verdict on clips: with one seed it says nothing of other seeds."""
     text = ""
     for count, words in ((0, "no seed in common"), (1, "one seed")):
-        few = [name for name, one in found.items() if len(one.seeds) == count]
-        if few:
-            text += f" ({words})" if len(few) == len(found) else f" ({words}: {', '.join(few)})"
-    if divided := _divided(found, bar):
+        students = [name for name, difference in differences.items() if len(difference.seeds) == count]
+        if students:
+            text += (
+                f" ({words})" if len(students) == len(differences) else f" ({words}: {', '.join(students)})"
+            )
+    if divided := _students_with_divided_seeds(differences, threshold):
         text += f"; the seeds disagree: {', '.join(divided)}"
     return text
 
 
-def _symbol(estimate: Estimate) -> str:
-    return f" {SYMBOL[mark(estimate)]}".rstrip()
+def _symbol(difference: Estimate) -> str:
+    return f" {SYMBOLS[mark(difference)]}".rstrip()
 
 
-def _difference(test: TestSet, student: str, method: Method, reference: Method) -> Estimate | None:
-    return test.difference(Who(student, method.label), Who(student, reference.label), test.primary)
+def difference_between(
+    test: TestSet, student: str, method: Method, reference: Method, metric: str | None = None
+) -> Estimate | None:
+    """How much higher `student` scores under `method` than under `reference`, by the primary metric if none
+    is given."""
+    ours, theirs = System(student, method.label), System(student, reference.label)
+    return test.difference(ours, theirs, metric or test.primary)
 
 
-def _beside_teacher(study: Study, test: TestSet, method: Method) -> tuple[str, str]:
+def _against_teacher(study: Study, test: TestSet, method: Method) -> tuple[str, str]:
     """How much smaller than their teacher the students are, and how much worse; the cheapest similar one."""
-    metric, lines, similar = test.primary, [], ""
-    for teacher in study.teachers_of(method, test):
-        base = study.teacher_cost(teacher)
-        for name in study.sizes:
-            difference = test.difference(Who(name, method.label), teacher, metric)
-            if difference is None or base is None:
+    metric, lines, verdict = test.primary, [], ""
+    teacher_labels = dict.fromkeys(run.teacher_label for run in method.runs)
+    for teacher in [system for system in test.references if system.name in teacher_labels]:
+        teacher_cost = study.teacher_cost(teacher.name)
+        for student in study.sizes:
+            difference = test.difference(System(student, method.label), teacher, metric)
+            if difference is None or teacher_cost is None:
                 continue
-            cost = study.cost(name)
+            cost = study.cost(student)
             smaller = (
-                f"{base.parameters / cost.parameters:.1f}x fewer parameters, "
-                f"{base.gmac / cost.gmac:.2f}x fewer FLOPs"
+                f"{teacher_cost.parameters / cost.parameters:.1f}x fewer parameters, "
+                f"{teacher_cost.gmac / cost.gmac:.2f}x fewer FLOPs"
             )
-            lines.append(f"{name}: {smaller}, {signed(difference, metric)}{_symbol(difference)}")
+            lines.append(f"{student}: {smaller}, {signed(difference, metric)}{_symbol(difference)}")
             low = difference.low
-            if not similar and metric == "pesq_wb" and low is not None and low > -SIMILAR:
-                similar = f"{name} is as good as its teacher to within {SIMILAR:g} MOS: {smaller}"
-                similar += _by_seed({name: difference}, -SIMILAR)
+            if not verdict and metric == "pesq_wb" and low is not None and low > -SIMILAR:
+                verdict = f"{student} is as good as its teacher to within {SIMILAR:g} MOS: {smaller}"
+                verdict += _seed_caveats({student: difference}, -SIMILAR)
     if not lines:
         return "-", "cannot be said: no teacher was scored beside these students"
-    return "\n".join(lines), similar or f"no student is as good as its teacher to within {SIMILAR:g} MOS"
+    return "\n".join(lines), verdict or f"no student is as good as its teacher to within {SIMILAR:g} MOS"
 
 
-def scores(study: Study, test: TestSet) -> list[Block]:
-    """Everything about one test set that is a table of scores."""
-    first, *others = test.metrics
-    ordered = [test.primary, *(metric for metric in (first, *others) if metric != test.primary)]
-    blocks: list[Block] = [
-        Text(f"{len(test.clips)} clips, {test.seconds / 60:.1f} minutes."),
-        _references(test, ordered),
-        _table(study, test, ordered[0]),
+def scored_systems(study: Study, test: TestSet) -> list[tuple[str, Method]]:
+    """Every student and method with scores on `test`."""
+    return [
+        (student, method)
+        for student in study.sizes
+        for method in study.methods
+        if test.has(System(student, method.label))
     ]
-    blocks += [Fold(label(metric), [_table(study, test, metric)]) for metric in ordered[1:]]
-    blocks.append(Fold("Seed by seed", [_seeds(study, test)]))
-    return [*blocks, *_gaps(study, test)]
 
 
-def _references(test: TestSet, metrics: Sequence[str]) -> Table:
-    """The noisy input, the teachers and the baselines."""
-    whos = [Who(NOISY), *test.references]
+def reference_table(test: TestSet) -> Table:
+    """The noisy input, the teachers and the baselines, by every metric."""
+    systems = [system for system in (System(NOISY), *test.references) if test.has(system)]
     rows = [
-        [Cell("noisy input" if who.name == NOISY else who.name)]
-        + [_score(test, who, metric) for metric in metrics]
-        for who in whos
-        if test.has(who)
+        [Cell(system.label), *(score_cell(test, system, metric) for metric in test.metrics)]
+        for system in systems
     ]
-    return Table(
-        "What there is to compare with: noisy input, teacher, baselines", ["", *map(label, metrics)], rows
-    )
+    caption = "What there is to compare with: noisy input, teacher, baselines"
+    return Table(caption, ["", *map(label, test.metrics)], rows)
 
 
-def _score(test: TestSet, who: Who, metric: str) -> Cell:
-    return Cell(shown(test.estimate(who, metric), metric), unscored(test, who, metric))
-
-
-def unscored(test: TestSet, who: Who, metric: str, among: frozenset[Clip] | None = None) -> str:
-    """How many clips a mean lacks, in words; empty where it lacks none."""
-    missing = test.unscored(who, metric, among)
-    seeds = " of every seed" if len(test.seeds(who)) > 1 else ""
-    return f"{missing} clips without a score{seeds}" if missing else ""
-
-
-def _table(study: Study, test: TestSet, metric: str) -> Table:
-    scored = [m for m in study.methods if any(test.has(Who(name, m.label)) for name in study.sizes)]
+def score_table(study: Study, test: TestSet, metric: str) -> Table:
+    """Students by methods: a mean, and below it the difference from training alone."""
+    scored = [m for m in study.methods if any(test.has(System(name, m.label)) for name in study.sizes)]
     rows = []
-    for name in study.sizes:
-        cells = [_compared(study, test, name, method, metric) for method in scored]
+    for student in study.sizes:
+        cells = [_score_and_difference(study, test, student, method, metric) for method in scored]
         if any(cell.text != "-" or cell.note for cell in cells):
-            cost = study.cost(name)
-            rows.append([Cell(name, f"{cost.parameters / 1e6:.2f} M, {cost.gmac:.2f} GMAC"), *cells])
+            cost = study.cost(student)
+            rows.append([Cell(student, f"{cost.parameters / 1e6:.2f} M, {cost.gmac:.2f} GMAC"), *cells])
     caption = (
         f"{label(metric)}, higher is better: mean and 95 % interval; below it the difference from training "
         "alone, ▲ or ▼ where it is clearly not 0"
@@ -217,53 +258,93 @@ def _table(study: Study, test: TestSet, metric: str) -> Table:
     return Table(caption, ["student", *(method.label for method in scored)], rows)
 
 
-def _compared(study: Study, test: TestSet, student: str, method: Method, metric: str) -> Cell:
-    """A mean, and how much it differs from that of training alone."""
-    who = Who(student, method.label)
-    text = shown(test.estimate(who, metric), metric)
-    lacking = unscored(test, who, metric)
-    reference = grouping.alone(method, study.methods)
+def _score_and_difference(study: Study, test: TestSet, student: str, method: Method, metric: str) -> Cell:
+    system = System(student, method.label)
+    cell = score_cell(test, system, metric)
+    difference = _difference_from_alone(study, test, student, method, metric)
+    notes = [signed(difference, metric) if difference else "", unscored(test, system, metric)]
+    return Cell(cell.text, "; ".join(filter(None, notes)), mark(difference))
+
+
+def _difference_from_alone(
+    study: Study, test: TestSet, student: str, method: Method, metric: str
+) -> Estimate | None:
+    reference = alone(method, study.methods)
     if reference is None or reference is method:
-        return Cell(text, lacking)
-    difference = test.difference(who, Who(student, reference.label), metric)
-    notes = [signed(difference, metric) if difference else "", lacking]
-    return Cell(text, "; ".join(filter(None, notes)), mark(difference))
+        return None
+    return difference_between(test, student, method, reference, metric)
 
 
-def _seeds(study: Study, test: TestSet) -> Table:
+def seed_table(study: Study, test: TestSet) -> Table:
+    """The mean of every seed, and its difference from training alone."""
     metric = test.primary
+    digits = METRICS[metric].decimals + 1
     rows = []
-    for name, method in study.scored(test):
-        who = Who(name, method.label)
-        mean = test.estimate(who, metric)
-        reference = grouping.alone(method, study.methods)
-        difference = None
-        if reference is not None and reference is not method:
-            difference = test.difference(who, Who(name, reference.label), metric)
-        digits = METRICS[metric].decimals + 1
-        rows.append(
-            [
-                Cell(f"{name}, {method.label}"),
-                Cell(", ".join(map(str, test.seeds(who)))),
-                Cell(", ".join(f"{value:.{digits}f}" for value in mean.seeds) if mean else "-"),
-                Cell(", ".join(change(v, metric) for v in difference.seeds) if difference else "-"),
-            ]
-        )
+    for student, method in scored_systems(study, test):
+        system = System(student, method.label)
+        mean = test.estimate(system, metric)
+        difference = _difference_from_alone(study, test, student, method, metric)
+        cells = [
+            system.label,
+            ", ".join(map(str, test.seeds(system))),
+            ", ".join(f"{value:.{digits}f}" for value in mean.seeds) if mean else "-",
+            ", ".join(change(value, metric) for value in difference.seeds) if difference else "-",
+        ]
+        rows.append([Cell(text) for text in cells])
     caption = f"{label(metric)} of each seed alone, on the clips that all of them have a score for"
     return Table(caption, ["student, method", "seeds", "means", "differences, seeds that both have"], rows)
 
 
-def _gaps(study: Study, test: TestSet) -> list[Block]:
-    """A line for each method that has nobody to be compared with."""
+def gaps(study: Study, test: TestSet) -> list[str]:
+    """A line for each method without a training alone to compare with, and each student without scores."""
     lines = []
     for method in study.methods:
-        if method.kind == grouping.ALONE or grouping.alone(method, study.methods) is not None:
+        if method.kind == ALONE or alone(method, study.methods) is not None:
             continue
-        nearest = grouping.nearest_alone(method, study.methods)
-        why = f"the nearest differs in {', '.join(nearest[1])}" if nearest else "there is none"
+        differing = nearest_alone(method, study.methods)
+        why = "there is none" if differing is None else f"the nearest differs in {', '.join(differing)}"
         lines.append(
             f"{method.label}: no training alone (--distil.method none) under the same settings, {why}."
         )
-    scored = {name for name, _ in study.scored(test)}
-    lines += [f"{name}: not evaluated on this test set." for name in study.sizes if name not in scored]
-    return [Items(lines)] if lines else []
+    scored = {student for student, _ in scored_systems(study, test)}
+    return lines + [f"{name}: not evaluated on this test set." for name in study.sizes if name not in scored]
+
+
+ViewLosses = dict[tuple[str, Method], Estimate]
+"""By student and method without a view: the difference from the same method with all views."""
+
+
+def view_losses(study: Study, test: TestSet) -> ViewLosses:
+    """How much every student loses without a view."""
+    losses: ViewLosses = {}
+    for student in study.sizes:
+        for method in study.methods:
+            full = with_all_views(method, study.methods) if method.views_off else None
+            difference = full and difference_between(test, student, method, full)
+            if difference:
+                losses[student, method] = difference
+    return losses
+
+
+def view_table(test: TestSet, losses: ViewLosses) -> Table:
+    """Students by switched-off views."""
+    methods = list(dict.fromkeys(method for _, method in losses))
+    rows = [
+        [Cell(student), *(difference_cell(losses.get((student, m)), test.primary) for m in methods)]
+        for student in dict.fromkeys(student for student, _ in losses)
+    ]
+    caption = f"{label(test.primary)}: difference from all views and 95 % interval; ▼: the view helps"
+    return Table(caption, ["student", *(method.label for method in methods)], rows)
+
+
+def snr_table(study: Study, test: TestSet) -> Table:
+    """The scores of every system by the SNR of the noisy input."""
+    buckets = test.buckets()
+    students = [System(name, method.label) for name, method in scored_systems(study, test)]
+    rows = [
+        [Cell(system.label), *(score_cell(test, system, test.primary, clips) for clips in buckets.values())]
+        for system in (System(NOISY), *test.references, *students)
+    ]
+    heads = [f"{name}, {len(clips)} clips" for name, clips in buckets.items()]
+    caption = f"{label(test.primary)} by the SNR of the noisy input: mean and 95 % interval"
+    return Table(caption, ["network", *heads], rows)

@@ -1,62 +1,30 @@
-"""The plots of scores: cost against quality, the views, the SNR; each with a table of its numbers."""
+"""Choose what the plots of a report show: cost against quality, the views, the SNR, learning curves."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from mvat_dist.evaluation import statistics
-from mvat_dist.evaluation.report import methods as grouping
-from mvat_dist.evaluation.report.blocks import Block, Cell, Figure, Figures, Fold, Missing, Table, Text
-from mvat_dist.evaluation.report.charts import Axis, Chart, Point, Series
-from mvat_dist.evaluation.report.comparison import mark, unscored
-from mvat_dist.evaluation.report.methods import Method
-from mvat_dist.evaluation.report.results import REFERENCE, Clip, Estimate, TestSet, Who
-from mvat_dist.evaluation.report.study import COST_SECONDS, Cost, Study, label, shown, signed
-from mvat_dist.evaluation.report.style import STYLES
+import numpy as np
+
+from mvat_dist.config.sizes import COST_SECONDS
+from mvat_dist.evaluation.metrics.registry import METRICS
+from mvat_dist.evaluation.report.comparison import ViewLosses, scored_systems
+from mvat_dist.evaluation.report.load import Run, number
+from mvat_dist.evaluation.report.plot import STYLES, Axis, Plot, Point, Series, svg
+from mvat_dist.evaluation.report.scores import Clip, Estimate, System, TestSet
+from mvat_dist.evaluation.report.study import Cost, Method, Study
+from mvat_dist.evaluation.report.table import Cell, Table, label, shown
 from mvat_dist.evaluation.statistics import NOISY
 
 NOISY_STYLE = STYLES - 1
-"""Of a noisy input among methods; a comparison has fewer."""
+"""The noisy input's style beside methods, of which a comparison has fewer."""
 
+LOSS = "enhance"
+"""The part of the loss that every method has, so that the curves of two methods can be compared."""
 
-def short(student: str) -> str:
-    """A student's name where there is little room."""
-    return student.removeprefix("manner-")
-
-
-def point(x: float, estimate: Estimate, *, ringed: bool = False) -> Point:
-    """A mean and its interval at `x`."""
-    return Point(x, estimate.mean, estimate.low, estimate.high, ringed)
-
-
-def pareto(study: Study, test: TestSet) -> list[Block]:
-    """Quality against each of the three costs."""
-    networks = _networks(study, test)
-    if not networks:
-        return [Missing("No plot of cost against quality: no student has a score here.")]
-    figures = [
-        figure
-        for title, cost in _COSTS.items()
-        if (figure := _pareto(study, test, networks, title, cost)) is not None
-    ]
-    noisy = shown(test.estimate(Who(NOISY), test.primary), test.primary)
-    text = (
-        "Bars are 95 % intervals; methods stand side by side over the same cost. A ring: nothing that has as "
-        f"many clips is both cheaper and better. The noisy input has {noisy}. "
-        f"{_measured_on(study.machines)}"
-    )
-    return [Text(text), Figures(figures), Fold("The numbers of these plots", [_cost_table(test, networks)])]
-
-
-def _measured_on(machines: Sequence[str]) -> str:
-    """Whose real-time factors are shown, and whose are not."""
-    if not machines:
-        return "No real-time factor was measured."
-    first, *others = machines
-    apart = f"; those of {'; '.join(others)} do not compare with them and are left out" if others else ""
-    return f"Real-time factors were measured on: {first}{apart}."
-
+_CURVE_POINTS = 60
+"""Most points of a curve; more are averaged in equal parts."""
 
 _COSTS: dict[str, Callable[[Cost], float | None]] = {
     f"GMAC for {COST_SECONDS:g} s of audio (lower is better)": lambda cost: cost.gmac,
@@ -64,84 +32,126 @@ _COSTS: dict[str, Callable[[Cost], float | None]] = {
     "real-time factor on one CPU thread (lower is better)": lambda cost: cost.real_time_factor,
 }
 
-_Network = tuple[str, Method | None, Cost, Estimate]
-"""Name, method (None for a teacher), cost, score."""
+
+@dataclass(frozen=True)
+class Figure:
+    """A plot and its caption. Its numbers stand in a table nearby, which is what the Markdown twin shows."""
+
+    caption: str
+    plot: Plot
+
+    @property
+    def svg(self) -> str:
+        """The plot, drawn when a template asks for it."""
+        return svg(self.plot)
 
 
-def _networks(study: Study, test: TestSet) -> list[_Network]:
-    found: list[_Network] = []
-    for name, method in study.scored(test):
-        estimate = test.estimate(Who(name, method.label), test.primary)
-        if estimate is not None:
-            found.append((name, method, study.cost(name), estimate))
-    for who in test.references:
-        cost, estimate = study.teacher_cost(who), test.estimate(who, test.primary)
-        if cost is not None and estimate is not None:
-            found.append((who.name, None, cost, estimate))
-    return found
+def _short(student: str) -> str:
+    """A student's name where there is little room."""
+    return student.removeprefix("manner-")
 
 
-_Priced = tuple[str, Method | None, float, Estimate]
-"""Name, method, one of its costs, score."""
+def _point(x: float, estimate: Estimate, *, ringed: bool = False) -> Point:
+    return Point(x, estimate.mean, estimate.low, estimate.high, ringed)
 
 
-def _pareto(
+@dataclass(frozen=True)
+class PricedNetwork:
+    """A student or a teacher with its costs and its score."""
+
+    name: str
+    method: Method | None
+    """None for a teacher."""
+    cost: Cost
+    score: Estimate
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}, {self.method.label}" if self.method else self.name
+
+
+def priced_networks(study: Study, test: TestSet) -> list[PricedNetwork]:
+    """Every student and teacher whose cost and score are known."""
+    networks = []
+    for student, method in scored_systems(study, test):
+        score = test.estimate(System(student, method.label), test.primary)
+        if score is not None:
+            networks.append(PricedNetwork(student, method, study.cost(student), score))
+    for system in test.references:
+        cost, score = study.teacher_cost(system.name), test.estimate(system, test.primary)
+        if cost is not None and score is not None:
+            networks.append(PricedNetwork(system.name, None, cost, score))
+    return networks
+
+
+def cost_figures(study: Study, test: TestSet, networks: Sequence[PricedNetwork]) -> list[Figure]:
+    """Quality against each of the three costs."""
+    figures = [_cost_figure(study, test, networks, title, price_of) for title, price_of in _COSTS.items()]
+    return [figure for figure in figures if figure is not None]
+
+
+def _cost_figure(
     study: Study,
     test: TestSet,
-    networks: Sequence[_Network],
+    networks: Sequence[PricedNetwork],
     title: str,
     price_of: Callable[[Cost], float | None],
 ) -> Figure | None:
-    priced: list[_Priced] = [
-        (name, method, price, score)
-        for name, method, cost, score in networks
-        if (price := price_of(cost)) is not None
-    ]
+    priced = [(price, network) for network in networks if (price := price_of(network.cost)) is not None]
     if not priced:
         return None
     series = []
-    for number, method in [*study.main, (None, None)]:
-        its = sorted((one for one in priced if one[1] is method), key=lambda one: one[2])
-        points = [point(one[2], one[3], ringed=_best(one, priced)) for one in its]
-        if points:
-            series.append(Series(method.label if method else "teacher", points, number))
-    notes = {short(name): price for name, method, price, _ in priced if method}
-    chart = Chart(
-        f"{label(test.primary)} against {title}, {test.name}",
-        Axis(title, log=True),
-        Axis(label(test.primary)),
-        series,
-        notes=[(price, name) for name, price in notes.items()],
-        apart=5,
-    )
-    return Figure(f"{label(test.primary)} against {title}", chart)
-
-
-def _best(one: _Priced, priced: Sequence[_Priced]) -> bool:
-    """Whether nothing is at most as dear and better, or cheaper and as good.
-
-    Only of those that have all clips: what failed on the hard ones has the higher mean of the others.
-    """
-    price, mean = one[2], one[3].mean
-    most = max(its[3].clips for its in priced)
-    whole = [its for its in priced if its[3].clips == most]
-    return one in whole and not any(
-        (other <= price and its.mean > mean) or (other < price and its.mean >= mean)
-        for _, _, other, its in whole
-    )
-
-
-def _cost_table(test: TestSet, networks: Sequence[_Network]) -> Table:
-    rows = [
-        [
-            Cell(f"{name}, {method.label}" if method else name),
-            Cell(f"{cost.parameters / 1e6:.2f}"),
-            Cell(f"{cost.gmac:.2f}"),
-            Cell(f"{cost.real_time_factor:.3f}" if cost.real_time_factor else "-"),
-            Cell(shown(score, test.primary)),
+    for style, method in [*study.main, (None, None)]:
+        points = [
+            _point(price, network.score, ringed=_on_the_front(price, network, priced))
+            for price, network in sorted(priced, key=lambda item: item[0])
+            if network.method is method
         ]
-        for name, method, cost, score in networks
-    ]
+        if points:
+            series.append(Series(method.label if method else "teacher", points, style))
+    names = {_short(network.name): price for price, network in priced if network.method}
+    quality = label(test.primary)
+    plot = Plot(
+        f"{quality} against {title}, {test.name}",
+        Axis(title, log=True),
+        Axis(quality),
+        series,
+        notes=[(price, name) for name, price in names.items()],
+        offset=4,
+    )
+    return Figure(f"{quality} against {title}", plot)
+
+
+def _on_the_front(
+    price: float, network: PricedNetwork, priced: Sequence[tuple[float, PricedNetwork]]
+) -> bool:
+    """Whether no other network is at most as dear and better, or cheaper and as good.
+
+    Only of those that have all clips: one that failed on the hard clips has the higher mean of the others.
+    """
+    most = max(other.score.clips for _, other in priced)
+    mean = network.score.mean
+    return network.score.clips == most and not any(
+        (other_price <= price and other.score.mean > mean)
+        or (other_price < price and other.score.mean >= mean)
+        for other_price, other in priced
+        if other.score.clips == most
+    )
+
+
+def cost_table(test: TestSet, networks: Sequence[PricedNetwork]) -> Table:
+    """The numbers of the plots of cost against quality."""
+    rows = []
+    for network in networks:
+        cost = network.cost
+        cells = [
+            network.label,
+            f"{cost.parameters / 1e6:.2f}",
+            f"{cost.gmac:.2f}",
+            f"{cost.real_time_factor:.3f}" if cost.real_time_factor else "-",
+            shown(network.score, test.primary),
+        ]
+        rows.append([Cell(text) for text in cells])
     heads = [
         "network",
         "parameters, millions ↓",
@@ -153,134 +163,129 @@ def _cost_table(test: TestSet, networks: Sequence[_Network]) -> Table:
     return Table(caption, heads, rows)
 
 
-def views(study: Study, test: TestSet) -> list[Block]:
-    """What is lost without each view."""
-    found = {
-        (name, method): difference
-        for name in study.sizes
-        for method in study.methods
-        if (difference := _lost(study, test, name, method)) is not None
-    }
-    if not found:
-        return [Missing("No ablation of the views: no run lacks one beside a run with all of them.")]
-    ablated = [method for method in study.methods if any(key[1] is method for key in found)]
-    students = [name for name in study.sizes if any(key[0] == name for key in found)]
-    rows = [
-        [Cell(name), *(_difference_cell(found.get((name, method)), test.primary) for method in ablated)]
-        for name in students
-    ]
-    metric = label(test.primary)
-    caption = f"{metric}: difference from all views and 95 % interval; ▼: the view helps"
-    told = "What is lost without a view: below 0, the view helps. Bars: 95 % intervals."
-    return [
-        Figures([Figure(told, _views_chart(test, students, ablated, found))]),
-        Table(caption, ["student", *(method.label for method in ablated)], rows),
-    ]
-
-
-def _lost(study: Study, test: TestSet, student: str, method: Method) -> Estimate | None:
-    """How much `method`, which lacks a view, differs from the same with all of them."""
-    full = grouping.with_all_views(method, study.methods) if method.views_off else None
-    if full is None:
-        return None
-    return test.difference(Who(student, method.label), Who(student, full.label), test.primary)
-
-
-def _views_chart(
-    test: TestSet,
-    students: Sequence[str],
-    ablated: Sequence[Method],
-    found: dict[tuple[str, Method], Estimate],
-) -> Chart:
+def view_figure(test: TestSet, losses: ViewLosses) -> Figure:
+    """What each student loses without each view."""
+    methods = list(dict.fromkeys(method for _, method in losses))
+    students = dict.fromkeys(student for student, _ in losses)
     series = [
         Series(
-            short(name),
-            [point(at, found[name, method]) for at, method in enumerate(ablated) if (name, method) in found],
-            number,
+            _short(student),
+            [_point(at, losses[student, m]) for at, m in enumerate(methods) if (student, m) in losses],
+            style,
         )
-        for number, name in enumerate(students)
+        for style, student in enumerate(students)
     ]
     title = f"difference of {label(test.primary)}"
-    names = [" and ".join(method.views_off) for method in ablated]
-    return Chart(
+    plot = Plot(
         f"{title} without a view, {test.name}",
-        Axis("view that is switched off", names=names),
+        Axis("view that is switched off", names=[" and ".join(method.views_off) for method in methods]),
         Axis(title),
         series,
         levels=[("all views", 0.0)],
     )
+    return Figure("What is lost without a view: below 0, the view helps. Bars: 95 % intervals.", plot)
 
 
-def _difference_cell(difference: Estimate | None, metric: str) -> Cell:
-    return Cell(signed(difference, metric) if difference else "-", mark=mark(difference))
-
-
-def by_snr(study: Study, test: TestSet) -> list[Block]:
-    """The scores by the SNR of the noisy input."""
-    buckets = _buckets(test)
-    if not buckets:
-        return [Missing("No scores by SNR: the SNR of the clips is not known.")]
-    whos = [Who(NOISY), *test.references, *(Who(name, m.label) for name, m in study.scored(test))]
-    found = {
-        who: {name: test.estimate(who, test.primary, clips) for name, clips in buckets.items()}
-        for who in whos
-    }
-    figures = [_snr_figure(study, test, name, found) for name in study.sizes]
-    heads = [f"{name}, {len(clips)} clips" for name, clips in buckets.items()]
-    rows = [
-        [Cell(_named(who))]
-        + [
-            Cell(shown(found[who][name], test.primary), unscored(test, who, test.primary, clips))
-            for name, clips in buckets.items()
-        ]
-        for who in whos
-    ]
-    caption = f"{label(test.primary)} by the SNR of the noisy input: mean and 95 % interval"
-    return [
-        Figures([figure for figure in figures if figure is not None]),
-        Fold("The numbers of these plots", [Table(caption, ["network", *heads], rows)]),
-    ]
-
-
-def _named(who: Who) -> str:
-    if who.name == NOISY:
-        return "noisy input"
-    return f"{who.name}, {who.method}" if who.method != REFERENCE else who.name
-
-
-def _buckets(test: TestSet) -> dict[str, frozenset[Clip]]:
-    """The clips of each SNR bucket that has some."""
-    known = [clip for clip in test.clips if math.isfinite(clip.snr_db)]
-    found = statistics.by_snr({"snr_db": clip.snr_db, "clip": clip} for clip in known)
-    return {name: frozenset(row["clip"] for row in rows) for name, rows in found.items()}
+def snr_figures(study: Study, test: TestSet) -> list[Figure]:
+    """The scores of each student by the SNR of the noisy input."""
+    buckets = test.buckets()
+    figures = [_snr_figure(study, test, student, buckets) for student in study.sizes if buckets]
+    return [figure for figure in figures if figure is not None]
 
 
 def _snr_figure(
-    study: Study, test: TestSet, student: str, found: dict[Who, dict[str, Estimate | None]]
+    study: Study, test: TestSet, student: str, buckets: dict[str, frozenset[Clip]]
 ) -> Figure | None:
-    rows: list[tuple[str, Who, int | None]] = [
-        (method.label, Who(student, method.label), number) for number, method in study.main
+    def series_of(name: str, system: System, style: int | None) -> list[Series]:
+        estimates = [test.estimate(system, test.primary, clips) for clips in buckets.values()]
+        points = [_point(at, estimate) for at, estimate in enumerate(estimates) if estimate is not None]
+        return [Series(name, points, style)] if points else []
+
+    students = [
+        series
+        for style, method in study.main
+        for series in series_of(method.label, System(student, method.label), style)
     ]
-    rows += [(who.name.partition(" (")[0], who, None) for who in test.references]
-    series = []
-    for name, who, style in rows:
-        estimates = list(found.get(who, {}).values())
-        points = [point(at, one) for at, one in enumerate(estimates) if one is not None]
-        if points:
-            series.append(Series(name, points, style))
-    if all(one.style is None for one in series):
+    if not students:
         return None
-    names = list(found[Who(NOISY)])
-    noisy = [point(at, one) for at, one in enumerate(found[Who(NOISY)].values()) if one is not None]
-    if noisy:
-        series.insert(0, Series("noisy input", noisy, NOISY_STYLE))
-    title = f"{short(student)}: {label(test.primary)} by SNR"
-    return Figure(
-        f"{title}. Bars: 95 % intervals.",
-        Chart(
-            f"{title}, {test.name}",
-            Axis("SNR of the noisy input", names=names),
-            Axis(label(test.primary)),
-            series,
-        ),
+    references = [
+        series
+        for system in test.references
+        for series in series_of(system.name.partition(" (")[0], system, None)
+    ]
+    title = f"{_short(student)}: {label(test.primary)} by SNR"
+    plot = Plot(
+        f"{title}, {test.name}",
+        Axis("SNR of the noisy input", names=list(buckets)),
+        Axis(label(test.primary)),
+        [*series_of("noisy input", System(NOISY), NOISY_STYLE), *students, *references],
     )
+    return Figure(f"{title}. Bars: 95 % intervals.", plot)
+
+
+def curve_figures(study: Study) -> list[Figure]:
+    """For each student the validation score that picks its best weights, and the loss, by step."""
+    metric = study.runs[0].config.valid.best
+    panels = (
+        (f"valid/{metric}", f"validation {label(metric)}", "higher is better"),
+        (LOSS, "enhancement loss ↓", "lower is better"),
+    )
+    figures = []
+    for student in study.sizes:
+        for key, quantity, better in panels:
+            series = []
+            for style, method in study.main:
+                points = _mean_curve([_curve(run, student, key) for run in method.runs])
+                if points:
+                    dots = len(points) <= 15
+                    series.append(Series(method.label, points, style, joined=True, dots=dots))
+            if series:
+                title = f"{_short(student)}: {quantity}"
+                plot = Plot(title, Axis("optimiser step"), Axis(quantity), series)
+                figures.append(Figure(f"{title}, {better}", plot))
+    return figures
+
+
+def _curve(run: Run, student: str, key: str) -> dict[int, float]:
+    """Value by step, in order; a step that was done twice counts as it was last."""
+    rows = sorted((row for row in run.histories.get(student, []) if key in row), key=lambda row: row["step"])
+    values = {row["step"]: number(row[key]) for row in rows}
+    return {step: value for step, value in values.items() if value is not None}
+
+
+def _mean_curve(curves: Sequence[dict[int, float]]) -> list[Point]:
+    """The mean over seeds at the steps that all of them have, and the range that they span."""
+    by_seed = [curve for curve in curves if curve]
+    steps = sorted(set.intersection(*map(set, by_seed))) if by_seed else []
+    if not steps:
+        return []
+    points = []
+    for part in np.array_split(np.array(steps), min(_CURVE_POINTS, len(steps))):
+        values = [float(np.mean([curve[int(step)] for step in part])) for curve in by_seed]
+        low, high = (min(values), max(values)) if len(values) > 1 else (None, None)
+        points.append(Point(float(part.mean()), float(np.mean(values)), low, high))
+    return points
+
+
+def curve_table(study: Study) -> Table | None:
+    """The best and the last validation of each run; None where there was none."""
+    metric = study.runs[0].config.valid.best
+    digits = METRICS[metric].decimals + 1
+    rows = []
+    for student in study.sizes:
+        for method in study.methods:
+            for run in method.runs:
+                if curve := _curve(run, student, f"valid/{metric}"):
+                    best, last = max(curve, key=lambda step: curve[step]), max(curve)
+                    cells = [
+                        f"{student}, {method.label}",
+                        str(run.config.seed),
+                        f"{curve[best]:.{digits}f}",
+                        str(best),
+                        f"{curve[last]:.{digits}f}",
+                        str(last),
+                    ]
+                    rows.append([Cell(text) for text in cells])
+    heads = ["student, method", "seed", "best", "at step", "last", "at step"]
+    caption = f"Validation {label(metric)}: the best and the last of each run"
+    return Table(caption, heads, rows) if rows else None

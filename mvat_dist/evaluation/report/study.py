@@ -1,24 +1,67 @@
-"""The runs of a report, put in order: students by cost, methods, test sets, and what a network costs."""
+"""Group runs into methods and students: which runs are one experiment, and which experiments compare.
+
+All of it comes from the configurations, nothing from the names of folders.
+"""
 
 from __future__ import annotations
 
+import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
-from mvat_dist.config import sizes as students
+from mvat_dist.config import parser, sizes
 from mvat_dist.config.schema import SAMPLE_RATE
-from mvat_dist.config.sizes import Size
-from mvat_dist.evaluation.metrics.registry import METRICS
-from mvat_dist.evaluation.report import methods as grouping
-from mvat_dist.evaluation.report import results
-from mvat_dist.evaluation.report.methods import Method
-from mvat_dist.evaluation.report.results import Estimate, TestSet, Who
-from mvat_dist.evaluation.report.runs import Run, number
+from mvat_dist.config.sizes import COST_SECONDS, VIEWS, Size
+from mvat_dist.evaluation.report.load import Network, Run
 
-COST_SECONDS = 4.0
-"""Length of the clip on which multiply-accumulates are counted, as in ``scores.json``."""
+ALONE = "none"
+"""The method that trains a student without a teacher."""
+
+TEACHER = "teacher"
+"""The teacher's name in the rows of `mvat_dist.evaluate`."""
+
+_BETAS = tuple(f"distil.beta_{view}" for view in VIEWS)
+# The settings of the distillation that a method uses; a difference in the others changes nothing.
+_USED = {
+    "none": (),
+    "output": ("distil.output_weight", "distil.fade_by"),
+    "mvat": ("distil.weight", "distil.fade_by", *_BETAS),
+    "mvat+output": ("distil.weight", "distil.output_weight", "distil.fade_by", *_BETAS),
+}
+_IN_ORDER = tuple(_USED)
+_IRRELEVANT = ("seed", "student", "sizes", "train.save_every")
+"""Keys in which runs of one method may differ."""
+
+Recipe = dict[str, Any]
+"""The settings that make a method what it is, by flat key."""
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """Runs that differ in nothing but seed and students."""
+
+    label: str
+    """``mvat``, ``mvat without channel``; with settings where two methods would have the same label."""
+    recipe: Recipe
+    runs: tuple[Run, ...]
+    """By seed."""
+
+    @property
+    def kind(self) -> str:
+        """``none``, ``output``, ``mvat`` or ``mvat+output``."""
+        return str(self.recipe["distil.method"])
+
+    @property
+    def views_off(self) -> tuple[str, ...]:
+        """Views whose factor is 0, where the method transfers attention."""
+        return _views_off(self.recipe)
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted({run.config.seed for run in self.runs})
 
 
 @dataclass(frozen=True)
@@ -34,139 +77,188 @@ class Cost:
 
 @dataclass(frozen=True)
 class Study:
-    """Everything that the sections of a report are written from."""
+    """The runs of a report, in order: students by cost, and methods."""
 
     runs: list[Run]
     sizes: dict[str, Size]
     """The students, the cheapest first."""
     methods: list[Method]
-    tests: list[TestSet]
-    problems: list[str]
+    """Training alone first, then in the order of the paper's comparison."""
 
     @classmethod
     def of(cls, runs: Sequence[Run], problems: list[str]) -> Study:
-        """Put `runs` in order; what cannot be compared is added to `problems`."""
-        sizes: dict[str, Size] = {}
+        """Put `runs` in order; a run that cannot be compared with those before it is added to `problems`."""
+        known: dict[str, Size] = {}
         kept = []
         for run in runs:
-            resized = [name for name, size in run.sizes.items() if sizes.get(name, size) != size]
+            resized = [name for name, size in run.sizes.items() if known.get(name, size) != size]
             if resized:
                 problems.append(
-                    f"{run.path} is left out: its {', '.join(resized)} is of another size than that of the "
-                    "runs before it"
+                    f"{run.folder.path} is left out: its {', '.join(resized)} is of another size than that "
+                    "of the runs before it"
                 )
             else:
-                sizes |= run.sizes
+                known |= run.sizes
                 kept.append(run)
-        ordered = dict(sorted(sizes.items(), key=lambda item: (_macs(item[1]), item[0])))
-        methods = grouping.group(kept)
-        return cls(kept, ordered, methods, results.collect(methods, problems), problems)
+        ordered = dict(sorted(known.items(), key=lambda item: (_macs(item[1]), item[0])))
+        return cls(kept, ordered, methods_of(kept))
 
     @property
     def main(self) -> list[tuple[int, Method]]:
         """The methods that plots compare, numbered as in `methods`: those with all views, if any."""
         numbered = list(enumerate(self.methods))
-        return [(number, one) for number, one in numbered if not one.views_off] or numbered
-
-    def scored(self, test: TestSet) -> list[tuple[str, Method]]:
-        """Every student and method with scores on `test`."""
-        return [
-            (name, method)
-            for name in self.sizes
-            for method in self.methods
-            if test.has(Who(name, method.label))
-        ]
+        return [(number, method) for number, method in numbered if not method.views_off] or numbered
 
     def cost(self, student: str) -> Cost:
         """What `student` costs."""
         size = self.sizes[student]
-        return Cost(students.parameters(size), _macs(size) / 1e9, self._real_time_factor(student, self.runs))
+        return Cost(sizes.parameters(size), _macs(size) / 1e9, self._real_time_factor(student, self.runs))
 
-    def teachers_of(self, method: Method, test: TestSet) -> list[Who]:
-        """The teachers of a method's runs that have scores on `test`."""
-        names = dict.fromkeys(results.teacher_name(run.teacher) for run in method.runs)
-        whos = [Who(name, results.REFERENCE) for name in names]
-        return [who for who in whos if test.has(who)]
-
-    def teacher_cost(self, teacher: Who) -> Cost | None:
-        """What a teacher costs; None where no evaluation says so."""
-        runs = [run for run in self.runs if results.teacher_name(run.teacher) == teacher.name]
-        for _, network in _networks(runs, results.TEACHER):
-            parameters, gmac = number(network.get("parameters")), number(network.get("gmac_at_4_s"))
-            if parameters and gmac:
-                return Cost(parameters, gmac, self._real_time_factor(results.TEACHER, runs))
+    def teacher_cost(self, label: str) -> Cost | None:
+        """What the teacher of this label costs; None where no evaluation says so."""
+        runs = [run for run in self.runs if run.teacher_label == label]
+        for _, network in _networks(runs, TEACHER):
+            if network.parameters and network.gmac_at_4_s:
+                factor = self._real_time_factor(TEACHER, runs)
+                return Cost(network.parameters, network.gmac_at_4_s, factor)
         return None
 
     @cached_property
     def machines(self) -> list[str]:
-        """On which real-time factors were measured, that of the most networks first.
+        """The machines on which real-time factors were measured, that of the most networks first.
 
-        Factors of different machines do not compare, so those of the first one alone count.
+        Factors of different machines do not compare, so only those of the first machine count.
         """
         timed: dict[str, set[str]] = {}
         for run in self.runs:
-            names = {*run.sizes, results.TEACHER}
-            for name in names:
-                own = results.teacher_name(run.teacher) if name == results.TEACHER else name
-                for machine in _real_time_factors([run], name):
-                    timed.setdefault(machine, set()).add(own)
+            for name in (*run.sizes, TEACHER):
+                label = run.teacher_label if name == TEACHER else name
+                for machine, network in _networks([run], name):
+                    if network.real_time_factor:
+                        timed.setdefault(machine, set()).add(label)
         return sorted(timed, key=lambda machine: (-len(timed[machine]), machine))
 
-    def _real_time_factor(self, network: str, runs: Iterable[Run]) -> float | None:
-        known = _real_time_factors(runs, network).get(self.machines[0]) if self.machines else None
-        return statistics.median(known) if known else None
+    def _real_time_factor(self, name: str, runs: Iterable[Run]) -> float | None:
+        factors = [
+            network.real_time_factor
+            for machine, network in _networks(runs, name)
+            if network.real_time_factor and machine == self.machines[0]
+        ]
+        return statistics.median(factors) if factors else None
 
 
-def _real_time_factors(runs: Iterable[Run], name: str) -> dict[str, list[float]]:
-    """Those of a network, by the machine that they were measured on."""
-    found: dict[str, list[float]] = {}
-    for machine, network in _networks(runs, name):
-        if factor := number(network.get("real_time_factor")):
-            found.setdefault(machine, []).append(factor)
-    return found
-
-
-def _networks(runs: Iterable[Run], name: str) -> list[tuple[str, dict[str, object]]]:
-    """What the evaluations of `runs` say of a network, and on which machine."""
-    found = []
+def _networks(runs: Iterable[Run], name: str) -> Iterator[tuple[str, Network]]:
+    """What the evaluations of `runs` say of a network, each with the machine that measured it."""
     for run in runs:
         for evaluation in run.evaluations:
-            networks = evaluation.record.get("networks")
-            network = networks.get(name) if isinstance(networks, dict) else None
-            if isinstance(network, dict):
-                found.append((str(evaluation.record.get("machine") or "an unknown machine"), network))
-    return found
+            if network := evaluation.record.networks.get(name):
+                yield evaluation.record.machine, network
 
 
 def _macs(size: Size) -> int:
-    return students.macs(size, round(COST_SECONDS * SAMPLE_RATE))
+    return sizes.macs(size, round(COST_SECONDS * SAMPLE_RATE))
 
 
-def label(metric: str) -> str:
-    """``PESQ-WB (MOS) ↑``."""
-    known = METRICS[metric]
-    return known.label + (f" ({known.unit})" if known.unit else "") + " ↑"
+def methods_of(runs: Iterable[Run]) -> list[Method]:
+    """The methods of `runs`, in the order of `Study.methods`."""
+    by_recipe: dict[str, tuple[Recipe, list[Run]]] = {}
+    for run in runs:
+        recipe = _recipe(run)
+        by_recipe.setdefault(json.dumps(recipe, sort_keys=True), (recipe, []))[1].append(run)
+    ordered = sorted(by_recipe.items(), key=lambda item: (_rank(item[1][0]), item[0]))
+    labels = _labels([recipe for _, (recipe, _) in ordered])
+    return [
+        Method(label, recipe, tuple(sorted(group, key=lambda run: (run.config.seed, run.name))))
+        for (_, (recipe, group)), label in zip(ordered, labels, strict=True)
+    ]
 
 
-def shown(estimate: Estimate | None, metric: str) -> str:
-    """``2.31 [2.25, 2.37]``."""
-    if estimate is None:
-        return "-"
-    digits = METRICS[metric].decimals
-    text = f"{estimate.mean:.{digits}f}"
-    if estimate.low is not None and estimate.high is not None:
-        text += f" [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
-    return text.replace("-", "\N{MINUS SIGN}")
+def _recipe(run: Run) -> Recipe:
+    settings = parser.science(run.config)
+    method = settings["distil.method"]
+    recipe = {
+        key: value
+        for key, value in settings.items()
+        if key not in _IRRELEVANT and not key.startswith(("distil.", "teacher."))
+    }
+    recipe["distil.method"] = method
+    recipe |= {key: settings[key] for key in _USED[method]}
+    if method != ALONE:
+        teacher = run.inputs.teacher
+        recipe["teacher"] = (teacher and teacher.sha256) or settings["teacher.file"]
+        recipe["teacher.source"] = settings["teacher.source"]
+    if run.inputs.init:  # by what the weights are, not by where they lay
+        recipe["train.init"] = "+".join(sorted({weights.sha256 for weights in run.inputs.init.values()}))
+    return recipe
 
 
-def signed(estimate: Estimate, metric: str) -> str:
-    """A difference, with one more digit than a score: ``+0.083 [+0.031, +0.135]``."""
-    text = change(estimate.mean, metric)
-    if estimate.low is not None and estimate.high is not None:
-        text += f" [{change(estimate.low, metric)}, {change(estimate.high, metric)}]"
-    return text
+def _views_off(recipe: Recipe) -> tuple[str, ...]:
+    return tuple(view for view in VIEWS if recipe.get(f"distil.beta_{view}") == 0)
 
 
-def change(value: float, metric: str) -> str:
-    """``+0.083``, ``−0.004``."""
-    return f"{value:+.{METRICS[metric].decimals + 1}f}".replace("-", "\N{MINUS SIGN}")
+def _rank(recipe: Recipe) -> tuple[int, int]:
+    # Methods with all their views come before those that lack some.
+    off = len(_views_off(recipe))
+    return (_IN_ORDER.index(recipe["distil.method"]) + (len(_IN_ORDER) if off else 0), off)
+
+
+def _labels(recipes: Sequence[Recipe]) -> list[str]:
+    """A label for each, with the settings in which it differs from others of the same name."""
+    names = [
+        recipe["distil.method"] + (f" without {' and '.join(off)}" if (off := _views_off(recipe)) else "")
+        for recipe in recipes
+    ]
+    labels = []
+    for recipe, name in zip(recipes, names, strict=True):
+        namesakes = [other for other, other_name in zip(recipes, names, strict=True) if other_name == name]
+        differing = sorted({key for other in namesakes for key in _differences(recipe, other)})
+        settings = ", ".join(f"{key} {_shortened(recipe.get(key))}" for key in differing)
+        labels.append(f"{name} ({settings})" if settings else name)
+    return labels
+
+
+def _shortened(value: Any) -> str:
+    # The start of a fingerprint is enough.
+    return value[:8] if isinstance(value, str) and len(value) == 64 else str(value)
+
+
+def _differences(first: Recipe, second: Recipe) -> list[str]:
+    """The keys in which two recipes differ."""
+    return sorted(key for key in first.keys() | second.keys() if first.get(key) != second.get(key))
+
+
+def _conditions(recipe: Recipe) -> Recipe:
+    """The settings that two methods must share to be compared: all but how they distil."""
+    return {key: value for key, value in recipe.items() if not key.startswith(("distil.", "teacher"))}
+
+
+def alone(method: Method, methods: Iterable[Method]) -> Method | None:
+    """Training alone with the same data, steps and optimiser as `method`."""
+    conditions = _conditions(method.recipe)
+    return next((m for m in methods if m.kind == ALONE and _conditions(m.recipe) == conditions), None)
+
+
+def nearest_alone(method: Method, methods: Iterable[Method]) -> list[str] | None:
+    """The keys that keep the most similar training alone apart from `method`; None without any."""
+    conditions = _conditions(method.recipe)
+    differing = [_differences(_conditions(m.recipe), conditions) for m in methods if m.kind == ALONE]
+    return min(differing, key=len, default=None)
+
+
+def output_distillation(method: Method, methods: Iterable[Method]) -> Method | None:
+    """Output distillation by the same teacher under the same conditions as `method`."""
+    conditions, teacher = _conditions(method.recipe), method.recipe.get("teacher")
+    return next(
+        (
+            m
+            for m in methods
+            if m.kind == "output" and _conditions(m.recipe) == conditions and m.recipe["teacher"] == teacher
+        ),
+        None,
+    )
+
+
+def with_all_views(method: Method, methods: Iterable[Method]) -> Method | None:
+    """The method that differs from `method` only in having the views that it lacks."""
+    off = {f"distil.beta_{view}" for view in method.views_off}
+    return next((m for m in methods if set(_differences(m.recipe, method.recipe)) == off), None)

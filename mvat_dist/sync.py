@@ -1,7 +1,8 @@
 """Send W&B what it lacks of a run that has ended: ``python -m mvat_dist.sync RUN...``.
 
-For runs whose server was lost on the way, with no start to come. `wandb sync` sends a log from its first
-row, and so twice what the server had before; this asks the server how far it has come.
+For runs whose server was lost on the way, with no start to come. It starts the uploader process that every
+training has (`mvat_dist.runs.uploader`), which asks the server how far it has come. `wandb sync` sends a
+log from its first row, and so twice what the server has.
 """
 
 from __future__ import annotations
@@ -18,32 +19,28 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mvat_dist.config import parser as configfile
 from mvat_dist.config.cli import CommandParser
 from mvat_dist.errors import BusyError, UserError, exit_code
-from mvat_dist.runs import wandb_mode
+from mvat_dist.launch.uploader import Uploader
+from mvat_dist.runs import uploads
 from mvat_dist.runs.folder import RunDir
-from mvat_dist.runs.history import History
 from mvat_dist.runs.lock import RunLock
-from mvat_dist.runs.tracker import described
-from mvat_dist.runs.wandb_sync import Mirror
 
 PROG = "python -m mvat_dist.sync"
 
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    made = CommandParser(
+    options = CommandParser(
         PROG,
         "Send Weights & Biases the rows that it lacks of runs that have ended, each row once: after a run "
-        "whose W&B server was lost on the way. Sounds and pictures stay where they are. A run that was "
-        "offline all the time is sent whole by `wandb sync --yes RUN/wandb/offline-run-*`. Exit code: 0 when "
-        "W&B has every row, 2 where it cannot be reached or something is to be mended, 3 when a run is being "
-        "started or trained.",
-        f"{PROG} runs/fleet",
+        "whose W&B server was lost on the way. A run that was offline all the time is sent whole by "
+        "`wandb sync --yes RUN/wandb/offline-run-*`. Exit code: 0 when W&B has every row, 2 where it cannot "
+        "be reached or something is to be mended, 3 when a run is being started or trained.",
+        f"{PROG} runs/students",
     )
-    made.add_argument("run", nargs="+", type=Path, metavar="RUN", help="a run's folder")
-    return made
+    options.add_argument("run", nargs="+", type=Path, metavar="RUN", help="a run's folder")
+    return options
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -58,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     runs = [RunDir(folder.absolute()) for folder in options.run]
     for run in runs:
         if not run.config.exists():
-            raise UserError(f"{run.path} holds no run: give the folder of one, as in {PROG} runs/fleet")
+            raise UserError(f"{run.path} holds no run: give the folder of one, as in {PROG} runs/students")
     for run in tqdm(runs, unit="run", disable=len(runs) == 1):
         with _at_rest(run):
             _check(run)
@@ -68,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _check(run: RunDir) -> None:
     """Refuse a run without rows, one that was offline all the time and not sent, and to go without a key."""
-    if not (run.environment.exists() and _histories(run)):
+    if not (run.environment.exists() and any(run.students.glob("*/history.jsonl"))):
         raise UserError(f"{run.path} holds no rows yet: there is nothing to send")
     logs = list(run.path.glob("wandb/*run-*/*.wandb"))
     offline = [log for log in logs if log.parent.name.startswith("offline-")]
@@ -78,12 +75,8 @@ def _check(run: RunDir) -> None:
             f"{run.path} was offline all the time: `wandb sync --yes {place}/offline-run-*` sends it with "
             "its sounds and pictures"
         )
-    if not wandb_mode.has_credentials():
+    if not uploads.has_credentials():
         raise UserError("there is no key for W&B: type `wandb login`, or set WANDB_API_KEY")
-
-
-def _histories(run: RunDir) -> dict[str, History]:
-    return {file.parent.name: History(file) for file in sorted(run.students.glob("*/history.jsonl"))}
 
 
 @contextmanager
@@ -103,15 +96,16 @@ def _at_rest(run: RunDir) -> Iterator[None]:
 
 
 def _send(run: RunDir) -> None:
-    config = configfile.parse(["--config", str(run.config)], prog=PROG)
-    mirror = Mirror(run, _histories(run), config.track, described(run, config))
-    try:
-        mirror.send_missing(_ended(run.read_status()))
-    except Exception as error:
+    """Start the uploader and wait for it.
+
+    Raises:
+        UserError: W&B has not taken all; a warning has said why.
+    """
+    if not Uploader(run, to_server=True).finish(_ended(run.read_status())):
         raise UserError(
-            f"W&B has not taken all of {run.path} ({wandb_mode.in_words(error)}): nothing is lost, and the "
-            "same command goes on from what it has"
-        ) from error
+            f"W&B has not taken all of {run.path}: nothing is lost, and the same command goes on from what "
+            "it has"
+        )
 
 
 def _ended(status: dict[str, Any]) -> int:

@@ -1,15 +1,27 @@
-"""What W&B holds of a run, as tests compare it with the run's own record."""
+"""Runs that write histories for W&B without training, and what W&B then holds of them."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from mvat_dist.config import parser
+from mvat_dist.io import write_json
+from mvat_dist.launch.uploader import Uploader
+from mvat_dist.runs import uploads
+from mvat_dist.runs.folder import RunDir
+from mvat_dist.runs.history import History
+from mvat_dist.runs.uploads import Attachment
 from tests.wandb_server import Server
+
+NAMES = ("manner-s-0.9gf", "manner-s-0.6gf")
 
 WANDB = Path(sys.executable).with_name("wandb")
 
@@ -66,3 +78,54 @@ def _flat(row: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in row.items():
         found |= _flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {prefix + key: value}
     return found
+
+
+class Training:
+    """Does with a run's folder what a training does for W&B: histories, attachments, the uploader process."""
+
+    def __init__(
+        self, folder: Path, done: int = 0, restarts: int = 0, names: Sequence[str] = NAMES, **track: Any
+    ) -> None:
+        """A start of a run whose students have done some steps; `track` are options of ``--track``."""
+        self.run = prepare(folder, names, **track)
+        self.run.write_status("running", done, restarts=restarts)
+        self.histories = {name: History(self.run.history(name)) for name in names}
+        for history in self.histories.values():
+            history.rewind(done)
+        config = parser.parse(["--config", str(self.run.config)])
+        is_on = uploads.mode(config.track) != "disabled"
+        self.uploader = Uploader(self.run) if is_on else None
+
+    def log(self, name: str, step: int, **row: Any) -> None:
+        """One row of a student."""
+        self.histories[name].append({"step": step, **row})
+
+    def attach(self, name: str, attachment: Attachment) -> None:
+        """What W&B gets with a student's next row."""
+        uploads.attach(self.run.student(name), attachment)
+
+    def finish(self, exit_code: int = 0) -> None:
+        """The training ends."""
+        if self.uploader:
+            self.uploader.finish(exit_code)
+
+
+def prepare(folder: Path, names: Sequence[str] = NAMES, **track: Any) -> RunDir:
+    """The folder of a run of some students, as its first start makes it."""
+    run = RunDir(folder)
+    for name in names:
+        run.student(name).mkdir(parents=True, exist_ok=True)
+    config = parser.parse([f"--student={','.join(names)}", "--distil.method=none", "--seed=7"])
+    config = replace(config, track=replace(config.track, **track))
+    run.config.write_text(parser.to_yaml(config))
+    write_json(run.environment, {"packages": {}})
+    return run
+
+
+def hurry(monkeypatch: pytest.MonkeyPatch, connect: float = 10, upload: float = 40) -> None:
+    """Have uploaders give W&B so many seconds to connect, and for the last uploads."""
+    code = "from mvat_dist.runs import uploader, uploads, wandb_sync; "
+    code += f"wandb_sync._CONNECT_SECONDS = {connect}; "
+    code += f"uploads.UPLOAD_SECONDS = uploads.PATIENT_SECONDS = {upload}; uploader.main()"
+    monkeypatch.setattr(uploads, "uploader_command", lambda run: [sys.executable, "-c", code, str(run)])
+    monkeypatch.setattr(uploads, "UPLOAD_SECONDS", upload)

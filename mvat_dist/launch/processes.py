@@ -31,6 +31,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+import psutil
+
 from mvat_dist.distributed.ranks import LOCAL_LAUNCHER, RANK_VARIABLES, Ranks, export, free_port
 from mvat_dist.errors import EXIT_PORT
 
@@ -127,15 +129,28 @@ class Child:
         if self.process.poll() is None:
             self.process.send_signal(number)
 
+    def tell(self, line: str) -> None:
+        """Write a short line to the standard input of a child of `start_in_background`, if it still runs."""
+        with contextlib.suppress(BrokenPipeError):
+            assert self.process.stdin
+            self.process.stdin.write(f"{line}\n".encode())
+            self.process.stdin.flush()
+
     def kill(self) -> None:
-        """End it and all that it has started, unless it ended well: then W&B may still be sending.
+        """End it and all that it has started, unless it ended well.
 
         Only for a child with a session of its own.
         """
         if self.exit_code() == 0:
             return
+        descendants: list[psutil.Process] = []  # those with sessions of their own too
+        with contextlib.suppress(psutil.NoSuchProcess):
+            descendants = psutil.Process(self.process.pid).children(recursive=True)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
+        for descendant in descendants:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                descendant.kill()
         self.process.wait()
 
 
@@ -180,6 +195,21 @@ def start(
             stderr=subprocess.STDOUT if output else None,
             start_new_session=own_session,
             preexec_fn=prepare,
+        )
+    return Child(process, log)
+
+
+def start_in_background(command: Sequence[str], log: Path) -> Child:
+    """Start a command that serves this process: `Child.tell` writes to its standard input.
+
+    Its standard output is this process's standard error; its own standard error goes to `log`. It has a
+    session of its own and has to end by itself when its standard input ends. No Python runs between fork and
+    exec: this process may be a training, with threads, a GPU and a network in use.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as errors:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=2, stderr=errors, start_new_session=True
         )
     return Child(process, log)
 

@@ -1,10 +1,11 @@
-"""A student's record: one JSON object a line, each with its ``step``. It is the truth and needs nothing."""
+"""A student's history: one JSON object a line, each with its ``step``. W&B gets a copy of it."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +25,31 @@ class History:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    @property
-    def size(self) -> int:
-        """Bytes written so far."""
-        return self.path.stat().st_size if self.path.exists() else 0
+    def rows(self) -> list[Row]:
+        """All rows, without a last line that a crash cut short; other damage is named in a warning."""
+        content = self.path.read_bytes() if self.path.exists() else b""
+        *lines, unfinished = content.decode("utf-8", errors="replace").split("\n")
+        rows = self._parsed(lines)
+        last = _parsed(unfinished)
+        return rows if last is None else [*rows, last]
 
-    def rows(self, size: int | None = None) -> list[Row]:
-        """Every whole row, without a last line that a crash cut short; other damage is named in a warning.
+    def read_from(self, place: int) -> tuple[list[Row], int]:
+        """The rows in complete lines from byte `place` on, and the byte after them."""
+        with self.path.open("rb") as file:
+            file.seek(place)
+            complete, newline, _ = file.read().rpartition(b"\n")
+        lines = complete.decode("utf-8", errors="replace").split("\n") if newline else []
+        return self._parsed(lines), place + len(complete) + len(newline)
 
-        With `size`, those that were there when the history had so many bytes.
-        """
-        found = []
-        content = self.path.read_bytes()[:size] if self.path.exists() else b""
-        *lines, torn = content.decode("utf-8", errors="replace").split("\n")
+    def _parsed(self, lines: Sequence[str]) -> list[Row]:
+        rows = []
         for number, line in enumerate(lines, start=1):
             row = _parsed(line)
             if row is None:
                 logger.warning("%s, line %d is damaged and left out: %.60r", self.path, number, line)
             else:
-                found.append(row)
-        row = _parsed(torn)
-        return found if row is None else [*found, row]
+                rows.append(row)
+        return rows
 
     def rewind(self, step: int) -> None:
         """Forget rows after `step`: a resumed run writes them again."""
@@ -55,6 +60,11 @@ class History:
         """Write one row; what a kill of this process then leaves is whole."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(_line(row))
+
+
+def is_validation(row: Row) -> bool:
+    """Whether a row holds scores of a validation; the others are of training."""
+    return any(key.startswith("valid/") for key in row)
 
 
 def _parsed(line: str) -> Row | None:
@@ -73,5 +83,5 @@ def _line(row: Row) -> str:
 def _finite(value: Any) -> Any:
     """The same with null for NaN and infinities, which JSON does not know and strict readers refuse."""
     if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
+        return {key: _finite(inner) for key, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

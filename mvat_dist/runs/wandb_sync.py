@@ -1,221 +1,108 @@
-"""The copy of a fleet's histories at Weights & Biases: one run per student, grouped by fleet.
+"""The copy of a run's histories at Weights & Biases: one W&B run per student, one group per run.
 
-A thread of its own does all that has to do with W&B, so a training never waits for it: it opens the runs,
-sends what is missing there, then row after row. Every row is sent once. Where a run is resumed, what W&B
-holds tells which rows are new: its server, where it is online, else what lies on disk (``wandb/*run-*``).
-
-W&B's service is a child process that ends on SIGTERM and SIGINT even where it inherits them blocked or
-ignored (measured with 0.31), and Slurm signals all processes of a job: it is started again when it is lost.
+Every row is sent once. A start asks W&B how far its copy has come: the server where the run is online, the
+logs in ``RUN/wandb`` where it is offline. Whatever lies beyond that in the histories is sent.
+Only the uploader process (`mvat_dist.runs.uploader`) uses this module, and only this module imports wandb.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
-import queue
 import re
 import secrets
-import shlex
 import shutil
-import signal
-import threading
-from collections.abc import Callable, Mapping
-from functools import partial
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mvat_dist.config.schema import TrackConfig
-from mvat_dist.io import TEMPORARY_SUFFIX, write_text
-from mvat_dist.runs import wandb_mode
+from mvat_dist.config import parser, sizes
+from mvat_dist.config.schema import Config
+from mvat_dist.io import read_json, read_record, write_text
+from mvat_dist.runs import uploads
 from mvat_dist.runs.folder import RunDir
-from mvat_dist.runs.history import History, Row
-from mvat_dist.runs.wandb_rows import STEP, VALIDATED, Extras, Mark, copy_of, media
-from mvat_dist.runs.wandb_service import (
-    END_SECONDS,
-    at_once,
-    contents,
-    end_service,
-    kill_service,
-    newest_values,
-    restore,
-    segments,
-)
+from mvat_dist.runs.history import History, Row, is_validation
+from mvat_dist.runs.uploads import Attachment, BestWeights, Mode
 
 logger = logging.getLogger(__name__)
 
+STEP, VALIDATED = "global_step", "valid/step"
+"""The optimiser's steps at W&B, whose own step counts rows."""
+
 _CONNECT_SECONDS = 10
 _FLUSH_SECONDS = 2
-"""What a killed run loses at most of its copy on disk."""
-_UPLOAD_SECONDS = 40
-"""What a finished run gives W&B for the last uploads."""
-_STOP_SECONDS = 10
-"""The same for a run that Slurm stops: it has to be queued again before Slurm kills it."""
-_PATIENT_SECONDS = 600
-"""The same where somebody waits for it."""
-_RESTARTS = 3
-_MOST_WAITING = 2000
-"""Tasks that wait for W&B before it is given up: some megabytes."""
-
-_STOPPED_BY_SLURM = {128 + signal.SIGTERM, 128 + signal.SIGUSR2}
+"""What a killed run loses at most of its offline copy; the next start sends it."""
 
 
-class Mirror:
-    """W&B's copy of the histories of a fleet: `start`, then `log`, `artifact`, `finish`; or `send_missing`.
+@dataclass
+class Copied:
+    """How far W&B's copy of a history has come."""
 
-    No method waits for W&B but `finish`, which has a limit, and `send_missing`.
-    """
+    step: int = -1
+    validated: int = -1
 
-    def __init__(
-        self,
-        run: RunDir,
-        histories: Mapping[str, History],
-        config: TrackConfig,
-        about: Mapping[str, dict[str, Any]],
-        restarts: int = 0,
-    ) -> None:
-        self._folder, self._fleet, self._histories = run.path, run.path.name, histories
-        self._config, self._about = config, about
-        self._restarts = restarts
-        self._mode = wandb_mode.mode(config)
-        # In the environment, it would make W&B take every run of this process for the sweep's.
-        self._sweep = os.environ.pop("WANDB_SWEEP_ID", "")
-        self._upload_seconds = _UPLOAD_SECONDS
-        self._objective = config.objective or next(iter(histories))
-        self._runs: dict[str, Any] = {}
-        self._marks: dict[str, Mark] = {}
-        self._reached = {name: history.size for name, history in histories.items()}
-        """Bytes of each history that W&B is to have by now."""
-        self._lives = 1 + _RESTARTS
-        self._tasks: queue.Queue[Callable[[], None] | None] = queue.Queue(_MOST_WAITING)
-        self._lost = False
-        self._thread = threading.Thread(target=self._work, name="W&B", daemon=True)
+    def lacks(self, row: Row) -> bool:
+        """Whether W&B does not have `row` yet; from then on it counts as sent."""
+        if row["step"] <= (self.validated if is_validation(row) else self.step):
+            return False
+        if is_validation(row):
+            self.validated = row["step"]
+        self.step = max(self.step, row["step"])
+        return True
 
-    def start(self) -> None:
-        """Open the runs and send what is missing there, without anybody waiting for it."""
-        if self._mode != "disabled":
-            self._thread.start()
 
-    def send_missing(self, exit_code: int) -> None:
-        """In place of `start`: wait until the server has every row, and close the runs there.
+class WandbRuns:
+    """The W&B runs of a run's students, for one life of W&B's service."""
+
+    def __init__(self, run: RunDir, config: Config, mode: Mode, sweep: str, finish_seconds: int) -> None:
+        """Find the students' histories.
+
+        Args:
+            run: the run's folder.
+            config: of the run.
+            mode: ``online`` or ``offline``.
+            sweep: id of the sweep to which the run of `track.objective` belongs; empty for none.
+            finish_seconds: what W&B gets for the last uploads.
+        """
+        self._run, self._config, self._mode, self._sweep = run, config, mode, sweep
+        self._finish_seconds = finish_seconds
+        names = list(sizes.select(config.student, config.sizes))
+        self._histories = {name: History(run.history(name)) for name in names if run.history(name).exists()}
+        self._objective = config.track.objective or names[0]
+        self._wandb_runs: dict[str, Any] = {}
+        self._copied: dict[str, Copied] = {}
+        self._read = dict.fromkeys(self._histories, 0)
+        """Bytes of each history that have been looked at."""
+
+    def open(self, restarts: int) -> None:
+        """Open one W&B run per student.
+
+        Args:
+            restarts: how often the training was started before this start.
 
         Raises:
-            Exception: whatever W&B raises where it cannot be reached, refuses the key or does not take all
-                in ten minutes (`TimeoutError`). The next call goes on. Where no run could be opened, nothing
-                of the attempt is left on disk.
+            Exception: whatever W&B raises where it cannot be reached or refuses the key.
         """
-        self._mode, self._upload_seconds = "online", _PATIENT_SECONDS
-        own = self._folder / "wandb"
-        before = contents(own)
-        try:
-            self._open_fleet()
-            self._end_runs(exit_code)
-        finally:
-            end_service(kill=True)
-            if not self._runs:
-                restore(own, before)
+        about = described(self._run, self._config)
+        for name in self._histories:
+            self._wandb_runs[name] = self._open(name, about.get(name, {}))
+        for name, wandb_run in self._wandb_runs.items():
+            self._ask_how_far(name, wandb_run)
+            if restarts:
+                wandb_run.tags = (*dict.fromkeys((*(wandb_run.tags or ()), "requeued")),)
+                wandb_run.summary["restarts"] = restarts
 
-    def log(self, name: str, row: Row, extras: Extras | None = None) -> None:
-        """Send one row of a history."""
-        self._put(partial(self._send, name, row, extras, self._histories[name].size))
-
-    def artifact(self, name: str, file: Path, about: dict[str, Any]) -> None:
-        """Send a student's best weights, as they are now, as a new version of an artifact."""
-        # The next ones may be in their place before W&B's thread comes to read them.
-        kept = file.with_name(f".{file.name}.step-{about['step']}{TEMPORARY_SUFFIX}")
-        kept.unlink(missing_ok=True)
-        try:
-            kept.hardlink_to(file)
-        except OSError:  # a file system without links
-            shutil.copyfile(file, kept)
-        self._put(partial(self._send_artifact, name, kept, file.name, about))
-
-    def finish(self, exit_code: int) -> None:
-        """Close the runs; give up after a while rather than hold an allocation.
-
-        Runs that Slurm stopped are marked as preempted: a sweep takes them for failed otherwise.
-        """
-        if not self._thread.is_alive():
-            return
-        seconds = _STOP_SECONDS if exit_code in _STOPPED_BY_SLURM else _UPLOAD_SECONDS + END_SECONDS
-        self._put(partial(self._close, exit_code))
-        self._put(None)
-        self._thread.join(seconds)
-        if self._thread.is_alive():
-            if not self._lost:
-                logger.warning("W&B does not answer: left after %d s. %s", seconds, self._advice())
-            self._lives, self._lost = 0, True
-            kill_service()
-            self._thread.join(END_SECONDS)
-
-    def _put(self, task: Callable[[], None] | None) -> None:
-        if self._thread.is_alive() and not self._lost:
-            try:
-                self._tasks.put_nowait(task)
-            except queue.Full:
-                self._lost = True
-                logger.warning("W&B does not keep up: no more rows for it. %s", self._advice())
-
-    def _work(self) -> None:
-        """The thread: open the runs, then do what is asked."""
-        try:
-            self._alive(lambda: None)
-            while not self._lost and (task := self._tasks.get()):
-                self._alive(task)
-        except Exception as error:
-            if not self._lost:
-                logger.warning("no more W&B: %s. %s", wandb_mode.in_words(error), self._advice())
-        finally:
-            # Else the SDK does it when the interpreter exits: without limit, with a traceback after a crash.
-            end_service()
-
-    def _alive(self, task: Callable[[], None]) -> None:
-        """Do `task` with open runs; open them anew where W&B's service was lost."""
-        while True:
-            try:
-                if not self._runs:
-                    self._open_all()
-                task()
-                return
-            except Exception as error:
-                self._lives -= 1
-                if self._lives <= 0:
-                    raise
-                logger.debug("W&B is started again after %r", error)
-                self._runs.clear()
-                end_service(kill=True)
-
-    def _open_all(self) -> None:
-        """One run per student; all of them offline where one cannot be opened online."""
-        if self._mode == "online":
-            try:
-                self._open_fleet()
-                return
-            except Exception as error:
-                words = wandb_mode.in_words(error)
-                logger.warning("W&B cannot be used (%s): offline; `wandb sync` sends it later", words)
-                end_service(kill=True)  # without this the ids count as taken
-                self._mode = "offline"
-        self._open_fleet()
-
-    def _open_fleet(self) -> None:
-        self._runs = {name: self._open(name) for name in self._histories}
-        for name, run in self._runs.items():
-            self._catch_up(name, run)
-
-    def _open(self, name: str) -> Any:
+    def _open(self, name: str, about: dict[str, Any]) -> Any:
         import wandb
 
-        own = self._folder / "wandb"
-        for variable, value in {
-            "WANDB_ERROR_REPORTING": "false",
-            "WANDB_SILENT": "true",
-            "WANDB_CACHE_DIR": str(own / "cache"),
-            "WANDB_DATA_DIR": str(own / "data"),
-        }.items():
-            os.environ.setdefault(variable, value)
         settings = wandb.Settings(
             init_timeout=_CONNECT_SECONDS,
-            finish_timeout=self._upload_seconds,
+            finish_timeout=self._finish_seconds,
             finish_timeout_raises=True,
             x_transaction_log_flush_interval=_FLUSH_SECONDS,
             console="off",
@@ -223,112 +110,181 @@ class Mirror:
         )
         if self._sweep and name == self._objective:
             settings.sweep_id = self._sweep
-        run = wandb.init(
-            project=self._config.project,
-            entity=self._config.entity or None,
-            group=self._config.group or os.environ.get("WANDB_RUN_GROUP") or self._fleet,
-            name=f"{self._fleet}/{name}",
+        track = self._config.track
+        wandb_run = wandb.init(
+            project=track.project,
+            entity=track.entity or None,
+            group=track.group or os.environ.get("WANDB_RUN_GROUP") or self._run.path.name,
+            name=f"{self._run.path.name}/{name}",
             id=self._run_id(name),
             resume="allow",
-            dir=str(self._folder),
-            config=self._about.get(name, {}),
+            dir=str(self._run.path),
+            config=about,
             reinit="create_new",
             mode="online" if self._mode == "online" else "offline",
             settings=settings,
         )
-        # After a requeue W&B's own step no longer counts rows of one history; ours is the optimiser's.
-        run.define_metric("*", step_metric=STEP)
-        return run
-
-    def _catch_up(self, name: str, run: Any) -> None:
-        """Send the rows that W&B does not have yet."""
-        before = segments(self._folder, run.id, but_for=Path(run.dir).parent)
-        # What lies on disk need not have reached the server.
-        known = newest_values(before, {STEP, VALIDATED}) if run.offline else dict(run.summary)
-        self._marks[name] = mark = Mark(known.get(STEP, -1), known.get(VALIDATED, -1))
-        if self._restarts:
-            run.tags = (*dict.fromkeys((*(run.tags or ()), "requeued")),)
-            run.summary["restarts"] = self._restarts
-        for row in self._histories[name].rows(self._reached[name]):
-            if mark.passes(row):
-                run.log(copy_of(row))
-        if not run.offline:
-            # This run sends all that was missing: `wandb sync` is to pass over what lies there from before.
-            for segment in before:
-                segment.with_name(f"{segment.name}.synced").touch()
-
-    def _send(self, name: str, row: Row, extras: Extras | None, size: int) -> None:
-        self._reached[name] = size
-        if not self._marks[name].passes(row):
-            return
-        files: dict[str, Any] = {}
-        try:
-            files = media(extras or Extras())
-        except Exception as error:
-            logger.warning(
-                "W&B gets only the numbers of step %d: %s", row["step"], wandb_mode.in_words(error)
-            )
-        self._runs[name].log({**copy_of(row), **files})
-
-    def _send_artifact(self, name: str, file: Path, called: str, about: dict[str, Any]) -> None:
-        import wandb
-
-        run = self._runs[name]
-        try:
-            artifact = wandb.Artifact(f"{run.id}-best", type="model", metadata=about)
-            artifact.add_file(str(file), name=called, skip_cache=True)
-            run.log_artifact(artifact, aliases=["best", f"step-{about['step']}"])
-        except Exception as error:
-            logger.warning("W&B does not take %s: %s", file, wandb_mode.in_words(error))
-        finally:
-            file.unlink(missing_ok=True)
-
-    def _close(self, exit_code: int) -> None:
-        try:
-            self._end_runs(exit_code)
-        except TimeoutError:
-            if not self._lost:
-                logger.warning("W&B has not taken all in %d s. %s", self._upload_seconds, self._advice())
-
-    def _end_runs(self, exit_code: int) -> None:
-        """Close all runs at once.
-
-        Raises:
-            Exception: the first that one of them has raised; `TimeoutError` where W&B has not taken all.
-        """
-        failed: list[Exception] = []
-
-        def close(run: Any) -> None:
-            try:
-                if exit_code in _STOPPED_BY_SLURM:
-                    run.tags = (*dict.fromkeys((*(run.tags or ()), "preempted")),)
-                    run.mark_preempting()
-                run.finish(exit_code=exit_code)
-            except Exception as error:
-                failed.append(error)
-
-        runs = self._runs.values()
-        if not at_once([partial(close, run) for run in runs], self._upload_seconds + END_SECONDS):
-            raise TimeoutError("W&B's service does not answer")
-        if failed:
-            raise failed[0]
-
-    def _advice(self) -> str:
-        return (
-            f"Nothing is lost: {self._folder}/students/*/history.jsonl is complete, and the next start sends "
-            f"what is missing, or `python -m mvat_dist.sync {shlex.quote(str(self._folder))}`"
-        )
+        wandb_run.define_metric("*", step_metric=STEP)
+        return wandb_run
 
     def _run_id(self, name: str) -> str:
-        """The run's id for W&B: made once, kept beside the history, so that a resumed run is the same run.
+        """The W&B run's id: made once, kept beside the history, so that a resumed run is the same run.
 
         A project is shared: equal folder names of two people must not become one run. In a sweep, the run
         that the sweep looks at is the one that its agent has named.
         """
         file = self._histories[name].path.with_suffix(".wandb-id")
         if not file.exists():
-            slug = re.sub(r"[^A-Za-z0-9_-]", "-", f"{self._fleet}-{name}")
-            made = f"{slug[-80:]}-{secrets.token_hex(4)}"
-            named = os.environ.get("WANDB_RUN_ID") if name == self._objective else None
-            write_text(file, f"{named or made}\n")
+            slug = re.sub(r"[^A-Za-z0-9_-]", "-", f"{self._run.path.name}-{name}")
+            by_agent = os.environ.get("WANDB_RUN_ID") if name == self._objective else None
+            write_text(file, f"{by_agent or f'{slug[-80:]}-{secrets.token_hex(4)}'}\n")
         return file.read_text(encoding="utf-8").strip()
+
+    def _ask_how_far(self, name: str, wandb_run: Any) -> None:
+        """Find out which rows of a student W&B has."""
+        logs = _logs(self._run.path, wandb_run.id, but_for=Path(wandb_run.dir).parent)
+        # What lies on disk need not have reached the server.
+        newest = _newest_summary(logs) if wandb_run.offline else dict(wandb_run.summary)
+        self._copied[name] = Copied(newest.get(STEP, -1), newest.get(VALIDATED, -1))
+        if not wandb_run.offline:
+            # This run sends all that is missing: `wandb sync` must pass over the logs of earlier starts.
+            for log in logs:
+                log.with_name(f"{log.name}.synced").touch()
+
+    def send_new(self) -> None:
+        """Send the rows that the histories have and W&B lacks, and the weights that wait."""
+        for name, history in self._histories.items():
+            rows, self._read[name] = history.read_from(self._read[name])
+            for row in rows:
+                if self._copied[name].lacks(row):
+                    self._send(name, row)
+            self._send_weights(name)
+
+    def _send(self, name: str, row: Row) -> None:
+        folder = uploads.attachment_folder(self._run.student(name), row["step"])
+        attached = is_validation(row) and folder.is_dir()
+        media: dict[str, Any] = {}
+        if attached:
+            try:
+                media = _media(folder)
+            except Exception as error:
+                logger.warning("W&B gets only the numbers of step %d: %s", row["step"], in_words(error))
+        self._wandb_runs[name].log({**flat(row), **media})  # W&B copies the files
+        if attached:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _send_weights(self, name: str) -> None:
+        import wandb
+
+        for folder in uploads.weights_folders(self._run.student(name)):
+            wandb_run = self._wandb_runs[name]
+            try:
+                best = read_record(folder / uploads.RECORD, BestWeights)
+                artifact = wandb.Artifact(f"{wandb_run.id}-best", type="model", metadata=best.about)
+                artifact.add_file(str(folder / best.file), name=best.file, skip_cache=True)
+                wandb_run.log_artifact(artifact, aliases=["best", f"step-{best.step}"])
+            except Exception as error:
+                logger.warning("W&B does not take the weights in %s: %s", folder, in_words(error))
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def close(self, exit_code: int) -> None:
+        """Close all runs at once; those that Slurm stopped as preempted, or a sweep takes them for failed.
+
+        Raises:
+            Exception: of W&B; `TimeoutError` where it has not taken all in time.
+        """
+        import wandb
+
+        def close(wandb_run: Any) -> None:
+            if exit_code in uploads.STOPPED_BY_SLURM:
+                wandb_run.tags = (*dict.fromkeys((*(wandb_run.tags or ()), "preempted")),)
+                wandb_run.mark_preempting()
+            wandb_run.finish(exit_code=exit_code)
+
+        with ThreadPoolExecutor(max(1, len(self._wandb_runs))) as pool:
+            list(pool.map(close, self._wandb_runs.values()))
+        try:
+            wandb.teardown()  # waits for the service, which may still have to write
+        except SystemExit as error:
+            raise ConnectionError(f"W&B's service ended with code {error.code}") from error
+
+
+def described(run: RunDir, config: Config) -> dict[str, dict[str, Any]]:
+    """What W&B shows as the configuration of each student's run, by student."""
+    shared = {**parser.as_dict(config), "environment": read_json(run.environment)}
+    students = sizes.select(config.student, config.sizes)
+    return {name: {**shared, "student_name": name, **uploads.cost(size)} for name, size in students.items()}
+
+
+def flat(row: Row) -> Row:
+    """A row as W&B gets it: nested names joined by ``/``, without nulls, its step under other names."""
+    flattened = {STEP: row["step"], **_joined({key: row[key] for key in row if key != "step"})}
+    return {**flattened, VALIDATED: row["step"]} if is_validation(row) else flattened
+
+
+def _joined(row: Row, prefix: str = "") -> Row:
+    joined: Row = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            joined |= _joined(value, f"{prefix}{key}/")
+        elif value is not None:
+            joined[prefix + key] = value
+    return joined
+
+
+def _media(folder: Path) -> dict[str, Any]:
+    """The attachment in a folder as values of W&B's kinds."""
+    import wandb
+
+    attachment = read_record(folder / uploads.RECORD, Attachment)
+    media: dict[str, Any] = {}
+    for name, file in attachment.files.items():
+        kind = wandb.Audio if file.endswith(".flac") else wandb.Image
+        media[name] = kind(str(folder / file), caption=attachment.captions.get(name))
+    for name, rows in attachment.tables.items():
+        media[name] = wandb.Table(columns=[*rows[0]], data=[[*row.values()] for row in rows])
+    return media
+
+
+def _logs(run: Path, wandb_id: str, but_for: Path) -> list[Path]:
+    """The logs that earlier starts of a W&B run have left on disk, the newest first."""
+    logs = [log for log in run.glob(f"wandb/*run-*/run-{wandb_id}.wandb") if log.parent != but_for]
+    return sorted(logs, key=lambda log: log.parent.name.partition("run-")[2], reverse=True)
+
+
+def _newest_summary(logs: Sequence[Path]) -> dict[str, Any]:
+    """The last values in the newest log that has rows, as W&B's own command reads them."""
+    for log in logs:
+        inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(log)]
+        done = subprocess.run(inspect, capture_output=True, text=True, timeout=60)
+        summary: dict[str, Any] = json.loads(done.stdout)["summary"] if done.returncode == 0 else {}
+        if STEP in summary:
+            return summary
+    return {}
+
+
+def in_words(error: Exception) -> str:
+    """The first line of an error, without the user's key, should it quote that."""
+    words = f"{type(error).__name__}: {error}".partition("\n")[0]
+    key = os.environ.get("WANDB_API_KEY", "")
+    return words.replace(key, "(key)") if key else words
+
+
+def contents(folder: Path) -> dict[Path, Path | None]:
+    """What lies in W&B's folder of a run; of links, such as ``latest-run``, where they lead."""
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return {entry: entry.readlink() if entry.is_symlink() else None for entry in entries}
+
+
+def restore(folder: Path, earlier: Mapping[Path, Path | None]) -> None:
+    """Remove what has come into W&B's folder since it had the `earlier` contents, and lead its links back."""
+    for entry, target in contents(folder).items():
+        if target:
+            entry.unlink()
+        elif entry not in earlier:
+            shutil.rmtree(entry, ignore_errors=True)
+    for entry, target in earlier.items():
+        if target:
+            entry.symlink_to(target)
+    if not earlier:
+        shutil.rmtree(folder, ignore_errors=True)

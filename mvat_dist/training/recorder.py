@@ -24,10 +24,11 @@ from mvat_dist.evaluation.spectrogram import spectrogram_png
 from mvat_dist.evaluation.statistics import Statistics
 from mvat_dist.evaluation.validate import Audio, Clips, enhance
 from mvat_dist.io import atomic_file, make_folder, write_json
+from mvat_dist.launch.uploader import Uploader
+from mvat_dist.runs import uploads
 from mvat_dist.runs.folder import RunDir
-from mvat_dist.runs.history import Row
-from mvat_dist.runs.tracker import Tracker, cost
-from mvat_dist.runs.wandb_rows import Extras
+from mvat_dist.runs.history import History, Row, is_validation
+from mvat_dist.runs.uploads import Attachment, cost
 from mvat_dist.training import throughput
 from mvat_dist.training.students import Student
 from mvat_dist.training.teacher import Teacher
@@ -48,7 +49,6 @@ class Recorder:
         config: TrackConfig,
         run: RunDir,
         students: Sequence[Student],
-        about: Mapping[str, dict[str, Any]],
         examples: Examples | None,
     ) -> None:
         """Go on with the histories from where each student is.
@@ -57,24 +57,24 @@ class Recorder:
             config: of W&B.
             run: the run's folder.
             students: in the order of the run.
-            about: what W&B shows as the configuration of each student, by name.
             examples: clips that every validated student enhances, if any.
         """
-        self._config = config
+        self._config, self._run = config, run
         self._sizes = {student.name: student.size for student in students}
         for name in self._sizes:
             run.student(name).mkdir(parents=True, exist_ok=True)
-        self._tracker = Tracker(run.path, {name: run.history(name) for name in self._sizes})
-        # A student may have been validated before its first step: it is validated again.
-        self._tracker.rewind({student.name: student.progress.steps or -1 for student in students})
-        self._scores = {name: _last_validation(self._tracker.rows(name)) for name in self._sizes}
-        self._tracker.connect(config, about, run.read_status().get("restarts", 0))
+        self._histories = {name: History(run.history(name)) for name in self._sizes}
+        for student in students:
+            # A student may have been validated before its first step: it is validated again.
+            self._histories[student.name].rewind(student.progress.steps or -1)
+        self._scores = {name: _last_validation(history.rows()) for name, history in self._histories.items()}
+        self._uploader = Uploader(run) if uploads.mode(config) != "disabled" else None
         self._examples = examples
 
     def log_training(self, step: int, rows: Mapping[str, Row]) -> None:
         """Append one row of training per student."""
         for name, row in rows.items():
-            self._tracker.log(name, step, **row)
+            self._histories[name].append({"step": step, **row})
 
     def log_validation(
         self, step: int, rows: Mapping[str, Row], networks: Mapping[str, nn.Module], device: torch.device
@@ -83,14 +83,18 @@ class Recorder:
         for name, row in rows.items():
             self._scores[name] = {"step": step, **row}
         for name, row in rows.items():
-            extras = self._examples.enhance(name, networks[name], device) if self._examples else Extras()
+            attachment = Attachment(step)
+            if self._examples:
+                attachment = self._examples.enhance(name, step, networks[name], device)
             if name == next(iter(rows)):
-                extras = replace(extras, tables={"students": self.table()})
-            self._tracker.log(name, step, extras, **row)
+                attachment = replace(attachment, tables={"students": self.table()})
+            if self._uploader:
+                uploads.attach(self._run.student(name), attachment)
+            self._histories[name].append({"step": step, **row})
 
     def log_best_weights(self, student: Student, file: Path, metric: str) -> None:
         """Hand the student's best weights to W&B, where that is asked for."""
-        if self._config.artifacts:
+        if self._config.artifacts and self._uploader:
             about = {
                 "step": student.progress.steps,
                 "student": student.name,
@@ -98,7 +102,7 @@ class Recorder:
                 metric: student.progress.best,
                 **cost(student.size),
             }
-            self._tracker.artifact(student.name, file, about)
+            uploads.attach_weights(self._run.student(student.name), file, student.progress.steps, about)
 
     def table(self) -> list[Row]:
         """What each student costs, and its scores at its last validation."""
@@ -109,13 +113,13 @@ class Recorder:
         ]
 
     def close(self, exit_code: int) -> None:
-        """End W&B's copy."""
-        self._tracker.finish(exit_code)
+        """End W&B's copy of a training that ends with `exit_code`."""
+        if self._uploader:
+            self._uploader.finish(exit_code)
 
 
 def _last_validation(rows: Sequence[Row]) -> Row:
-    validations = (row for row in reversed(rows) if any(key.startswith("valid/") for key in row))
-    return next(validations, {})
+    return next((row for row in reversed(rows) if is_validation(row)), {})
 
 
 def training_row(student: Student, lr: float, speed: float | None, shares: Mapping[str, float]) -> Row:
@@ -167,11 +171,11 @@ class Examples:
         self._keys: list[str] = []
         self._sent: set[str] = set()
 
-    def enhance(self, name: str, network: nn.Module, device: torch.device) -> Extras:
+    def enhance(self, name: str, step: int, network: nn.Module, device: torch.device) -> Attachment:
         """Have the student's `network`, in eval mode, enhance the clips; writes and names the files."""
         if self._audio is None:
             self._audio = self._open(device)
-        files: dict[str, Path] = {}
+        files: dict[str, str] = {}
         for place, audio in enumerate(self._audio):
             stem = self._run.student(name) / "examples" / f"{place:02d}"
             _write(stem, enhance(network, audio["noisy"], device))
@@ -179,10 +183,10 @@ class Examples:
             if name not in self._sent:  # the others stay what they are
                 stems |= {kind: self._stem(place, kind) for kind in audio}
             for kind, stem in stems.items():
-                files[f"examples/{place:02d}/{kind}"] = stem.with_suffix(_AUDIO)
-                files[f"examples/{place:02d}/{kind}-spectrogram"] = stem.with_suffix(_SPECTROGRAM)
+                files[f"examples/{place:02d}/{kind}"] = str(stem.with_suffix(_AUDIO))
+                files[f"examples/{place:02d}/{kind}-spectrogram"] = str(stem.with_suffix(_SPECTROGRAM))
         self._sent.add(name)
-        return Extras(files, {key: self._keys[int(key.split("/")[1])] for key in files})
+        return Attachment(step, files, {key: self._keys[int(key.split("/")[1])] for key in files})
 
     def _open(self, device: torch.device) -> list[dict[str, Audio]]:
         """Read the clips and run the teacher; a clip that cannot be read is left out, as in scoring."""

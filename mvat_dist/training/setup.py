@@ -33,7 +33,6 @@ from mvat_dist.runs import environment
 from mvat_dist.runs import weights as run_weights
 from mvat_dist.runs.folder import RunDir
 from mvat_dist.runs.status import RunState, words_of
-from mvat_dist.runs.tracker import described
 from mvat_dist.training import checkpoint
 from mvat_dist.training.checkpoint import Progress, StudentState
 from mvat_dist.training.engine import StudentEngine, deepspeed_config
@@ -134,7 +133,7 @@ def _open_recorder(
     examples = None
     if config.track.examples:
         examples = Examples(run, inputs.clips, config.track.examples, inputs.teacher)
-    return Recorder(config.track, run, students.students, described(run, config), examples)
+    return Recorder(config.track, run, students.students, examples)
 
 
 def claim_folder(run: RunDir, config: Config, inputs: Inputs) -> Path | None:

@@ -8,20 +8,13 @@ from typing import Any
 import pytest
 
 from mvat_dist import sync
-from mvat_dist.config import parser
-from mvat_dist.config.schema import TrackConfig
 from mvat_dist.errors import BusyError, UserError
-from mvat_dist.io import write_json
-from mvat_dist.runs import wandb_sync
 from mvat_dist.runs.folder import RunDir
 from mvat_dist.runs.lock import RunLock
-from mvat_dist.runs.tracker import Tracker, described
-from tests.runs.test_tracking_online import account
+from tests.runs.test_uploader_online import account
 from tests.waiting import until
-from tests.wandb_runs import same_rows
+from tests.wandb_runs import NAMES, Training, hurry, prepare, same_rows
 from tests.wandb_server import Server, listening, serving
-
-NAMES = ("manner-s-0.9gf", "manner-s-0.6gf")
 
 
 @pytest.fixture(autouse=True)
@@ -33,43 +26,33 @@ def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def part(tmp_path: Path) -> RunDir:
-    """What a training has left in a folder with a space."""
-    run = RunDir(tmp_path / "my fleet")
+def run(tmp_path: Path) -> RunDir:
+    """What a training has left, in a folder with a space."""
+    run = prepare(tmp_path / "my students")
     for name in NAMES:
-        run.student(name).mkdir(parents=True)
         run.history(name).write_text('{"step": 1, "loss": 0.5}\n')
-    config = parser.parse([f"--student={','.join(NAMES)}", "--distil.method=none"])
-    run.config.write_text(parser.to_yaml(config))
-    write_json(run.environment, {"packages": {}})
     run.write_status("finished", 20)
     return run
 
 
-def start(part: RunDir, **config: Any) -> Tracker:
-    tracker = Tracker(part.path, {name: part.history(name) for name in NAMES})
-    read = parser.parse(["--config", str(part.config)])
-    tracker.connect(TrackConfig(**config), described(part, read))
-    return tracker
-
-
 def test_what_a_lost_server_lacks_is_sent_once(
-    tmp_path: Path, part: RunDir, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: Any
 ) -> None:
-    monkeypatch.setattr(wandb_sync, "_CONNECT_SECONDS", 2)
-    monkeypatch.setattr(wandb_sync, "_UPLOAD_SECONDS", 2)
-    command = [str(tmp_path / "my fleet")]
+    hurry(monkeypatch, connect=3, upload=3)
+    command = [str(run.path)]
     with listening() as dying:
         account(monkeypatch, dying)
-        tracker = start(part)
-        until(lambda: len(dying.runs) == 2 and all(run.history for run in dying.runs.values()), 60)
+        training = Training(run.path, done=1)
+        until(lambda: len(dying.runs) == 2 and all(copy.history for copy in dying.runs.values()), 60)
     for step in range(2, 21):
         for name in NAMES:
-            tracker.log(name, step, **{"loss": 1 / step, "time": {"data": 0.5}})
-    tracker.finish()
-    assert caplog.text.count("mvat_dist.sync") == 1
+            training.log(name, step, **{"loss": 1 / step, "time": {"data": 0.5}})
+    training.finish()
+    run.write_status("finished", 20)
+    assert (caplog.text + capfd.readouterr().err).count("mvat_dist.sync") == 1
     with pytest.raises(UserError, match=r"has not taken all of .*same command"):
         sync.main(command)
+    hurry(monkeypatch)
     with serving(Server()) as reborn:
         reborn.runs = dying.runs
         account(monkeypatch, reborn)
@@ -77,19 +60,18 @@ def test_what_a_lost_server_lacks_is_sent_once(
         for _ in range(2):
             sync.main(command)
             for name in NAMES:
-                run = reborn.run(name)
-                same_rows(run.history, part.history(name))
-                assert (run.complete, run.exit_code) == (True, 0)
-        # A part's students are the fleet's.
-        assert {run.group for run in reborn.runs.values()} == {"my fleet"}
-        assert {run.display_name for run in reborn.runs.values()} == {f"my fleet/{name}" for name in NAMES}
+                copy = reborn.run(name)
+                same_rows(copy.history, run.history(name))
+                assert (copy.complete, copy.exit_code) == (True, 0)
+        assert {copy.group for copy in reborn.runs.values()} == {"my students"}
+        assert {copy.display_name for copy in reborn.runs.values()} == {f"my students/{n}" for n in NAMES}
         assert reborn.run(NAMES[0]).config["student_name"]["value"] == NAMES[0]
 
 
 @pytest.mark.parametrize("status", [401, 404])
-def test_a_refused_attempt_leaves_nothing(part: RunDir, monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+def test_a_refused_attempt_leaves_nothing(run: RunDir, monkeypatch: pytest.MonkeyPatch, status: int) -> None:
     def left() -> dict[Path, Path]:
-        places = [*part.path.glob("wandb"), *part.path.glob("wandb/*")]
+        places = [*run.path.glob("wandb"), *run.path.glob("wandb/*")]
         return {path: path.resolve(strict=True) for path in places}
 
     with serving(Server()) as server:
@@ -98,20 +80,20 @@ def test_a_refused_attempt_leaves_nothing(part: RunDir, monkeypatch: pytest.Monk
             server.status = status
             before = left()
             with pytest.raises(UserError, match=r"has not taken all of .*same command"):
-                sync.main([str(part.path)])
+                sync.main([str(run.path)])
             assert left() == before
             server.status = 200
-            sync.main([str(part.path)])
+            sync.main([str(run.path)])
             assert any("run-" in path.name for path in left())
         for name in NAMES:
-            same_rows(server.run(name).history, part.history(name))
+            same_rows(server.run(name).history, run.history(name))
 
 
-def test_what_cannot_be_sent_is_refused(part: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = [str(part.path)]
-    with pytest.raises(UserError, match=r"holds no run: .*runs/fleet"):
-        sync.main([str(part.path / "students")])
-    training = RunLock(part.path, "train")
+def test_what_cannot_be_sent_is_refused(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [str(run.path)]
+    with pytest.raises(UserError, match=r"holds no run: .*runs/students"):
+        sync.main([str(run.path / "students")])
+    training = RunLock(run.path, "train")
     assert training.acquire() is None
     with pytest.raises(BusyError, match="trained by process"):  # whatever else is the matter
         sync.main(command)
@@ -120,8 +102,8 @@ def test_what_cannot_be_sent_is_refused(part: RunDir, monkeypatch: pytest.Monkey
     with pytest.raises(UserError, match="no key for W&B: type `wandb login`"):
         sync.main(command)
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    start(part, wandb="offline").finish()
-    with pytest.raises(UserError, match=r"offline all the time: `wandb sync --yes '.*my fleet"):
+    Training(run.path, done=1, wandb="offline").finish()
+    with pytest.raises(UserError, match=r"offline all the time: `wandb sync --yes '.*my students"):
         sync.main(command)
 
 

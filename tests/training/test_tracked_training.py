@@ -88,8 +88,8 @@ def test_examples_are_the_same_clips_as_each_network_hears_them(tmp_path: Path) 
     ]
     run = RunDir(tmp_path / "my run")
     examples = Examples(run, clips, 3, _Teacher())  # type: ignore[arg-type]
-    first = examples.enhance("a", _Half(), torch.device("cpu"))
-    again = examples.enhance("a", _Half(), torch.device("cpu"))
+    first = examples.enhance("a", 4, _Half(), torch.device("cpu"))
+    again = examples.enhance("a", 4, _Half(), torch.device("cpu"))
     for extras, expected in ((first, {"noisy", "clean", "teacher", "student"}), (again, {"student"})):
         kinds = {key.rpartition("/")[2] for key in extras.files}
         assert kinds == expected | {f"{one}-spectrogram" for one in expected}
@@ -98,7 +98,7 @@ def test_examples_are_the_same_clips_as_each_network_hears_them(tmp_path: Path) 
         heard, rate = soundfile.read(first.files[f"examples/02/{key}"])
         assert rate == 16_000
         np.testing.assert_allclose(heard, factor * clips[4].noisy[: 4 * 16_000], atol=2e-5)
-        seen = first.files[f"examples/02/{key}-spectrogram"].read_bytes()
+        seen = Path(first.files[f"examples/02/{key}-spectrogram"]).read_bytes()
         assert seen == spectrogram_png(np.float32(factor) * clips[4].noisy[: 4 * 16_000])
 
 
@@ -114,7 +114,7 @@ def test_a_clip_that_cannot_be_read_is_no_example_and_no_end(
     (pairs / "noisy" / "a.wav").write_bytes(b"no sound")
     run = RunDir(tmp_path / "a run")
     examples = Examples(run, ValidationClips(str(pairs)), 2, None)
-    found = examples.enhance("tiny", _Half(), torch.device("cpu"))
+    found = examples.enhance("tiny", 4, _Half(), torch.device("cpu"))
     assert set(found.captions.values()) == {"noisy/b.wav"}
     assert "a.wav" in caplog.text
     assert json.loads((run.examples / "examples.json").read_text())["keys"] == ["noisy/b.wav"]

@@ -16,17 +16,14 @@ import numpy as np
 import pytest
 import soundfile
 
-from mvat_dist.config.schema import TrackConfig
 from mvat_dist.evaluation.spectrogram import spectrogram_png
-from mvat_dist.runs import wandb_sync
+from mvat_dist.launch import uploader
+from mvat_dist.runs import uploads
 from mvat_dist.runs.history import History
-from mvat_dist.runs.tracker import Tracker
-from mvat_dist.runs.wandb_rows import Extras
+from mvat_dist.runs.uploads import Attachment
 from tests.waiting import until
-from tests.wandb_runs import rows_of, same_rows
+from tests.wandb_runs import NAMES, Training, hurry, rows_of, same_rows
 from tests.wandb_server import Server, Variables, listening, serving
-
-NAMES = ("manner-s-0.9gf", "manner-s-0.6gf")
 
 
 def account(monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
@@ -47,21 +44,12 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         yield server
 
 
-def start(folder: Path, done: int = 0, restarts: int = 0, **config: Any) -> Tracker:
-    """A start of a run of two students that have done some steps."""
-    folder.mkdir(exist_ok=True)
-    tracker = Tracker(folder, {name: folder / f"{name}.jsonl" for name in NAMES})
-    tracker.rewind(dict.fromkeys(NAMES, done))
-    tracker.connect(TrackConfig(**config), {name: {"seed": 7} for name in NAMES}, restarts)
-    return tracker
-
-
-def log(tracker: Tracker, steps: range) -> None:
+def log(training: Training, steps: range) -> None:
     for step in steps:
         for name in NAMES:
-            tracker.log(name, step, **{"loss": 1 / step, "mvat/encoder/1/global": step / 8})
+            training.log(name, step, **{"loss": 1 / step, "mvat/encoder/1/global": step / 8})
             if step % 5 == 0:
-                tracker.log(name, step, **{"valid/stoi": 1 - 1 / step, "valid/pesq_wb": None})
+                training.log(name, step, **{"valid/stoi": 1 - 1 / step, "valid/pesq_wb": None})
 
 
 def assert_whole(server: Server, folder: Path) -> None:
@@ -71,7 +59,7 @@ def assert_whole(server: Server, folder: Path) -> None:
         truth = folder / f"{name}.without-null"
         kept = [
             {k: v for k, v in row.items() if v is not None}
-            for row in History(folder / f"{name}.jsonl").rows()
+            for row in History(folder / "students" / name / "history.jsonl").rows()
         ]
         truth.write_text("".join(json.dumps(row) + "\n" for row in kept))
         same_rows(rows, truth)
@@ -83,36 +71,36 @@ def opened(server: Server) -> bool:
 
 def test_all_of_it_arrives(tmp_path: Path, server: Server) -> None:
     folder = tmp_path / "my fleet"
-    tracker = start(folder)
+    training = Training(folder)
     sound, seen = tmp_path / "heard.flac", tmp_path / "seen.png"
     tone = np.sin(np.arange(1600) / 5).astype(np.float32)
     soundfile.write(sound, tone, 16_000)
     seen.write_bytes(spectrogram_png(tone))
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(bytes(range(256)))
-    log(tracker, range(1, 8))
-    extras = Extras(
-        {"examples/00/student": sound, "examples/00/seen": seen}, {}, {"fleet": [{"a": 1, "b": "x"}]}
-    )
-    tracker.log(NAMES[0], 8, extras, loss=0.125)
-    sent = weights.read_bytes()
-    tracker.artifact(NAMES[0], weights, {"step": 8})
-    (tmp_path / "next").write_bytes(b"of step 9")
-    (tmp_path / "next").replace(weights)  # before W&B's thread comes to read it, or after
-    tracker.finish()
+    log(training, range(1, 8))
+    files = {"examples/00/student": str(sound), "examples/00/seen": str(seen)}
+    training.attach(NAMES[0], Attachment(8, files, {}, {"students": [{"a": 1, "b": "x"}]}))
+    training.log(NAMES[0], 8, **{"valid/stoi": 0.125})
+    sent = {file: file.read_bytes() for file in (sound, seen, weights)}
+    uploads.attach_weights(training.run.student(NAMES[0]), weights, 8, {"step": 8})
+    for file in sent:
+        (tmp_path / "next").write_bytes(b"of step 9")
+        (tmp_path / "next").replace(file)  # before the uploader comes to read it, or after
+    training.finish()
     assert_whole(server, folder)
     first, second = (server.run(name) for name in NAMES)
     assert {first.group, second.group} == {"my fleet"}
     assert (first.config["seed"]["value"], first.complete, first.exit_code) == (7, True, 0)
     last = first.history[-1]
     for key, file in {"examples/00/student": sound, "examples/00/seen": seen}.items():
-        assert first.files[last[key]["path"]] == file.read_bytes()
-    table = json.loads(first.files[last["fleet"]["path"]])
+        assert first.files[last[key]["path"]] == sent[file]
+    table = json.loads(first.files[last["students"]["path"]])
     assert (table["columns"], table["data"]) == (["a", "b"], [[1, "x"]])
     (best,) = [one for one in server.artifacts if one.kind == "model"]
     assert best.committed
-    assert best.files["model.safetensors"] == sent
-    assert not list(tmp_path.glob(".*.tmp"))
+    assert best.files["model.safetensors"] == sent[weights]
+    assert not list(training.run.students.glob("*/uploads/*"))
     assert {"best", "step-8"} <= set(best.aliases)
     # Nothing outside the run's folder: homes are small on clusters.
     assert not [place for place in (".cache/wandb", ".local/share/wandb") if (tmp_path / place).exists()]
@@ -121,11 +109,12 @@ def test_all_of_it_arrives(tmp_path: Path, server: Server) -> None:
 _KILLED = """
 import os, sys
 from pathlib import Path
-from tests.runs.test_tracking_online import log, start
+from tests.runs.test_uploader_online import log
+from tests.wandb_runs import Training
 from tests.waiting import until
 
-tracker = start(Path(sys.argv[1]))
-log(tracker, range(1, 13))
+training = Training(Path(sys.argv[1]))
+log(training, range(1, 13))
 until(lambda: Path(sys.argv[2]).exists(), 60)
 os.killpg(0, 9)
 """
@@ -142,12 +131,12 @@ def test_a_killed_run_goes_on_where_the_server_is(tmp_path: Path, server: Server
     until(lambda: opened(server) and all(len(run.history) > 5 for run in server.runs.values()), 90)
     go.touch()
     process.wait(60)
-    tracker = start(folder, done=9, restarts=1)
-    log(tracker, range(10, 16))
-    tracker.finish(128 + signal.SIGUSR2)
-    tracker = start(folder, done=15, restarts=2)
-    log(tracker, range(16, 21))
-    tracker.finish()
+    training = Training(folder, done=9, restarts=1)
+    log(training, range(10, 16))
+    training.finish(128 + signal.SIGUSR2)
+    training = Training(folder, done=15, restarts=2)
+    log(training, range(16, 21))
+    training.finish()
     assert_whole(server, folder)
     for name in NAMES:
         run = server.run(name)
@@ -155,20 +144,19 @@ def test_a_killed_run_goes_on_where_the_server_is(tmp_path: Path, server: Server
 
 
 def test_a_server_that_is_not_there_costs_one_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server, capfd: pytest.CaptureFixture[str]
 ) -> None:
     server.end()
-    monkeypatch.setattr(wandb_sync, "_CONNECT_SECONDS", 2)
+    hurry(monkeypatch, connect=2)
     began = time.monotonic()
-    tracker = start(tmp_path / "fleet")
-    log(tracker, range(1, 6))
+    training = Training(tmp_path / "fleet")
+    log(training, range(1, 6))
     assert time.monotonic() - began < 2  # nobody waits
-    tracker.finish()
+    training.finish()
     assert_offline(tmp_path / "fleet")
-    assert [record.levelname for record in caplog.records if record.name.startswith("mvat_dist")] == [
-        "WARNING"
-    ]
-    assert "offline" in caplog.text
+    told = capfd.readouterr().err
+    assert told.count("WARNING") == len(told.splitlines()) == 1
+    assert "offline" in told
 
 
 def assert_offline(folder: Path) -> None:
@@ -176,7 +164,7 @@ def assert_offline(folder: Path) -> None:
         slug = name.replace(".", "-")
         (segment,) = folder.glob(f"wandb/offline-run-*-{slug}-*/*.wandb")
         kept = [row["global_step"] for row in rows_of(segment)]
-        assert kept == [row["step"] for row in History(folder / f"{name}.jsonl").rows()]
+        assert kept == [row["step"] for row in History(folder / "students" / name / "history.jsonl").rows()]
 
 
 class _Full(Server):
@@ -189,42 +177,42 @@ class _Full(Server):
 
 
 def test_a_fleet_is_online_or_offline_as_a_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(wandb_sync, "_CONNECT_SECONDS", 3)
+    hurry(monkeypatch, connect=3)
     with serving(_Full()) as server:
         account(monkeypatch, server)
-        tracker = start(tmp_path / "fleet")
-        log(tracker, range(1, 6))
-        tracker.finish()
+        training = Training(tmp_path / "fleet")
+        log(training, range(1, 6))
+        training.finish()
         assert not any(run.history for run in server.runs.values())
     assert_offline(tmp_path / "fleet")
-    assert caplog.text.count("W&B cannot be used") == 1
+    assert capfd.readouterr().err.count("W&B cannot be used") == 1
 
 
 def test_a_server_that_dies_gets_the_rest_at_the_next_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wandb_sync, "_UPLOAD_SECONDS", 3)
+    hurry(monkeypatch, upload=3)
     folder = tmp_path / "fleet"
     with listening() as dying:
         account(monkeypatch, dying)
-        tracker = start(folder)
-        log(tracker, range(1, 6))
+        training = Training(folder)
+        log(training, range(1, 6))
         until(lambda: opened(dying) and all(run.history for run in dying.runs.values()), 60)
     began = time.monotonic()
-    log(tracker, range(6, 400))
+    log(training, range(6, 400))
     assert time.monotonic() - began < 5
     began = time.monotonic()
-    tracker.finish()
+    training.finish()
     assert time.monotonic() - began < 20
     with serving(Server()) as reborn:
         reborn.runs = dying.runs
         account(monkeypatch, reborn)
-        monkeypatch.setattr(wandb_sync, "_UPLOAD_SECONDS", 40)
-        tracker = start(folder, done=399, restarts=1)
-        log(tracker, range(400, 411))
-        tracker.finish()
+        hurry(monkeypatch, upload=40)
+        training = Training(folder, done=399, restarts=1)
+        log(training, range(400, 411))
+        training.finish()
         assert_whole(reborn, folder)
         # `wandb sync` of what lies there from before would send rows twice: it is marked as sent.
         logs = sorted(folder.glob("wandb/run-*/*.wandb"))
@@ -232,40 +220,42 @@ def test_a_server_that_dies_gets_the_rest_at_the_next_start(
 
 
 def test_errors_for_a_while_lose_nothing(tmp_path: Path, server: Server) -> None:
-    tracker = start(tmp_path / "fleet")
+    training = Training(tmp_path / "fleet")
     until(lambda: opened(server), 60)
     server.status = 500
-    log(tracker, range(1, 40))
+    log(training, range(1, 40))
     threading.Timer(4, setattr, (server, "status", 200)).start()
-    tracker.finish()
+    training.finish()
     assert_whole(server, tmp_path / "fleet")
 
 
 def test_a_slow_server_delays_nobody(tmp_path: Path, server: Server) -> None:
     server.delay = 0.5
     began = time.monotonic()
-    tracker = start(tmp_path / "fleet")
-    log(tracker, range(1, 200))
+    training = Training(tmp_path / "fleet")
+    log(training, range(1, 200))
     assert time.monotonic() - began < 3
-    tracker.finish()
+    training.finish()
     assert_whole(server, tmp_path / "fleet")
 
 
 def test_a_hanging_server_cannot_hold_a_run_that_slurm_stops(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tracker = start(tmp_path / "fleet", artifacts=True)
+    training = Training(tmp_path / "fleet", artifacts=True)
     until(lambda: opened(server), 60)
     server.hanging.set()
-    monkeypatch.setattr(wandb_sync, "_STOP_SECONDS", 3)
+    monkeypatch.setattr(uploader, "_STOP_SECONDS", 3)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(bytes(100))
     began = time.monotonic()
-    tracker.artifact(NAMES[0], weights, {"step": 1})  # W&B's own call asks the server, and waits
-    log(tracker, range(1, 100))
+    uploads.attach_weights(
+        training.run.student(NAMES[0]), weights, 1, {"step": 1}
+    )  # W&B's own call asks the server, and waits
+    log(training, range(1, 100))
     assert time.monotonic() - began < 3
     began = time.monotonic()
-    tracker.finish(128 + signal.SIGTERM)
+    training.finish(128 + signal.SIGTERM)
     assert time.monotonic() - began < 15
     assert caplog.text.count("Nothing is lost") == 1
 
@@ -274,15 +264,16 @@ _STOPPED = """
 import sys
 from pathlib import Path
 from mvat_dist.training.fault_tolerance import StopRequest
-from tests.runs.test_tracking_online import log, start
+from tests.runs.test_uploader_online import log
+from tests.wandb_runs import Training
 from tests.waiting import until
 
 stop = StopRequest()
 stop.listen()
-tracker = start(Path(sys.argv[1]))
-log(tracker, range(1, 4))
+training = Training(Path(sys.argv[1]))
+log(training, range(1, 4))
 until(lambda: bool(stop.signal), 60)
-tracker.finish(128 + stop.signal)
+training.finish(128 + stop.signal)
 sys.exit(128 + stop.signal)
 """
 
@@ -300,15 +291,16 @@ def test_a_run_that_is_stopped_in_the_browser_hears_of_it(tmp_path: Path, server
 
 @pytest.mark.usefixtures("server")
 def test_a_refused_key_is_not_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "my-secret-that-is-too-short")
-    tracker = start(tmp_path / "fleet")
-    log(tracker, range(1, 3))
-    tracker.finish()
+    training = Training(tmp_path / "fleet")
+    log(training, range(1, 3))
+    training.finish()
     assert_offline(tmp_path / "fleet")
-    assert "cannot be used" in caplog.text
-    told = [caplog.text.encode(), *(one.read_bytes() for one in tmp_path.rglob("*") if one.is_file())]
+    said = capfd.readouterr().err
+    assert "cannot be used" in said
+    told = [said.encode(), *(one.read_bytes() for one in tmp_path.rglob("*") if one.is_file())]
     assert not any(b"my-secret" in one for one in told)
 
 
@@ -317,9 +309,9 @@ def test_the_run_that_a_sweep_looks_at_is_the_one_its_agent_has_named(
 ) -> None:
     monkeypatch.setenv("WANDB_RUN_ID", "trial1")
     monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
-    tracker = start(tmp_path / "fleet", objective=NAMES[1])
-    log(tracker, range(1, 3))
-    tracker.finish()
+    training = Training(tmp_path / "fleet", objective=NAMES[1])
+    log(training, range(1, 3))
+    training.finish()
     assert server.runs["trial1"].display_name == f"fleet/{NAMES[1]}"
     assert server.runs["trial1"].sweep == "sweep1"
     assert server.run(NAMES[0]).name != "trial1"

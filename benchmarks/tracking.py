@@ -1,37 +1,38 @@
-"""What tracking costs of a step: the record and W&B's copy of it beside the training they belong to.
+"""What tracking costs of a step: the histories and W&B's copy of them beside the training.
 
     python -m benchmarks.tracking
 
-One run trains `manner-s-0.6gf` beside a teacher of the same size, with W&B offline, and writes the record of
-a fleet of seven: a row for each student, then STATUS as the trainer does. The time of its steps and what the
-training thread spends on the record are of the same run; so is the CPU time of all threads, those of W&B
-among them. `--step-ms` has it wait in place of training, for a GPU's steps.
+One run trains `manner-s-0.6gf` beside a teacher of the same size, with W&B offline, and writes the histories
+of all students: a row for each, then STATUS as the trainer does. The time of its steps and what the training
+thread spends on the histories are of the same run; so is the CPU time, of the training and of the uploader
+process with W&B's service. `--step-ms` has it wait in place of training, for a GPU's steps.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import torch
 
 from mvat_dist.config import sizes
-from mvat_dist.config.schema import DistilConfig, OptimConfig, TrackConfig
+from mvat_dist.config.schema import Config, DistilConfig, OptimConfig, TrackConfig
+from mvat_dist.distributed import ranks
+from mvat_dist.launch.uploader import Uploader
 from mvat_dist.losses.mvat import energy_map
 from mvat_dist.losses.objective import Objective, prepare_targets
 from mvat_dist.models.manner import Manner
+from mvat_dist.runs import environment
 from mvat_dist.runs.folder import RunDir
-from mvat_dist.runs.history import Row
+from mvat_dist.runs.history import History, Row
 from mvat_dist.runs.status import RunState
-from mvat_dist.runs.tracker import Tracker
 
 NAME = "manner-s-0.6gf"
 SEGMENT = 16_000
-FLEET = 7
 
 
 def main() -> None:
@@ -48,18 +49,22 @@ def main() -> None:
 
 
 def _measure(run: RunDir, steps: int, batch: int, every: int, wait: float | None) -> dict[str, float]:
-    names = [f"{NAME}-{number}" for number in range(FLEET)]
-    for name in names:
+    config = Config(student="all", distil=DistilConfig(method="none"), track=TrackConfig(wandb="offline"))
+    run.create(config)
+    environment.record(run.environment, ranks.read())
+    histories = {name: History(run.history(name)) for name in sizes.select(config.student, config.sizes)}
+    for name, history in histories.items():
         run.student(name).mkdir(parents=True)
-    tracker = Tracker(run.path, {name: run.history(name) for name in names})
+        history.rewind(0)
     state = RunState(run, steps, 0)
     train = _training(batch)
     terms = train()
     began = time.perf_counter()
-    tracker.connect(TrackConfig(wandb="offline"), {})
-    connecting = time.perf_counter() - began
+    state.write("running", 0)
+    uploader = Uploader(run)
+    starting = time.perf_counter() - began
     stepping = logging = slowest = 0.0
-    cpu = _cpu()
+    cpu = _cpu(uploader.pid)
     for step in range(1, steps + 1):
         began = time.perf_counter()
         if wait is None:
@@ -72,30 +77,34 @@ def _measure(run: RunDir, steps: int, batch: int, every: int, wait: float | None
             row: Row = {key: float(value) for key, value in terms.items()}
             row |= {"lr": 1e-3, "gradient_norm": 1.0, "memory": {"rss_gb": 1.0}}
             row["time"] = dict.fromkeys(("data", "teacher", "forward", "backward", "communication"), 0.2)
-            for name in names:
-                tracker.log(name, step, **row)
-            state.write("running", step, at_once=False, students={name: {"steps": step} for name in names})
+            for history in histories.values():
+                history.append({"step": step, **row})
+            state.write(
+                "running", step, at_once=False, students={name: {"steps": step} for name in histories}
+            )
             took = time.perf_counter() - began
             logging, slowest = logging + took, max(slowest, took)
-    all_cpu = _cpu() - cpu
+    all_cpu = _cpu(uploader.pid) - cpu
     began = time.perf_counter()
-    tracker.finish()
+    uploader.finish(0)
     return {
         "steps": steps,
         "terms": len(terms),
         "milliseconds of a step": 1000 * stepping / steps,
         "milliseconds of seven rows and STATUS, in the training thread": 1000 * logging / (steps // every),
         "slowest of them, milliseconds": 1000 * slowest,
-        "milliseconds to connect": 1000 * connecting,
+        "milliseconds to start the uploader": 1000 * starting,
         "seconds to finish": time.perf_counter() - began,
-        "CPU seconds of all threads per second of stepping": all_cpu / stepping,
+        "CPU seconds of all processes per second of stepping": all_cpu / stepping,
         "share of the step, percent": 100 * logging / stepping,
     }
 
 
-def _cpu() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
+def _cpu(uploader: int) -> float:
+    """CPU seconds of this process, the uploader and W&B's service so far."""
+    process = psutil.Process(uploader)
+    processes = [psutil.Process(), process, *process.children(recursive=True)]
+    return sum(sum(one.cpu_times()[:2]) for one in processes)
 
 
 def _training(batch: int):  # type: ignore[no-untyped-def]

@@ -22,7 +22,6 @@ import sys
 import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import NoReturn
 
 import psutil
@@ -73,21 +72,17 @@ class Process:
         self._has_ended = threading.Event()
         if self.state.exit_code is not None:
             self._has_ended.set()
-        # Slurm signals every process of a job; this one ends when its training has ended. A mask and
-        # ignored signals outlive `os.execve`.
-        for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
+        # Slurm signals every process of a job; this one ends when its training has ended.
+        for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        # W&B's SDK calls the handler itself where somebody stops the run in the browser.
-        signal.signal(signal.SIGINT, self._pass_on_stop)
         threading.Thread(target=self._listen, name="parent", daemon=True).start()
 
-    def _pass_on_stop(self, number: int, frame: FrameType | None) -> None:
-        del frame
+    def pass_on_stop(self) -> None:
+        """Have the training stop: somebody has stopped the run in the browser."""
         # A second SIGINT would end the training at once.
         if not self._to_server and not self.state.stop_passed_on:
             self.state.stop_passed_on = True
-            os.kill(os.getppid(), number)
+            os.kill(os.getppid(), signal.SIGINT)
 
     def _listen(self) -> None:
         """Read the exit code from standard input, and end this process when the parent is gone.
@@ -133,7 +128,7 @@ def follow(run: RunDir, process: Process) -> None:
     """
     config = parser.parse(["--config", str(run.config)])
     mode: Mode = "offline" if process.state.offline else uploads.mode(config.track)
-    wandb_runs = WandbRuns(run, config, mode, process.sweep, uploads.UPLOAD_SECONDS)
+    wandb_runs = WandbRuns(run, config, mode, process.sweep, process.pass_on_stop, uploads.UPLOAD_SECONDS)
     owner = lock.holder(run.path)
     try:
         wandb_runs.open(int(run.read_status().get("restarts", 0)))
@@ -161,7 +156,9 @@ def send_missing(run: RunDir, process: Process) -> None:
         Exception: whatever W&B raises; `TimeoutError` where it has not taken all in time.
     """
     config = parser.parse(["--config", str(run.config)])
-    wandb_runs = WandbRuns(run, config, "online", process.sweep, uploads.PATIENT_SECONDS)
+    wandb_runs = WandbRuns(
+        run, config, "online", process.sweep, process.pass_on_stop, uploads.PATIENT_SECONDS
+    )
     earlier = wandb_sync.contents(run.path / "wandb")
     try:
         wandb_runs.open(restarts=0)

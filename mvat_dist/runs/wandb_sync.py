@@ -15,7 +15,7 @@ import secrets
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +59,15 @@ class Copied:
 class WandbRuns:
     """The W&B runs of a run's students, for one life of W&B's service."""
 
-    def __init__(self, run: RunDir, config: Config, mode: Mode, sweep: str, finish_seconds: int) -> None:
+    def __init__(
+        self,
+        run: RunDir,
+        config: Config,
+        mode: Mode,
+        sweep: str,
+        on_stop: Callable[[], None],
+        finish_seconds: int,
+    ) -> None:
         """Find the students' histories.
 
         Args:
@@ -67,10 +75,11 @@ class WandbRuns:
             config: of the run.
             mode: ``online`` or ``offline``.
             sweep: id of the sweep to which the run of `track.objective` belongs; empty for none.
+            on_stop: called where somebody stops a run in the browser.
             finish_seconds: what W&B gets for the last uploads.
         """
         self._run, self._config, self._mode, self._sweep = run, config, mode, sweep
-        self._finish_seconds = finish_seconds
+        self._on_stop, self._finish_seconds = on_stop, finish_seconds
         names = list(sizes.select(config.student, config.sizes))
         self._histories = {name: History(run.history(name)) for name in names if run.history(name).exists()}
         self._objective = config.track.objective or names[0]
@@ -105,6 +114,7 @@ class WandbRuns:
             finish_timeout=self._finish_seconds,
             finish_timeout_raises=True,
             x_transaction_log_flush_interval=_FLUSH_SECONDS,
+            stop_fn=self._on_stop,  # instead of a SIGINT to this process
             console="off",
             silent=True,
         )

@@ -4,21 +4,49 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from mvat_dist.__main__ import COMMANDS
+from mvat_dist.__main__ import main as list_or_run
+from tests.conftest import REPOSITORY
 from tests.mistakes import assert_refused
 
-COMMANDS = sorted(
-    file.stem
-    for file in (Path(__file__).parent.parent.parent / "mvat_dist").glob("*.py")
-    if "\ndef main(" in file.read_text() and '__name__ == "__main__"' in file.read_text()
-)
+
+def test_every_command_is_listed() -> None:
+    modules = {
+        file.stem
+        for file in (REPOSITORY / "mvat_dist").glob("*.py")
+        if "\ndef main(" in file.read_text() and file.stem != "__main__"
+    }
+    assert modules == set(COMMANDS)
 
 
-def test_there_are_commands() -> None:
-    assert {"train", "submit", "evaluate", "enhance", "export", "report", "experiment"} <= set(COMMANDS)
+def test_the_list_has_every_command_with_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list_or_run([]) == 0
+    listed = [
+        line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("  ")
+    ]
+    assert [name for name, _ in listed] == list(COMMANDS)
+    assert all(len(description) > 20 for _, description in listed)
+
+
+def test_an_unknown_command_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list_or_run(["trian"]) == 2
+    assert "did you mean 'train'" in capsys.readouterr().err.replace("'trial', ", "")
+
+
+def test_a_listed_command_is_that_command() -> None:
+    outputs = [
+        subprocess.run(
+            [sys.executable, "-m", *words, "--help"], capture_output=True, cwd=REPOSITORY, check=True
+        )
+        for words in (["mvat_dist", "status"], ["mvat_dist.status"])
+    ]
+    assert outputs[0].stdout == outputs[1].stdout != b""
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -48,9 +48,9 @@ def propose(sweep: Sweep, folder: Path, seed: int, number: int, results: Mapping
 
     Args:
         sweep: the file.
-        folder: of the sweep; its study is in it.
-        seed: of the search.
-        number: of the trial, from 0.
+        folder: the sweep's folder, which holds the study.
+        seed: the search's seed.
+        number: the trial's number, from 0.
         results: the metric of each trial that has ended, by number; None for one that has failed.
 
     Raises:
@@ -108,11 +108,10 @@ def _latest(study: optuna.Study) -> dict[int, optuna.trial.FrozenTrial]:
 
 
 def _ask(study: optuna.Study, sweep: Sweep, number: int) -> dict[str, Any]:
-    """Let TPE choose; the quantile, or of a list the index, of each parameter by its dotted name."""
+    """TPE's choice by dotted name: a quantile, or the index into a list of values."""
     trial = study.ask({".".join(name): _space(each) for name, each in sweep.parameters.items()})
-    trial.set_user_attr(
-        _NUMBER, number
-    )  # last: a trial without it was asked for by a process that was killed
+    # Last: a trial without this attribute belongs to a process that was killed here.
+    trial.set_user_attr(_NUMBER, number)
     return trial.params
 
 

@@ -19,7 +19,7 @@ Quantile = Callable[[float], float]
 _UNIFORM = {"uniform", "log_uniform", "log_uniform_values"}
 _INVERSE = {"inv_log_uniform", "inv_log_uniform_values"}
 _ROUNDED = {*_UNIFORM, "normal", "log_normal", "beta"}
-"""Each of them, with `q_` before its name, is rounded to multiples of `q`."""
+"""Distributions that also exist with the prefix `q_`, rounded to multiples of `q`."""
 _KNOWN = {
     *_ROUNDED, *_INVERSE, *(f"q_{kind}" for kind in _ROUNDED),
     "int_uniform", "constant", "categorical", "categorical_w_probabilities",

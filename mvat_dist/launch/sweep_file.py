@@ -73,7 +73,7 @@ class Sweep:
     def point(self, number: int, seed: int) -> Point:
         """The point with this number, from 0, of a grid or a random search.
 
-        Of `bayes` a random one: enough to check the command before any trial has ended.
+        For `bayes` it is a random one, with which the command can be checked before any trial has ended.
         """
         if self.method != "grid":
             return self.point_of(lambda name, parameter: parameter.quantile(_uniform(seed, number, name)))

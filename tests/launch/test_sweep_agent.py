@@ -71,7 +71,7 @@ def steps(run: RunDir, student: str = OBJECTIVE) -> list[int]:
 def has_begun(run: RunDir, agent: subprocess.Popen[bytes]) -> None:
     """Wait until a trial has made some steps."""
     log = run.path.parent.parent.parent / "agent.log"
-    until(lambda: len(steps(run)) > 2 or agent.poll() is not None, 120, log.read_text)
+    until(lambda: len(steps(run)) > 2 or agent.poll() is not None, 240, log.read_text)
     assert agent.poll() is None, log.read_text()
 
 
@@ -112,7 +112,7 @@ def after(place: Path, server: SweepServer) -> RunDir:
         children = psutil.Process(agent.pid).children()
         [launcher] = [child for child in children if "mvat_dist.trial" in child.cmdline()]
         launcher.send_signal(signal.SIGTERM)
-        until(lambda: agent.poll() is not None, 120, lambda: (place / "agent.log").read_text())
+        until(lambda: agent.poll() is not None, 300, lambda: (place / "agent.log").read_text())
     finally:
         for process in psutil.Process(agent.pid).children(recursive=True) if agent.poll() is None else []:
             process.kill()

@@ -28,7 +28,7 @@ from mvat_dist.evaluation.systems import Candidate
 from mvat_dist.evaluation.table import Section
 from mvat_dist.evaluation.validate import rows_as_scored
 from mvat_dist.io import only_writer, read_json, sha256, write_json, write_text
-from mvat_dist.runs import clock
+from mvat_dist.runs import records
 
 _VOUCHED = ("rows.jsonl", "scores.csv", "scores.md")
 """What ``scores.json`` vouches for."""
@@ -191,7 +191,7 @@ def _record(evaluation: Evaluation, sections: Sequence[Section], costs: Mapping[
     return {
         "format": table.FORMAT,
         **evaluation.about,
-        "time": clock.now(),
+        "time": records.now(),
         "machine": f"{platform.node()} {platform.machine()}, torch {torch.__version__}",
         "reference": evaluation.reference,
         "fingerprint": evaluation.fingerprint,

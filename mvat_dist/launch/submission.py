@@ -26,7 +26,7 @@ from mvat_dist.errors import EXIT_BUSY, EXIT_USER_ERROR, UserError
 from mvat_dist.io import read_record, write_json
 from mvat_dist.launch import processes
 from mvat_dist.launch.slurm import Command, Executor, Resources, code_fingerprint
-from mvat_dist.runs import clock, status
+from mvat_dist.runs import records, status
 from mvat_dist.runs.folder import RunDir, changed_keys
 from mvat_dist.runs.lock import INHERITED, Purpose, RunLock
 from mvat_dist.runs.records import JobRecord
@@ -161,7 +161,7 @@ def _record(run: RunDir, argv: list[str], resources: Resources, **where: Any) ->
     """Write how the run was started."""
     record = JobRecord(
         host=socket.gethostname(),
-        time=clock.now(),
+        time=records.now(),
         nodes=resources.nodes,
         tasks_per_node=resources.tasks_per_node,
         argv=argv,

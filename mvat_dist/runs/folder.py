@@ -19,7 +19,7 @@ from mvat_dist.config import parser, sizes
 from mvat_dist.config.schema import Config
 from mvat_dist.errors import UserError
 from mvat_dist.io import make_folder, read_json, write_json, write_text
-from mvat_dist.runs import clock
+from mvat_dist.runs import records
 
 State = Literal["running", "stopped", "failed", "finished"]
 
@@ -184,7 +184,7 @@ class RunDir:
 
     def write_status(self, state: State, step: int, **more: Any) -> None:
         """Record the run's state; readers see the old or the new one, never a part."""
-        self.replace_status({"state": state, "step": step, "time": clock.now(), **more})
+        self.replace_status({"state": state, "step": step, "time": records.now(), **more})
 
     def replace_status(self, status: dict[str, Any]) -> None:
         """`write_status` with all fields given."""

@@ -13,8 +13,11 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from mvat_dist.errors import UserError
+from mvat_dist.io import read_record
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +52,8 @@ class Beat:
 def read(folder: Path) -> Beat | None:
     """The last beat of the run in `folder`; None before the first, or where it is not readable."""
     try:
-        found = json.loads((folder / NAME).read_text(encoding="utf-8"))
-        return Beat(**{field.name: found[field.name] for field in fields(Beat)})
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_record(folder / NAME, Beat)
+    except (OSError, UserError):
         return None
 
 

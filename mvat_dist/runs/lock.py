@@ -14,14 +14,14 @@ import os
 import secrets
 import socket
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from mvat_dist.distributed import slurm
 from mvat_dist.errors import UserError
-from mvat_dist.io import fsync, make_folder
-from mvat_dist.runs import clock, heartbeat
+from mvat_dist.io import fsync, make_folder, parse_record
+from mvat_dist.runs import heartbeat, records
 
 FOLDER = "lock"
 INHERITED = "MVAT_LOCK"
@@ -69,7 +69,7 @@ def myself(token: str, purpose: Purpose) -> Owner:
         born=_born(os.getpid()),
         job=os.environ.get("SLURM_JOB_ID", ""),
         restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
-        since=clock.now(),
+        since=records.now(),
     )
 
 
@@ -135,14 +135,12 @@ def _newest(folder: Path) -> tuple[int, Owner | None]:
         if number == 0:
             return 0, None
         try:
-            found = json.loads((folder / f"{number:08d}").read_text(encoding="utf-8"))
+            text = (folder / f"{number:08d}").read_bytes()
         except FileNotFoundError:  # the next one has come
             continue
-        except ValueError:
-            found = None
-        if not found:
-            return number, None
-        return number, Owner(**{field.name: found[field.name] for field in fields(Owner)})
+        with contextlib.suppress(UserError):  # `{}` where the lock is free; zeros after a power cut
+            return number, parse_record(text, Owner, folder / f"{number:08d}")
+        return number, None
     raise UserError(f"{folder} changes faster than it can be read: is another run being started there?")
 
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Literal
+
+
+def now() -> str:
+    """Local time with its offset from UTC, as all records have it: ``2026-11-22T20:15:00+0100``."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 @dataclass(frozen=True)
@@ -14,7 +20,7 @@ class JobRecord:
     host: str
     """Machine on which it was started or submitted."""
     time: str
-    """UTC, as `clock.now` writes it."""
+    """As `now` writes it."""
     nodes: int
     tasks_per_node: int
     argv: list[str] = field(default_factory=list)

@@ -15,7 +15,7 @@ import time
 from typing import Any
 
 from mvat_dist.errors import EXIT_HUNG, UserError
-from mvat_dist.runs import clock
+from mvat_dist.runs import records
 from mvat_dist.runs.folder import RunDir, State
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def record_end(run: RunDir, reason: str) -> None:
     """Note how a training ended that could not say so itself; one that did is left alone."""
     found = run.read_status()
     if found.get("state") == "running":
-        found |= {"state": "failed", "reason": reason, "time": clock.now()}
+        found |= {"state": "failed", "reason": reason, "time": records.now()}
         run.replace_status(found)
 
 
@@ -87,7 +87,7 @@ class RunState:
         starts: list[dict[str, Any]] = list(before.get("starts", []))
         if starts:
             starts[-1] |= {"to_step": before["step"], "ended": before.get("reason") or _ended(before)}
-        start = {"time": clock.now(), "step": step, "host": socket.gethostname(), **life()}
+        start = {"time": records.now(), "step": step, "host": socket.gethostname(), **life()}
         self.slowest: dict[str, float] = dict(before.get("slowest", {}))
         """Seconds of the slowest step, validation and save of all starts."""
         self._known: dict[str, Any] = {
@@ -115,7 +115,7 @@ class RunState:
 
     def saved(self, step: int) -> None:
         """A checkpoint of `step` is complete."""
-        self._known["checkpoint"] = {"step": step, "time": clock.now()}
+        self._known["checkpoint"] = {"step": step, "time": records.now()}
 
     def took(self, what: str, seconds: float) -> None:
         """Remember the slowest step, validation and save."""

@@ -1,4 +1,4 @@
-"""Which device and precision a rank, or a command, computes with."""
+"""Choose the device and the precision of a rank or of a command."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Precision = Literal["fp32", "bf16"]
 
 
 def choose(config: EngineConfig, local_rank: int) -> tuple[torch.device, Precision]:
-    """Device and precision for a rank.
+    """Choose device and precision of a rank.
 
     Raises:
         UserError: a GPU was asked for that is not there, or an option that only a GPU has.
@@ -44,7 +44,7 @@ def choose(config: EngineConfig, local_rank: int) -> tuple[torch.device, Precisi
 
 
 def pick(choice: str) -> torch.device:
-    """The device for a command's ``--device``: ``auto`` (a GPU where torch sees one), ``cpu`` or ``cuda``.
+    """Choose the device for ``--device``: ``auto`` (a GPU where torch sees one), ``cpu`` or ``cuda``.
 
     Raises:
         UserError: a GPU was asked for that is not there.

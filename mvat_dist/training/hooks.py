@@ -23,7 +23,7 @@ class StepEnd:
     last: bool
     """Whether it was the run's last step."""
     stopping: bool
-    """Whether the run was asked to stop: what there is, is saved at once."""
+    """Whether the run was asked to stop: everything is saved at once."""
 
     def every(self, steps: int) -> bool:
         """Whether something that is done every `steps` steps, and after the last one, is due."""
@@ -39,6 +39,8 @@ class Hook:
     due: Callable[[StepEnd], bool]
     """The same on every rank."""
     run: Callable[[StepEnd], None]
+    writes: bool = True
+    """Whether it writes into the run's folder, which has to be there then."""
 
 
 class Agreement(NamedTuple):

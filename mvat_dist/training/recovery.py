@@ -11,6 +11,7 @@ from mvat_dist.errors import UserError
 from mvat_dist.runs.folder import RunDir
 from mvat_dist.training import checkpoint
 from mvat_dist.training.checkpoint import StudentState
+from mvat_dist.training.hooks import StepEnd
 from mvat_dist.training.students import Student, StudentGroup
 
 logger = logging.getLogger(__name__)
@@ -36,16 +37,18 @@ class Recovery:
         self._students = students
         self._first_state = first_state
 
-    def due(self) -> bool:
+    def due(self, end: StepEnd) -> bool:
         """Whether a student that made the last step needs help; the same on every rank."""
+        del end
         return any(self._is_stuck(student) for student in self._students.active)
 
-    def run(self) -> None:
+    def run(self, end: StepEnd) -> None:
         """Roll back or give up every student that is stuck. Every rank must call it.
 
         Raises:
             UserError: no student is left.
         """
+        del end
         for student in filter(self._is_stuck, self._students.active):
             outcome = self._help(student)
             if rank() == 0:

@@ -13,11 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mvat_dist.config.schema import TrackConfig, TrainConfig, ValidConfig
-from mvat_dist.distributed.collectives import (
-    all_gather_object,
-    run_on_all_ranks,
-    run_on_rank_zero,
-)
+from mvat_dist.distributed.collectives import all_gather_object, run_on_all_ranks, run_on_rank_zero
 from mvat_dist.evaluation.statistics import statistics_by_model
 from mvat_dist.evaluation.validate import validate
 from mvat_dist.models import weights as model_files
@@ -39,7 +35,7 @@ VALIDATION_METRICS = ("pesq_wb", "stoi", "si_sdr")
 
 
 class Trainer:
-    """One rank of a run."""
+    """Trains the students of an opened run to its last step, or until somebody asks to stop."""
 
     def __init__(
         self,
@@ -64,16 +60,10 @@ class Trainer:
         self._first_step = self._row_step = components.step
         self._bar: tqdm[Any]
         self._hooks = (
-            Hook("recovery", lambda _: self._recovery.due(), lambda _: self._recovery.run()),
+            Hook("recovery", self._recovery.due, self._recovery.run, writes=False),
             Hook("logging", lambda end: end.every(track.every), self._log),
-            Hook(
-                "validation",
-                lambda end: end.every(train.validate_every) and not end.stopping,
-                lambda _: self._validate(self._well()),
-            ),
-            Hook(
-                "checkpoint", lambda end: end.every(train.save_every) or end.stopping, lambda _: self._save()
-            ),
+            Hook("validation", self._needs_validation, self._validate),
+            Hook("checkpoint", self._needs_checkpoint, self._save),
         )
 
     @property
@@ -124,7 +114,7 @@ class Trainer:
         if (self.step or self._train.init) and start.every(self._train.validate_every):
             students = self._students.students_at(self.step)
             if waiting := [student for student in students if student.progress.validated < self.step]:
-                self._validate(waiting)
+                self._score(waiting)
         self._recovery.check_any_student_left()
         self._stopwatch.lap()  # starting up is no part of the first row's speed, or of its energy
         self._energy.lap()
@@ -141,7 +131,7 @@ class Trainer:
             UserError: the folder was removed, another process has taken the run over, or there are more bad
                 samples than the configuration allows; on every rank.
         """
-        writes = any(hook.due(end) for hook in self._hooks if hook.section != "recovery")
+        writes = any(hook.due(end) for hook in self._hooks if hook.writes)
         folder_lost = self._ranks.rank == 0 and writes and not self._owns_folder()
         own = Agreement(stop.signal, self._prefetcher.failed, folder_lost, bad_samples)
         agreed = own.all_reduced(self._device)
@@ -159,6 +149,12 @@ class Trainer:
     def _well(self) -> list[Student]:
         """Students that made the last step and were not given up after it."""
         return [student for student in self._students.active if not student.progress.given_up]
+
+    def _needs_validation(self, end: StepEnd) -> bool:
+        return end.every(self._train.validate_every) and not end.stopping
+
+    def _needs_checkpoint(self, end: StepEnd) -> bool:
+        return end.every(self._train.save_every) or end.stopping
 
     def _log(self, end: StepEnd) -> None:
         """Append one row per student: means over all ranks and over the steps since the last row."""
@@ -183,7 +179,12 @@ class Trainer:
 
         run_on_rank_zero(write)
 
-    def _validate(self, students: list[Student]) -> None:
+    def _validate(self, end: StepEnd) -> None:
+        """Validate the students that made the last step."""
+        del end
+        self._score(self._well())
+
+    def _score(self, students: list[Student]) -> None:
         """Score students on the held-out clips; keep the weights of the best score of each."""
         began = time.monotonic()
         self._fault_tolerance.progress("validating", self.step)
@@ -228,8 +229,9 @@ class Trainer:
         network.load_state_dict(weights)
         return network.to(self._device).eval()
 
-    def _save(self) -> None:
+    def _save(self, end: StepEnd) -> None:
         """Write a checkpoint of all students, and the weights that users take away."""
+        del end
         began = time.monotonic()
         self._fault_tolerance.progress("saving", self.step)
         states = {student.name: student.state() for student in self._students.students}

@@ -87,8 +87,8 @@ def _run(arguments: argparse.Namespace, way: str, processes: int) -> dict[str, f
         f"--way={WAYS[way]}",
     ]
     command += [f"--steps={arguments.steps}", f"--seconds={arguments.seconds}", f"--batch={arguments.batch}"]
-    found = [measured_by(command, processes) for _ in range(arguments.repeats)]
-    return {key: statistics.median(one[key] for one in found) for key in found[0]}
+    runs = [measured_by(command, processes) for _ in range(arguments.repeats)]
+    return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
 
 
 def _measured(arguments: argparse.Namespace) -> None:
@@ -108,12 +108,12 @@ def _measured(arguments: argparse.Namespace) -> None:
         step()
         walls.append(time.perf_counter() - wall)
         processors.append(time.process_time() - processor)
-    found = {
+    medians = {
         "wall": statistics.median(walls),
         "cpu": statistics.median(processors),
         "memory": _peak() - before,
     }
-    print(json.dumps(found))
+    print(json.dumps(medians))
     torch.distributed.destroy_process_group()
 
 

@@ -73,8 +73,8 @@ def _fold(chunks: Tensor, frames: int) -> Tensor:
     """(B, n, P, C) -> (B, n, T)."""
     batch, channels, count, chunk = chunks.shape
     columns = chunks.transpose(2, 3).reshape(batch, channels * chunk, count)
-    whole = F.fold(columns, (frames, 1), (chunk, 1), padding=(chunk, 0), stride=(chunk // 2, 1))
-    return whole.reshape(batch, channels, frames) / 2
+    folded = F.fold(columns, (frames, 1), (chunk, 1), padding=(chunk, 0), stride=(chunk // 2, 1))
+    return folded.reshape(batch, channels, frames) / 2
 
 
 def _channel_view(net: Part, x: Tensor) -> Tensor:
@@ -208,10 +208,12 @@ class PlainJob:
         """The teacher's view features of (B, T)."""
         return enhance(self.teacher.state_dict(), self.teacher.size, noisy, training=False)[1]
 
-    def learn(self, noisy: Tensor, clean: Tensor, lesson: Mapping[ViewKey, Tensor]) -> Tensor:
+    def forward_backward(
+        self, noisy: Tensor, clean: Tensor, teacher_maps: Mapping[ViewKey, Tensor]
+    ) -> Tensor:
         """The rest of a step on (B, T); the loss ()."""
         estimate, views = enhance(self.tensors, self.size, noisy, training=True)
-        loss = _loss(estimate, views, lesson, noisy, clean)
+        loss = _loss(estimate, views, teacher_maps, noisy, clean)
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), 5.0)

@@ -4,7 +4,7 @@
     python benchmarks/resume.py --utterances 20000 --workers 0
 
 A loader that keeps no place by arithmetic must make every segment before that place again and throw it
-away. That replay is reckoned from segments made in the same run; the ratio of the two is the result.
+away. That replay is computed from segments made in the same run; the ratio of the two is the result.
 
 The corpus is built for the purpose: real shards with real audio, whose indices name every utterance many
 times under different keys. So opening it costs what 100,000 utterances cost, and building it does not.
@@ -73,7 +73,7 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--utterances", type=int, default=100_000, help="utterances of clean speech")
     parser.add_argument("--workers", type=int, default=2, help="reader processes; 0 leaves them out")
-    parser.add_argument("--measured", type=int, default=400, help="segments made to reckon the replay")
+    parser.add_argument("--measured", type=int, default=400, help="segments made to compute the replay")
     return parser.parse_args()
 
 

@@ -142,7 +142,7 @@ def _round(
     maps: list[object] = []
     plain = {"teacher": Spent(lambda: maps.append(first.ask(noisy)))}
     for name, job in jobs.items():
-        plain[name] = Spent(lambda job=job: job.learn(noisy, clean, maps[0]))  # type: ignore[misc]
+        plain[name] = Spent(lambda job=job: job.forward_backward(noisy, clean, maps[0]))  # type: ignore[misc]
     grouped: dict[tuple[int, str], Spent] = {}
     fixed = FixedTeacher(teacher.forward(noisy))
     for count, group in groups.items():

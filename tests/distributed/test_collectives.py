@@ -74,18 +74,18 @@ def mixture(momentum: float) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_ranks_agree(tmp_path: Path) -> None:
-    found = on_ranks(RANKS, one_rank, tmp_path)
+    results = on_ranks(RANKS, one_rank, tmp_path)
     union = torch.cat([rank_batch(rank) for rank in range(RANKS)])
-    for one in found:
-        assert torch.equal(one["mean"], found[0]["mean"])
-        assert torch.equal(one["var"], found[0]["var"])
-        assert one["sum"].tolist() == [3.0, 3.0]
-        assert one["gather"] == [0, 10, 20]
-        assert one["zero"] == 5
-    assert [one["rank zero"] for one in found] == [5, None, None]
-    for rank, one in enumerate(found):
+    for result in results:
+        assert torch.equal(result["mean"], results[0]["mean"])
+        assert torch.equal(result["var"], results[0]["var"])
+        assert result["sum"].tolist() == [3.0, 3.0]
+        assert result["gather"] == [0, 10, 20]
+        assert result["zero"] == 5
+    assert [result["rank zero"] for result in results] == [5, None, None]
+    for rank, result in enumerate(results):
         says = rank == 0
-        user, disk, crash = one["refused"]
+        user, disk, crash = result["refused"]
         assert user == f"UserError {says}: on rank 1"
         assert disk.startswith(f"UserError {says}: the disk is full at here")
         assert crash == (
@@ -93,8 +93,8 @@ def test_ranks_agree(tmp_path: Path) -> None:
             if rank == 1
             else f"CrashedElsewhereError {says}: another rank failed: ZeroDivisionError: on rank 1"
         )
-    for got, expected in zip((found[0]["slow_mean"], found[0]["slow_var"]), mixture(0.01), strict=True):
+    for got, expected in zip((results[0]["slow_mean"], results[0]["slow_var"]), mixture(0.01), strict=True):
         torch.testing.assert_close(got, expected.float(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(found[0]["mean"], union.mean(dim=(0, 2)))
+    torch.testing.assert_close(results[0]["mean"], union.mean(dim=(0, 2)))
     # Each rank's variance is the unbiased one of 3200 samples: equal to the union's up to 1/3200.
-    torch.testing.assert_close(found[0]["var"], union.var(dim=(0, 2)), rtol=1e-3, atol=0)
+    torch.testing.assert_close(results[0]["var"], union.var(dim=(0, 2)), rtol=1e-3, atol=0)

@@ -71,9 +71,9 @@ def main() -> int:
     bench.start(run).ended(0)
     disturbed = time.monotonic() - began
     assert_same(run, bench.undisturbed)
-    told = ", ".join(f"{count} {way}" for way, count in sorted(ways.items()))
+    counts = ", ".join(f"{count} {way}" for way, count in sorted(ways.items()))
     print(
-        f"{options.restarts} restarts (seed {options.seed}: {told}) in {disturbed:.0f} s: weights and "
+        f"{options.restarts} restarts (seed {options.seed}: {counts}) in {disturbed:.0f} s: weights and "
         f"rows of {STEPS} steps equal the undisturbed run's"
     )
     shutil.rmtree(folder)

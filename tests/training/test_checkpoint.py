@@ -36,13 +36,13 @@ def test_round_trip(tmp_path: Path) -> None:
     assert checkpoint.newest(tmp_path) == path
     assert checkpoint.step_of(path) == 7
     for name, expected in saved.items():
-        found = checkpoint.load(path, name)
-        assert found is not None
-        assert found.progress == expected.progress
-        np.testing.assert_equal(found.open_row, expected.open_row)
+        loaded = checkpoint.load(path, name)
+        assert loaded is not None
+        assert loaded.progress == expected.progress
+        np.testing.assert_equal(loaded.open_row, expected.open_row)
         for part in ("weights", "optimizer"):
             for key, value in getattr(expected, part).items():
-                assert torch.equal(getattr(found, part)[key], value)
+                assert torch.equal(getattr(loaded, part)[key], value)
     assert checkpoint.load(path, "c") is None
 
 
@@ -58,9 +58,9 @@ def test_what_an_unwell_student_would_go_back_to_is_kept(tmp_path: Path) -> None
         ill = replace(state(step), progress=Progress(skipped_in_a_row=in_a_row))
         checkpoint.save(tmp_path, step, {"ill": ill, "well": state(step)}, keep=2)
     assert sorted(checkpoint.step_of(path) for path in tmp_path.iterdir()) == [2, 4, 5]
-    found = checkpoint.newest(tmp_path, lambda path: checkpoint.is_well(path, "ill"))
-    assert found is not None
-    assert checkpoint.step_of(found) == 2
+    loaded = checkpoint.newest(tmp_path, lambda path: checkpoint.is_well(path, "ill"))
+    assert loaded is not None
+    assert checkpoint.step_of(loaded) == 2
     checkpoint.save(tmp_path, 6, {"ill": state(6), "well": state(6)}, keep=2)
     assert sorted(checkpoint.step_of(path) for path in tmp_path.iterdir()) == [5, 6]
 
@@ -112,9 +112,9 @@ def test_an_earlier_damaged_checkpoint_is_not_one_of_the_kept(tmp_path: Path) ->
 def test_the_same_step_again_replaces_it(tmp_path: Path) -> None:
     for value in (1.0, 2.0):
         path = checkpoint.save(tmp_path, 5, {"a": state(value)}, keep=1)
-    found = checkpoint.load(path, "a")
-    assert found is not None
-    assert torch.equal(found.weights["weight"], torch.full((4,), 2.0))
+    loaded = checkpoint.load(path, "a")
+    assert loaded is not None
+    assert torch.equal(loaded.weights["weight"], torch.full((4,), 2.0))
     assert list(tmp_path.iterdir()) == [path]
 
 

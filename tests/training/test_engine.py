@@ -67,13 +67,13 @@ def train_step(engine: StudentEngine, step: int, parts: range, poison: bool = Fa
 
 def every_stage(rank: int) -> dict[str, Any]:
     """Train each stage on two ranks, two micro-batches a step; skip one step; move the state on."""
-    found: dict[str, Any] = {"waits": 0}
+    results: dict[str, Any] = {"waits": 0}
     mine = range(2 * rank, 2 * rank + 2)
     accelerator = get_accelerator()
 
     def wait(device: int | None = None) -> None:
         del device
-        found["waits"] += 1
+        results["waits"] += 1
 
     accelerator.synchronize = wait
     for stage in STAGES:
@@ -87,7 +87,7 @@ def every_stage(rank: int) -> dict[str, Any]:
         engine.restore_batchnorm(buffers)
         state = engine.optimizer_state()
         after = engine.weights()
-        found[f"{stage}"] = {
+        results[f"{stage}"] = {
             "applied": applied,
             "norm": norm,
             "skipped": not skipped,
@@ -96,24 +96,24 @@ def every_stage(rank: int) -> dict[str, Any]:
             "state": state,
         }
         resumed = Toy()
-        resumed.load_state_dict(found["0"]["weights"])  # stage 0's state goes on at every stage
+        resumed.load_state_dict(results["0"]["weights"])  # stage 0's state goes on at every stage
         other = build(stage, accumulation=2, module=resumed)
-        other.load_optimizer_state(found["0"]["state"])
-        found[f"{stage}"]["reloaded_state"] = other.optimizer_state()
-        found[f"{stage}"]["reloaded_buffers"] = {
+        other.load_optimizer_state(results["0"]["state"])
+        results[f"{stage}"]["reloaded_state"] = other.optimizer_state()
+        results[f"{stage}"]["reloaded_buffers"] = {
             name: buffer.clone() for name, buffer in other.module.named_buffers()
         }
         train_step(other, 60, mine)
-        found[f"{stage}"]["continued"] = other.weights()
-        other.load_weights(found["0"]["weights"])
-        other.load_optimizer_state(found["0"]["state"])
+        results[f"{stage}"]["continued"] = other.weights()
+        other.load_weights(results["0"]["weights"])
+        other.load_optimizer_state(results["0"]["state"])
         train_step(other, 60, mine)
-        found[f"{stage}"]["again"] = other.weights()
+        results[f"{stage}"]["again"] = other.weights()
         if stage == 0:
-            found["waits at stage 0"] = found["waits"]
+            results["waits at stage 0"] = results["waits"]
             train_step(engine, 60, mine)
-            found["uninterrupted"] = engine.weights()
-    return found
+            results["uninterrupted"] = engine.weights()
+    return results
 
 
 def plain_training() -> tuple[dict[str, Tensor], float]:
@@ -149,32 +149,32 @@ def test_equals_plain_torch(two_ranks: list[dict[str, Any]], stage: int) -> None
 
 
 def test_no_step_waits_for_the_device(two_ranks: list[dict[str, Any]]) -> None:
-    assert [found["waits at stage 0"] for found in two_ranks] == [0, 0]
+    assert [results["waits at stage 0"] for results in two_ranks] == [0, 0]
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_one_ranks_nan_skips_the_step_everywhere(two_ranks: list[dict[str, Any]], stage: int) -> None:
-    for found in two_ranks:
-        assert found[f"{stage}"]["skipped"]
-        assert found[f"{stage}"]["unchanged"]
+    for results in two_ranks:
+        assert results[f"{stage}"]["skipped"]
+        assert results[f"{stage}"]["unchanged"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_state_moves_between_stages(two_ranks: list[dict[str, Any]], stage: int) -> None:
-    for found in two_ranks:
-        for key, value in found["0"]["state"].items():
-            assert torch.equal(found[f"{stage}"]["reloaded_state"][key], value), key
-        for key, value in found[f"{stage}"]["reloaded_buffers"].items():
-            assert torch.equal(value, found["0"]["weights"][key]), key
+    for results in two_ranks:
+        for key, value in results["0"]["state"].items():
+            assert torch.equal(results[f"{stage}"]["reloaded_state"][key], value), key
+        for key, value in results[f"{stage}"]["reloaded_buffers"].items():
+            assert torch.equal(value, results["0"]["weights"][key]), key
         for name, _ in Toy().named_parameters():
             torch.testing.assert_close(
-                found[f"{stage}"]["continued"][name], found["uninterrupted"][name], rtol=1e-5, atol=1e-7
+                results[f"{stage}"]["continued"][name], results["uninterrupted"][name], rtol=1e-5, atol=1e-7
             )
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_going_back_is_as_if_nothing_had_happened(two_ranks: list[dict[str, Any]], stage: int) -> None:
     """An engine that takes older weights and moments makes the same step from there, to the last bit."""
-    for found in two_ranks:
-        for key, value in found[f"{stage}"]["continued"].items():
-            assert torch.equal(found[f"{stage}"]["again"][key], value), key
+    for results in two_ranks:
+        for key, value in results[f"{stage}"]["continued"].items():
+            assert torch.equal(results[f"{stage}"]["again"][key], value), key

@@ -46,11 +46,11 @@ def test_a_hang_is_ended_and_explained(tmp_path: Path) -> None:
         process.stdin.write("\n")
         process.stdin.flush()
         assert process.stdout
-        said = process.stdout.read()
+        output = process.stdout.read()
         assert process.wait(60) == EXIT_HUNG
         assert process.stderr
         assert process.stderr.read().startswith("error: hung: no step")
-    assert "aborts: no step, validation or save was completed for 1 s while training after step 1" in said
+    assert "aborts: no step, validation or save was completed for 1 s while training after step 1" in output
     assert "in wait_for_ever" in stacks.read_text()
 
 

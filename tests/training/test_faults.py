@@ -26,9 +26,9 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 @pytest.fixture(scope="module")
 def bench_with_readers(bench: Bench) -> Bench:
     """The same corpus and the same undisturbed run."""
-    made = replace(bench, options=OPTIONS)
-    made.corpus, made.undisturbed = bench.corpus, bench.undisturbed
-    return made
+    with_readers = replace(bench, options=OPTIONS)
+    with_readers.corpus, with_readers.undisturbed = bench.corpus, bench.undisturbed
+    return with_readers
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def bench_with_readers(bench: Bench) -> Bench:
 def test_a_disturbed_run_ends_as_the_undisturbed_one(
     bench: Bench, bench_with_readers: Bench, fault: Fault, moment: Moment
 ) -> None:
-    assert {one.name for one in FAULTS} >= READERS
+    assert {fault.name for fault in FAULTS} >= READERS
     try:
         run_cell(fault, moment, bench_with_readers if fault.name in READERS else bench)
     except CannotError as error:

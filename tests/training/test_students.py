@@ -68,8 +68,8 @@ def test_a_teacher_that_has_faded_is_not_asked(corpus: Path, runs: Path, teacher
     run = train(corpus, runs, "faded", "--student=tiny", f"--teacher={teacher}", *distil, *LOSSES_ONLY)
     lines = (run / "students" / "tiny" / "history.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if "loss" in row]
-    for row, asked in zip(rows, (True, True, False, False), strict=True):
-        assert ("teacher" in row["time"]) == asked
-        assert (row["mvat"] is not None) == (row["output"] is not None) == asked
-        assert (row["loss"] > row["enhance"]) == asked
-        assert asked or row["loss"] == row["enhance"]
+    for row, active in zip(rows, (True, True, False, False), strict=True):
+        assert ("teacher" in row["time"]) == active
+        assert (row["mvat"] is not None) == (row["output"] is not None) == active
+        assert (row["loss"] > row["enhance"]) == active
+        assert active or row["loss"] == row["enhance"]

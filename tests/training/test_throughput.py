@@ -67,9 +67,9 @@ def test_work_counts_where_it_was_done() -> None:
                 spent["short"] += work(1)
             spent["long"] += work(2)
         spent["other"] += work(1)
-    whole = time.perf_counter() - began
+    wall = time.perf_counter() - began
     elapsed, shares = watch.lap()
-    assert elapsed == pytest.approx(whole, rel=0.01)
+    assert elapsed == pytest.approx(wall, rel=0.01)
     assert set(shares) == set(spent)
     total = sum(spent.values())
     # Another process may take the core in any section, so this is generous; the order of sizes is not.

@@ -95,9 +95,9 @@ def test_examples_are_the_same_clips_as_each_network_hears_them(tmp_path: Path) 
         assert kinds == expected | {f"{one}-spectrogram" for one in expected}
     assert sorted(set(first.captions.values())) == ["c0", "c2", "c4"]
     for key, factor in {"noisy": 1.0, "teacher": 0.25, "student": 0.5}.items():
-        heard, rate = soundfile.read(first.files[f"examples/02/{key}"])
+        audio, rate = soundfile.read(first.files[f"examples/02/{key}"])
         assert rate == 16_000
-        np.testing.assert_allclose(heard, factor * clips[4].noisy[: 4 * 16_000], atol=2e-5)
+        np.testing.assert_allclose(audio, factor * clips[4].noisy[: 4 * 16_000], atol=2e-5)
         seen = Path(first.files[f"examples/02/{key}-spectrogram"]).read_bytes()
         assert seen == spectrogram_png(np.float32(factor) * clips[4].noisy[: 4 * 16_000])
 
@@ -114,8 +114,8 @@ def test_a_clip_that_cannot_be_read_is_no_example_and_no_end(
     (pairs / "noisy" / "a.wav").write_bytes(b"no sound")
     run = RunDir(tmp_path / "a run")
     examples = Examples(run, ValidationClips(str(pairs)), 2, None)
-    found = examples.enhance("tiny", 4, _Half(), torch.device("cpu"))
-    assert set(found.captions.values()) == {"noisy/b.wav"}
+    extras = examples.enhance("tiny", 4, _Half(), torch.device("cpu"))
+    assert set(extras.captions.values()) == {"noisy/b.wav"}
     assert "a.wav" in caplog.text
     assert json.loads((run.examples / "examples.json").read_text())["keys"] == ["noisy/b.wav"]
 

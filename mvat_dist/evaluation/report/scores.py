@@ -80,7 +80,8 @@ class TestSet:
         self._rows: dict[System, set[tuple[int, Clip]]] = {}
         self._asked: dict[tuple[System, str], set[int]] = {}
         """By system and metric: the seeds that were evaluated with this metric."""
-        # Each figure stands in several places of the page.
+        # Each figure stands in several places of the page; all are asked for after the last row was added.
+        self._means = cache(self._mean_by_clip)
         self.estimate = cache(self._estimate)
         self.difference = cache(self._difference)
 
@@ -140,7 +141,7 @@ class TestSet:
         clips = self.clips.keys() if among is None else among
         return len(clips - self._means(system, metric).keys())
 
-    def _means(self, system: System, metric: str) -> dict[Clip, float]:
+    def _mean_by_clip(self, system: System, metric: str) -> dict[Clip, float]:
         """The mean over seeds of every clip that all of them have a score for."""
         scores = self._scores.get((system, metric), {})
         # A seed that was evaluated without this metric does not count; one whose clips all failed does.

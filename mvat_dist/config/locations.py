@@ -1,4 +1,4 @@
-"""Where packed data lies: a folder, a URL, or a pattern over either. Only the words; nothing is opened here.
+"""Parse the location of packed data: a folder, a URL, or a pattern over either. Nothing is opened here.
 
 ``shards/dns``, ``s3://bucket/shards/dns``, ``shards/{dns-en,dns-de}``, ``s3://bucket/shards/dns-*``. A
 location is written into the run's folder, so it must hold no secret.
@@ -28,7 +28,7 @@ def is_url(location: str) -> bool:
 
 
 def is_glob(location: str) -> bool:
-    """Whether `location` has ``*``, ``?`` or ``[``; a folder that is really called so is none."""
+    """Whether `location` has ``*``, ``?`` or ``[``, unless a folder of that very name exists."""
     return _MAGIC.search(location) is not None and (is_url(location) or not Path(location).exists())
 
 
@@ -42,8 +42,8 @@ def expand(location: str) -> list[str]:
         return [location]
     try:
         alternatives = []
-        for one in braceexpand.braceexpand(location, escape=False):
-            alternatives.append(one.rstrip("/") or one)
+        for alternative in braceexpand.braceexpand(location, escape=False):
+            alternatives.append(alternative.rstrip("/") or alternative)
             if len(alternatives) > _MOST:
                 raise UserError(f"{_shown(location)}: more than {_MOST} alternatives")
     except ValueError as error:
@@ -52,33 +52,34 @@ def expand(location: str) -> list[str]:
 
 
 def check(option: str, location: str) -> None:
-    """Refuse what is no location of packed data, or one that holds a secret.
+    """Refuse a location that cannot be packed data, or that contains a secret.
 
     Raises:
         UserError: an empty path, another protocol, a user name, a password or a signature in a URL, a glob
             over http.
     """
-    for one in expand(location):
-        if not one:
+    for alternative in expand(location):
+        if not alternative:
             raise UserError(
                 f"{option} {location!r}: the path is empty (a variable of the shell that is not set?)"
             )
-        if is_url(one):
-            _check_url(option, one)
+        if is_url(alternative):
+            _check_url(option, alternative)
 
 
 def _check_url(option: str, url: str) -> None:
     scheme = url.partition(":")[0]
     if scheme not in PROTOCOLS:
+        known = ", ".join(f"{protocol}://" for protocol in PROTOCOLS)
         raise UserError(
-            f"{option} {scheme}:... is not read: give a folder, or a URL with "
-            f"{', '.join(one + '://' for one in PROTOCOLS)}; commands (pipe:) and other protocols never run"
+            f"{option} {scheme}:... is not read: give a folder, or a URL with {known}; commands (pipe:) and other "
+            "protocols never run"
         )
     try:
         parts = urlsplit(url.replace("[", "%5B"))
     except ValueError as error:
         raise UserError(f"{option} {_shown(url)}: not a URL ({error})") from error
-    if "@" in url:  # anywhere, for a secret key may hold a slash
+    if "@" in url:  # anywhere, because a secret key may contain a slash
         raise UserError(
             f"{option} {_shown(url)}: no user or password in a URL, for it is written into the run's folder; "
             "give them by the environment or a credentials file of the provider"
@@ -98,12 +99,12 @@ def _check_url(option: str, url: str) -> None:
 
 
 def _shown(location: str) -> str:
-    """`location` without what may be secret in it."""
+    """`location` without the parts that may be secret."""
     return re.sub(r"//.*@", "//...@", re.split(r"[?#]", location, maxsplit=1)[0])
 
 
 def absolute(location: str) -> str:
-    """`location` as it is found from any folder; a URL as it is."""
+    """`location` as an absolute path; a URL stays as it is."""
     if is_url(location):
         return location.rstrip("/")
     if location.startswith("{") and not Path(location).exists():
@@ -113,13 +114,13 @@ def absolute(location: str) -> str:
 
 
 def name(location: str) -> str:
-    """A plain file name for it: that of its folder, with what no file should be called left out."""
+    """A plain file name for `location`: the name of its folder, without special characters."""
     last = location.rstrip("/") if is_url(location) else str(Path(location).resolve())
     return re.sub(r"[^\w.-]+", "-", last.rpartition("/")[2]).strip("-") or "data"
 
 
 def labels(locations: Sequence[str]) -> list[str]:
-    """What tells distinct locations apart: the parts of their paths that are not common to all of them.
+    """Short labels for distinct locations: the parts of their paths that are not common to all.
 
     ``["a/en/dns", "a/de/dns"]`` gives ``["en", "de"]``.
     """
@@ -131,7 +132,7 @@ def labels(locations: Sequence[str]) -> list[str]:
 
 
 def _common(paths: Sequence[Sequence[str]], most: int) -> int:
-    """How many first parts, at most `most`, all paths share."""
+    """Number of leading parts, at most `most`, that all paths share."""
     count = 0
     while count < most and len({path[count] for path in paths}) == 1:
         count += 1

@@ -31,7 +31,7 @@ Method = Literal["none", "output", "mvat", "mvat+output"]
 
 @dataclass
 class DataConfig:
-    """What is read, and how a training segment is made from it."""
+    """The training data, and how a segment is made from them."""
 
     train: str = "shards/dns"
     """Folder written by `mvat_dist.pack`: a corpus with training subsets. Also a URL (s3://, gs://, http://,
@@ -42,7 +42,7 @@ class DataConfig:
     """Local folder for copies of the shards at URLs, shared by the processes of a node; empty:
     mvat_dist in $XDG_CACHE_HOME, or in ~/.cache."""
     cache_gb: PositiveNumber = 200.0
-    """Most room for these copies in GB; those used the longest time ago go first."""
+    """Largest size of these copies in GB; the least recently used are removed first."""
     mode: Literal["auto", "dynamic", "premixed"] = "auto"
     """`dynamic` mixes clean speech and noise on the fly, `premixed` reads pairs of noisy and clean
     recordings; `auto` prefers `dynamic` where the corpus has speech and noise."""
@@ -98,38 +98,38 @@ class DataConfig:
 
 @dataclass
 class TeacherConfig:
-    """Who teaches. ``--teacher FILE`` is short for ``--teacher.file FILE``."""
+    """The teacher. ``--teacher FILE`` is short for ``--teacher.file FILE``."""
 
     file: str = ""
     """A run folder, a student folder in one, or a checkpoint of the authors; not used by method `none`."""
     source: Literal["live", "cache"] = "live"
-    """`live` runs the teacher on every batch; `cache` reads what it said of the same segments."""
+    """`live` runs the teacher on every batch; `cache` reads its targets for the same segments."""
     cache: str = ""
     """Folder written by `mvat_dist.cache`."""
 
 
 @dataclass
 class LossConfig:
-    """What a student's own loss is, beside the authors' (arXiv 2203.02181)."""
+    """Terms of a student's own loss beside the authors' loss (arXiv 2203.02181)."""
 
     waveform: NonNegativeNumber = 0.0
-    """Factor of an added distance of waveforms, mean|estimate - clean| / mean|noisy|, the same at any level.
-    The authors' loss has an absolute one, at usual levels of speech a hundredth of its spectral terms: in
-    short trainings the phase is not learnt. 0: their loss alone."""
+    """Factor of an added relative distance of waveforms, mean|estimate - clean| / mean|noisy|. The authors'
+    loss has an absolute one, which at usual levels of speech is a hundredth of its spectral terms, so that
+    short trainings do not learn the phase. 0: none."""
     compressed: NonNegativeNumber = 0.0
-    """Factor of an added distance of spectra whose magnitudes are compressed (arXiv 2008.06412), the same at
-    any level: quiet parts, which PESQ hears, weigh more. 0: none."""
+    """Factor of an added distance of compressed spectra (arXiv 2008.06412), in which quiet parts, which PESQ
+    heeds, weigh more. It does not depend on the level. 0: none."""
     pesq: NonNegativeNumber = 0.0
-    """Factor of an added differentiable likeness of PESQ (ITU-T P.862), in points of its raw score. It heeds
-    neither level nor phase, so that it goes with `waveform`. 0: none."""
+    """Factor of an added differentiable PESQ (ITU-T P.862), in points of its raw score. It depends neither
+    on level nor on phase, so use it with `waveform`. 0: none."""
     pesq_after: ClosedUnitInterval = 0.0
-    """Share of the training before which `pesq` does not count. Fresh weights want some 0.2: with it from
-    the start they settle on a phase that `waveform` cannot mend later."""
+    """Share of the training after which `pesq` counts. Fresh weights want some 0.2: with `pesq` from the
+    start they settle on a phase that `waveform` cannot correct later."""
 
 
 @dataclass
 class DistilConfig:
-    """What the student learns from the teacher (arXiv 2208.10367)."""
+    """The distillation from the teacher (arXiv 2208.10367)."""
 
     method: Method = "mvat"
     """`none` trains alone; `output` adds the distance to the teacher's output; `mvat` adds
@@ -139,8 +139,8 @@ class DistilConfig:
     output_weight: NonNegativeNumber = 1.0
     """Factor of the output-distillation loss."""
     fade_by: ClosedUnitInterval = 0.0
-    """Share of the training by which both factors have fallen linearly to 0, so that the end is the
-    student's own; 0 keeps them as they are. From then on a live teacher is no longer asked."""
+    """Share of the training by which both factors have fallen linearly to 0, so that the student ends with
+    its own loss; a live teacher no longer runs from then on. 0 keeps both factors constant."""
     beta_channel: NonNegativeNumber = 1.0
     """Factor of the channel view's maps; 0 switches the view off."""
     beta_global: NonNegativeNumber = 1.0
@@ -193,15 +193,15 @@ class EngineConfig:
 
 @dataclass
 class TrainConfig:
-    """How long, how much at a time, and what is kept."""
+    """Length of the training, batch sizes, validation, checkpoints."""
 
     steps: PositiveInt = 100_000
     """Optimiser steps of the whole run."""
     batch: PositiveInt = 32
-    """Segments per optimiser step over all ranks: part of the science, kept when ranks change."""
+    """Segments per optimiser step over all ranks; it does not change with the number of ranks."""
     micro_batch: PositiveInt = 4
-    """Most segments per rank and forward pass; smaller where the batch does not divide. BatchNorm
-    normalises over them in training, so they are part of the science."""
+    """Largest number of segments per rank and forward pass; smaller where the batch does not divide.
+    BatchNorm normalises over them in training, so they are part of the run's fingerprint."""
     validate_every: PositiveInt = 1_000
     """Optimiser steps between validations; the last step always validates."""
     save_every: PositiveInt = 1_000
@@ -210,18 +210,18 @@ class TrainConfig:
     """Complete checkpoints kept besides each student's best."""
     batchnorm_momentum: ClosedUnitInterval = 0.0
     """Share of the newest batch in BatchNorm's running statistics; 0 keeps the network's own (0.01 in
-    most places), which need some 500 steps to forget their start: shorter runs want 0.1."""
+    most places), which needs some 500 steps to forget its start: shorter runs want 0.1."""
     max_skipped: PositiveInt = 100
     """Consecutive steps with a non-finite gradient after which a student is rolled back or given up."""
     init: str = ""
     """Weights to begin with instead of random ones, as when fine-tuning: a run folder with each of the
     students, or one student's folder or file. Copied when a student begins, and not read again."""
     rollbacks: NonNegativeInt = 1
-    """Times a student goes back to the last checkpoint that it was well in, with half its learning rate,
-    before it is given up; the others train on meanwhile."""
+    """How often a student with non-finite gradients goes back to its last healthy checkpoint, with half its
+    learning rate, before it is given up; the other students train on."""
     watchdog_seconds: PositiveNumber = 1_800.0
-    """A rank that completes no step, validation or save for so many seconds writes its stacks to the logs
-    and ends; give more where one validation takes longer."""
+    """Seconds without a completed step, validation or save after which a rank writes its stacks to the logs
+    and ends; increase it if one validation takes longer."""
 
 
 @dataclass
@@ -229,7 +229,7 @@ class ValidConfig:
     """Validation on held-out clips."""
 
     clips: NonNegativeInt = 64
-    """Most clips scored at a validation; 0 scores all."""
+    """Largest number of clips scored at a validation; 0 scores all."""
     max_seconds: NonNegativeNumber = 10.0
     """Longest part of a clip that is scored, in seconds."""
     best: Literal["pesq_wb", "stoi", "si_sdr"] = "pesq_wb"
@@ -245,13 +245,13 @@ class TrackConfig:
     project: str = "mvat_dist"
     entity: str = ""
     group: str = ""
-    """Of the students' runs at W&B; empty: WANDB_RUN_GROUP where it is set, else the fleet's name."""
+    """Group of the students' runs at W&B; empty: WANDB_RUN_GROUP where it is set, else the run's name."""
     every: PositiveInt = 10
     """Optimiser steps between two rows of the record."""
     examples: NonNegativeInt = 2
-    """Validation clips that can be heard and seen at each validation: noisy, clean, teacher, student."""
+    """Validation clips whose audio and spectrograms are kept: noisy, clean, teacher, student."""
     artifacts: bool = False
-    """Hand each student's best weights to W&B, whenever they got better."""
+    """Upload each student's best weights to W&B whenever they improve."""
     objective: str = ""
     """In a sweep: the student whose run is the sweep's, and whose scores decide; empty: the first one."""
 

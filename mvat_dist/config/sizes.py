@@ -17,7 +17,7 @@ Side = Literal["encoder", "decoder"]
 View = Literal["channel", "global", "local"]
 VIEWS: tuple[View, ...] = ("channel", "global", "local")
 ViewKey = tuple[Side, int, View]
-"""Names one view feature: side, level (1 is next to the waveform), view."""
+"""Key of one view feature: side, level (1 is next to the waveform), view."""
 
 DEPTHWISE_KERNEL = 31
 """Taps of every depthwise convolution (arXiv 2203.02181)."""
@@ -56,7 +56,7 @@ class Size:
             )
 
     def frames(self, samples: int) -> list[int]:
-        """Frames per level for `samples` of input: [0] is the padded waveform, [l] what level l puts out.
+        """Frames per level for `samples` of input: [0] is the padded waveform, [l] the output of level l.
 
         Encoder level l works on ``frames[l]``; decoder level l puts out ``frames[l - 1]``. The padded
         length is the shortest that the strided convolutions divide without remainder.
@@ -97,7 +97,7 @@ SIZES: dict[str, Size] = {
 }
 
 STUDENTS: tuple[str, ...] = tuple(name for name in SIZES if name.startswith("manner-s-"))
-"""What ``--student all`` means."""
+"""The students of ``--student all``."""
 
 
 def get(name: str, own: dict[str, Size] | None = None) -> Size:
@@ -118,14 +118,14 @@ def select(names: str, own: dict[str, Size] | None = None) -> dict[str, Size]:
     Raises:
         UserError: an unknown, empty or repeated name.
     """
-    wanted = list(STUDENTS) if names.strip() == "all" else [one.strip() for one in names.split(",")]
-    if len(set(wanted)) != len(wanted):
+    selected = list(STUDENTS) if names.strip() == "all" else [name.strip() for name in names.split(",")]
+    if len(set(selected)) != len(selected):
         raise UserError(f"a student is named twice in {names!r}")
-    return {name: get(name, own) for name in wanted}
+    return {name: get(name, own) for name in selected}
 
 
 class Cost(NamedTuple):
-    """What one layer, or a whole network, costs."""
+    """The cost of one layer or of a whole network."""
 
     parameters: int
     macs: int
@@ -139,7 +139,7 @@ def parameters(size: Size) -> int:
 
 COST_SECONDS = 4.0
 """Length of the clip on which MACs are counted and time is measured: attention is quadratic in the
-length, so a cost per second means nothing without it."""
+length, so a cost per second is meaningless without it."""
 
 
 def macs(size: Size, samples: int) -> int:

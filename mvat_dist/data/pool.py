@@ -31,7 +31,7 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 _POLL_SECONDS = 1.0
-_STALL_SECONDS = 60.0
+_STALL_SECONDS = 300.0
 """A pool of which no worker takes a waiting task for so long is replaced: its workers are suspended."""
 _MOST_RESTARTS = 3
 """Replacements of the whole pool without one finished task in between."""

@@ -36,7 +36,7 @@ _USAGE = """usage: python -m mvat_dist.launch.requeue EXIT_CODE TRAINING_OPTIONS
 A job's script calls it when the ranks have ended with EXIT_CODE.
 
 example:
-  python -m mvat_dist.launch.requeue 137 --config runs/fleet/config.yaml"""
+  python -m mvat_dist.launch.requeue 137 --config runs/students/config.yaml"""
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -72,8 +72,8 @@ def _check_url(option: str, url: str) -> None:
     if scheme not in PROTOCOLS:
         known = ", ".join(f"{protocol}://" for protocol in PROTOCOLS)
         raise UserError(
-            f"{option} {scheme}:... is not read: give a folder, or a URL with {known}; commands (pipe:) and other "
-            "protocols never run"
+            f"{option} {scheme}:... is not read: give a folder, or a URL with {known}; commands (pipe:) and "
+            "other protocols never run"
         )
     try:
         parts = urlsplit(url.replace("[", "%5B"))

@@ -14,9 +14,10 @@ from tabulate import tabulate
 from mvat_dist.config.cli import ConfigHelpFormatter, place
 from mvat_dist.data.prepare.corpora import list_dns, list_valentini
 from mvat_dist.data.prepare.reading import REASONS
-from mvat_dist.data.prepare.recipes import DnsRecipe, Recipe, ValentiniRecipe
+from mvat_dist.data.prepare.recipes import DnsRecipe, Recipe, ValentiniRecipe, WebDatasetRecipe
 from mvat_dist.data.prepare.statistics import check_picture, collect, draw, source_table, subset_table
 from mvat_dist.data.prepare.verify import verify
+from mvat_dist.data.prepare.webdataset import list_webdataset
 from mvat_dist.data.prepare.write import REJECTED, pack
 from mvat_dist.data.synthetic.corpus import make_corpus
 from mvat_dist.errors import UserError, exit_code, nearest
@@ -25,6 +26,8 @@ EXAMPLE = """example:
   python -m mvat_dist.pack dns --corpus /data/DNS-Challenge/datasets_fullband --out shards/dns
   python -m mvat_dist.pack valentini --config shards/valentini.yaml --corpus /data/VoiceBank \\
       --out shards/valentini
+  python -m mvat_dist.pack webdataset --corpus /data/wds --speech 'speech-{000..063}.tar' \\
+      --noise 'noise/*.tar' --out shards/wds
   python -m mvat_dist.pack verify shards/dns
   python -m mvat_dist.pack stats shards/dns --out dns.png
   python -m mvat_dist.pack synthetic --out build/corpus --minutes 12 --noise-minutes 6
@@ -33,7 +36,11 @@ Options may be written with - for _.
 """
 
 
-_RECIPES: dict[str, type[Recipe]] = {"dns": DnsRecipe, "valentini": ValentiniRecipe}
+_RECIPES: dict[str, type[Recipe]] = {
+    "dns": DnsRecipe,
+    "valentini": ValentiniRecipe,
+    "webdataset": WebDatasetRecipe,
+}
 _OPTIONS = (
     "corpus",
     "out",
@@ -48,6 +55,7 @@ _OPTIONS = (
 _ABOUT = {
     "dns": "DNS-Challenge layout: speech, noise and rooms to mix from, or mixed pairs, or both",
     "valentini": "VoiceBank+DEMAND (Valentini-Botinhao): {clean,noisy}_<set>_wav",
+    "webdataset": "WebDataset tars: speech, noise and rooms to mix from, or pairs such as KEY.noisy.flac",
 }
 
 
@@ -152,6 +160,8 @@ def _pack(layout: str, options: Namespace) -> None:
         trainsets = ("28spk", "56spk") if recipe.trainset == "both" else (recipe.trainset,)
         speakers = [speaker.strip() for speaker in recipe.valid_speakers.split(",")]
         listing = list_valentini(corpus, [f"trainset_{trainset}" for trainset in trainsets], speakers)
+    elif isinstance(recipe, WebDatasetRecipe):
+        listing = list_webdataset(corpus, recipe)
     else:
         listing = list_dns(corpus)
     packed = pack(listing, layout, recipe, out, options.workers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import BinaryIO, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -25,10 +25,10 @@ class OnePassFile(soundfile.SoundFile):  # type: ignore[misc]  # soundfile has n
         return False
 
 
-def open_sound(path: Path) -> OnePassFile:
-    """Open an audio file of any name, to be read forwards; the caller closes it."""
+def open_sound(file: Path | BinaryIO) -> OnePassFile:
+    """Open an audio file of any name, or a stream, to be read forwards; the caller closes it."""
     # As bytes: soundfile cannot encode a name that is not valid in the file system's encoding.
-    return OnePassFile(os.fsencode(path))
+    return OnePassFile(os.fsencode(file) if isinstance(file, Path) else file)
 
 
 def withheld(path: Path) -> OSError | None:

@@ -91,12 +91,12 @@ def list_dns(corpus: Path) -> Listing:
             inside = path[len(_join(place, side)) + 1 :]
             halves.setdefault((place, pair_name(inside)), {}).setdefault(side, []).append(path)
         elif role := _dns_source(path, folders):
-            listing.sources.append(Source(path, role, sys.intern(_dns_group(role, path))))
+            listing.sources.append(Source(path, role, sys.intern(group_of(role, path))))
         else:
             detail = "in no folder that the DNS-Challenge layout trains or tests with"
             listing.rejected.append(Rejection(path, "none", "not-used", detail))
     tests = _test_names(corpus, {place for place, _ in halves})
-    _match(listing, halves, lambda place: tests.get(place, "train_pairs"))
+    match_pairs(listing, halves, lambda place: tests.get(place, "train_pairs"))
     if not listing.sources and not listing.pairs:
         raise UserError(_nothing_found(corpus, paths, "DNS-Challenge", _DNS_LAYOUT))
     return listing
@@ -143,7 +143,8 @@ def _holds_pairs(folder: str, folders: set[str]) -> bool:
     return {_join(folder, "clean"), _join(folder, "noisy")} <= folders
 
 
-def _dns_group(role: Role, path: str) -> str:
+def group_of(role: Role, path: str) -> str:
+    """The group of a recording: its speaker, or its name without a number at the end."""
     return speaker(path) if role == "clean" else re.sub(r"_\d+$", "", path.rsplit(".", 1)[0])
 
 
@@ -163,9 +164,10 @@ def speaker(path: str) -> str:
 def collection(path: str) -> str:
     """The collection that a file belongs to: the folder of its role and the next one below.
 
-    Where nothing lies below, or no role is known, it is the last two folders.
+    Where nothing lies below, or no role is known, it is the last two folders. Recordings in a tar belong to
+    the collection of the tar.
     """
-    folders = path.split("/")[:-1]
+    folders = path.partition(".tar/")[0].split("/")[:-1]
     for depth, name in enumerate(folders[:-1]):
         if name.lower() in _DNS_SOURCES:
             return "/".join(folders[depth : depth + 2])
@@ -216,7 +218,7 @@ def list_valentini(corpus: Path, trainsets: Iterable[str], valid_speakers: Itera
         else:
             detail = f"{name} was not asked for" if side else "in no folder of the Valentini layout"
             listing.rejected.append(Rejection(path, "none", "not-used", detail))
-    _match(listing, halves, lambda name: "test_valentini" if name == "testset" else "train_pairs")
+    match_pairs(listing, halves, lambda name: "test_valentini" if name == "testset" else "train_pairs")
     listing.pairs = [_held_out(pair, valid) for pair in listing.pairs]
     if not listing.pairs:
         raise UserError(_nothing_found(corpus, paths, "Valentini", _VALENTINI_LAYOUT))
@@ -241,7 +243,7 @@ def _held_out(pair: Pair, valid_speakers: set[str]) -> Pair:
     return Pair(pair.clean, pair.noisy, "valid", pair.group) if held_out else pair
 
 
-def _match(listing: Listing, halves: Halves, subset: Callable[[str], str]) -> None:
+def match_pairs(listing: Listing, halves: Halves, subset: Callable[[str], str]) -> None:
     """Turn files of the same place and name into pairs; reject those without exactly one counterpart."""
     for (place, name), sides in halves.items():
         clean, noisy = sides.get("clean", []), sides.get("noisy", [])
@@ -258,10 +260,15 @@ def _find(corpus: Path) -> tuple[list[str], str]:
     if not corpus.is_dir():
         raise UserError(f"no such corpus folder: {corpus}")
     files = sorted(audio_files(str(corpus)))
+    return [path for path, _ in files], fingerprint_of(files)
+
+
+def fingerprint_of(files: Iterable[tuple[str, int]]) -> str:
+    """Hash of the paths and sizes of a corpus's audio files."""
     digest = hashlib.blake2b(digest_size=16)
     for path, size in files:
         digest.update(f"{path}\0{size}\0".encode("utf-8", "surrogateescape"))
-    return [path for path, _ in files], digest.hexdigest()
+    return digest.hexdigest()
 
 
 def audio_files(corpus: str, suffixes: tuple[str, ...] = SUFFIXES) -> Iterator[tuple[str, int]]:

@@ -8,9 +8,10 @@ from pathlib import Path
 import soundfile
 
 from mvat_dist.config.schema import SAMPLE_RATE
-from mvat_dist.data.audio import known_frames, open_sound
+from mvat_dist.data.audio import known_frames
 from mvat_dist.data.prepare.corpora import Listing
 from mvat_dist.data.prepare.plan import Plan
+from mvat_dist.data.prepare.reading import locate, open_recording
 from mvat_dist.data.shards.codecs import Codec
 from mvat_dist.errors import UserError
 from mvat_dist.io import existing_folder
@@ -60,7 +61,7 @@ def _bytes_per_second(codec: Codec) -> float:
 def _seconds(listing: Listing, path: str) -> float:
     """Duration by the file's header; 0 where it has none that can be read, or leaves its length open."""
     try:
-        with open_sound(listing.corpus / path) as sound:
+        with open_recording(locate(listing.corpus, path)) as sound:
             return (known_frames(sound.frames) or 0) / float(sound.samplerate)
     except (soundfile.SoundFileRuntimeError, OSError):
         return 0.0

@@ -11,7 +11,7 @@ import numpy as np
 
 from mvat_dist.data.prepare.corpora import Pair, Rejection, Source
 from mvat_dist.data.prepare.recipes import DnsRecipe
-from mvat_dist.data.prepare.utterances import Mixing, Signal, Utterance
+from mvat_dist.data.prepare.utterances import Signal, Utterance, ValidationMix
 
 VALID = "valid"
 TRAIN_PAIRS = "train_pairs"
@@ -80,7 +80,7 @@ def mixtures(
         recording = recordings[names[random.integers(len(names))]]
         noise_signal = recording[random.integers(len(recording))]
         snr_db, level_dbfs = random.uniform(*VALID_SNR_DB), random.uniform(*VALID_LEVEL_DBFS)
-        mixing = Mixing(snr_db, level_dbfs, recipe.valid_seconds, int(random.integers(2**32)))
+        mixing = ValidationMix(snr_db, level_dbfs, recipe.valid_seconds, int(random.integers(2**32)))
         clips.append(Utterance(source.group, (speech_signal, noise_signal), mixing))
     return clips
 

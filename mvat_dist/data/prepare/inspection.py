@@ -16,17 +16,21 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from mvat_dist.data.audio import known_frames, open_sound, sound_blocks
+from mvat_dist.data.audio import known_frames, sound_blocks
 from mvat_dist.data.pool import Map
 from mvat_dist.data.prepare.corpora import Listing
 from mvat_dist.data.prepare.reading import (
     REASONS,
     Audio,
     Reason,
+    Recording,
     UnusableError,
     check_container,
+    locate,
     one_line,
+    open_recording,
     read_block,
+    stamp,
     to_mono,
 )
 from mvat_dist.data.prepare.recipes import Recipe
@@ -96,8 +100,8 @@ def inspect_all(listing: Listing, recipe: Recipe, log: Path, run: Map) -> tuple[
     # Line by line, so that a kill loses nothing but what is under way.
     with log.open("a", encoding="utf-8", buffering=1) as lines:
         shown = tqdm(results, "inspecting", len(jobs), initial=known, unit="file", smoothing=0.05)
-        for (path, criteria), (stamp, inspection) in zip(waiting, shown, strict=True):
-            lines.write(_line(stamp, criteria, inspection))
+        for (path, criteria), (stamped, inspection) in zip(waiting, shown, strict=True):
+            lines.write(_line(stamped, criteria, inspection))
             # The worker's copy of the path would double what the listing holds.
             inspections[path] = dataclasses.replace(inspection, path=path)
     return inspections, known
@@ -113,8 +117,8 @@ def _jobs(listing: Listing, recipe: Recipe) -> dict[str, Criteria]:
 
 def _inspect_with_stamp(corpus: Path, job: tuple[str, Criteria]) -> tuple[_Stamp, Inspection]:
     path, criteria = job
-    stamp = _stamp(corpus / path)  # before reading, so that a change in between is noticed
-    return stamp, inspect(corpus, path, criteria)
+    before = _stamp(corpus, path)  # so that a change while it is read is noticed
+    return before, inspect(corpus, path, criteria)
 
 
 def inspect(corpus: Path, path: str, criteria: Criteria) -> Inspection:
@@ -126,11 +130,12 @@ def inspect(corpus: Path, path: str, criteria: Criteria) -> Inspection:
         criteria: how to read it, and what it must hold.
     """
     try:
-        check_container(corpus / path)
-        with open_sound(corpus / path) as sound:
+        recording = locate(corpus, path)
+        check_container(recording)
+        with open_recording(recording) as sound:
             frames = known_frames(sound.frames)
             if frames is None:
-                frames = _count_frames(corpus / path)
+                frames = _count_frames(recording)
             return _inspect_sound(sound, frames, path, criteria)
     except UnusableError as unusable:
         return Inspection(path, unusable.reason, unusable.detail)
@@ -138,9 +143,9 @@ def inspect(corpus: Path, path: str, criteria: Criteria) -> Inspection:
         return Inspection(path, "unreadable", one_line(error))
 
 
-def _count_frames(path: Path) -> int:
+def _count_frames(recording: Recording) -> int:
     """Frames of a file whose header leaves its length open, such as a streamed FLAC."""
-    with open_sound(path) as sound:
+    with open_recording(recording) as sound:
         return sum(map(len, sound_blocks(sound)))
 
 
@@ -192,22 +197,21 @@ def _clipped_samples(block: Audio) -> int:
     return worst
 
 
-def _stamp(path: Path) -> _Stamp:
+def _stamp(corpus: Path, path: str) -> _Stamp:
     try:
-        status = path.stat()
+        return stamp(locate(corpus, path))
     except OSError:
         return 0, 0
-    return status.st_size, status.st_mtime_ns
 
 
-def _line(stamp: _Stamp, criteria: Criteria, inspection: Inspection) -> str:
+def _line(stamped: _Stamp, criteria: Criteria, inspection: Inspection) -> str:
     # Written out: `dataclasses.asdict` copies deeply, which shows in hundreds of thousands of files.
     record = [
         *(inspection.path, inspection.reason, inspection.detail),
         *(inspection.rate, inspection.channels, inspection.frames),
     ]
     arguments = (criteria.first_channel, criteria.piece_seconds, criteria.min_seconds)
-    return json.dumps([stamp, arguments, record, inspection.content.hex(), inspection.pieces]) + "\n"
+    return json.dumps([stamped, arguments, record, inspection.content.hex(), inspection.pieces]) + "\n"
 
 
 def _remembered(corpus: Path, log: Path, jobs: dict[str, Criteria]) -> Iterator[tuple[str, Inspection]]:
@@ -219,12 +223,12 @@ def _remembered(corpus: Path, log: Path, jobs: dict[str, Criteria]) -> Iterator[
     with log.open("rb") as lines:
         for line in lines:
             try:
-                stamp, criteria, inspection = _parse(line)
+                stamped, criteria, inspection = _parse(line)
             except (ValueError, TypeError):
                 break
             intact += len(line)
             path = paths.get(inspection.path)
-            if path is not None and criteria == jobs[path] and stamp == _stamp(corpus / path):
+            if path is not None and criteria == jobs[path] and stamped == _stamp(corpus, path):
                 yield path, dataclasses.replace(inspection, path=path)
     with log.open("r+b") as lines:
         lines.truncate(intact)

@@ -1,10 +1,17 @@
-"""Read a WAV or FLAC file of any rate and channels as mono 16 kHz, or say why it cannot be used."""
+"""Read a WAV or FLAC file of any rate and channels as mono 16 kHz, or say why it cannot be used.
+
+A recording is a file, or a member of a WebDataset tar; `locate` finds either by its path in a corpus.
+"""
 
 from __future__ import annotations
 
+import io
 import struct
+import tarfile
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, BinaryIO, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +19,8 @@ import soundfile
 import soxr
 
 from mvat_dist.config.schema import SAMPLE_RATE
-from mvat_dist.data.audio import known_frames, open_sound, sound_blocks
+from mvat_dist.data.audio import OnePassFile, known_frames, open_sound, sound_blocks
+from mvat_dist.data.shards.format import ShardError
 
 Audio = npt.NDArray[np.float32]
 Reason = Literal[
@@ -50,6 +58,112 @@ _LFS = b"version https://git-lfs.github.com/spec/"
 _STREAMED = 0x7FFFF000
 
 
+_INDEXED_TARS = 1024
+"""Tars of which each process remembers where the members are."""
+
+
+@dataclass(frozen=True, slots=True)
+class TarRecording:
+    """An audio file inside a tar."""
+
+    tar: Path
+    offset: int
+    """First byte of its content."""
+    size: int
+    """Bytes of its content."""
+
+
+Recording = Path | TarRecording
+
+
+def locate(corpus: Path, path: str) -> Recording:
+    """Find a recording by its path in the corpus, which may lead into a tar: ``speech/000.tar/utt_1.flac``.
+
+    Raises:
+        FileNotFoundError: the tar has no such member.
+        ShardError: the tar is damaged.
+    """
+    name, inside, member = path.partition(".tar/")
+    tar = corpus / f"{name}.tar"
+    if not inside or not tar.is_file():
+        return corpus / path
+    if member not in (members := tar_recordings(tar)):
+        raise FileNotFoundError(f"{tar} has no member {member}")
+    return members[member]
+
+
+@lru_cache(_INDEXED_TARS)
+def tar_recordings(tar: Path) -> dict[str, TarRecording]:
+    """Name -> place of every member of a WebDataset tar; of equal names the last, as unpacking gives.
+
+    Raises:
+        ShardError: no tar, or a damaged one.
+    """
+    try:
+        with tarfile.open(tar, "r:") as members:
+            return {
+                member.name: TarRecording(tar, member.offset_data, member.size)
+                for member in members
+                if member.isreg()
+            }
+    except tarfile.TarError as error:
+        raise ShardError(f"{tar} is no uncompressed tar ({error}): unpack or copy it again") from error
+
+
+def open_recording(recording: Recording) -> OnePassFile:
+    """Open a recording, to be read forwards; the caller closes it."""
+    return open_sound(recording if isinstance(recording, Path) else _stream(recording))
+
+
+def stamp(recording: Recording) -> tuple[int, int]:
+    """Size in bytes, and time of the last change in nanoseconds.
+
+    Raises:
+        OSError: it cannot be reached.
+    """
+    if isinstance(recording, Path):
+        status = recording.stat()
+        return status.st_size, status.st_mtime_ns
+    return recording.size, recording.tar.stat().st_mtime_ns
+
+
+def _stream(recording: Recording) -> BinaryIO:
+    if isinstance(recording, Path):
+        return recording.open("rb")
+    return io.BufferedReader(_TarWindow(recording))
+
+
+class _TarWindow(io.RawIOBase):
+    """A member of a tar as a stream of its own."""
+
+    def __init__(self, recording: TarRecording) -> None:
+        self._file = io.FileIO(recording.tar)
+        self._offset = recording.offset
+        self._size = recording.size
+        self._file.seek(self._offset)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = self._size - self.tell()
+        return self._file.readinto(memoryview(buffer)[: max(0, left)]) or 0
+
+    def tell(self) -> int:
+        return self._file.tell() - self._offset
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: self._size}[whence]
+        return self._file.seek(self._offset + start + offset) - self._offset
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
 class UnusableError(Exception):
     """A file that cannot be packed."""
 
@@ -59,17 +173,17 @@ class UnusableError(Exception):
         self.detail = detail
 
 
-def check_container(path: Path) -> None:
+def check_container(recording: Recording) -> None:
     """Refuse what libsndfile would take for something else, or read without noticing that its end is missing.
 
     Raises:
         UnusableError: an empty file, a pointer of git-lfs, or a WAV that is shorter than its header says.
         OSError: the file cannot be read.
     """
-    size = path.stat().st_size
+    size, _ = stamp(recording)
     if size == 0:
         raise UnusableError("empty", "0 bytes")
-    with path.open("rb") as stream:
+    with _stream(recording) as stream:
         head = stream.read(64)
     if head.startswith(_LFS):
         raise UnusableError("git-lfs-pointer", "the audio itself was never downloaded")
@@ -80,14 +194,14 @@ def check_container(path: Path) -> None:
             raise UnusableError("unreadable", f"truncated: {size} of {promised} bytes")
 
 
-def read_piece(path: Path, start: int, stop: int, *, first_channel: bool) -> Audio:
-    """Samples [start, stop) of a file as mono 16 kHz (T,), full scale 1; may exceed it after resampling.
+def read_piece(recording: Recording, start: int, stop: int, *, first_channel: bool) -> Audio:
+    """Samples [start, stop) of a recording as mono 16 kHz (T,), full scale 1; may exceed it after resampling.
 
     Raises:
-        UnusableError: the file changed since it was inspected.
+        UnusableError: the recording changed since it was inspected.
     """
     try:
-        with open_sound(path) as sound:
+        with open_recording(recording) as sound:
             sound.seek(start)
             mono = to_mono(read_block(sound, stop - start), first_channel=first_channel)
             rate = sound.samplerate

@@ -53,3 +53,23 @@ class ValentiniRecipe(Recipe):
     """Training set; `both` is the 84 speakers together."""
     valid_speakers: str = "p282,p287"
     """Comma-separated speakers of the training set whose utterances become `valid`."""
+
+
+@dataclass
+class WebDatasetRecipe(DnsRecipe):
+    """How a corpus of WebDataset tars is packed; tars are named by patterns below the corpus."""
+
+    speech: str = ""
+    """Tars with clean speech, with braces and globs: 'speech/*.tar', 'en-{000..099}.tar'."""
+    noise: str = ""
+    """Tars with noise."""
+    rooms: str = ""
+    """Tars with room impulse responses."""
+    pairs: str = ""
+    """Tars with pairs of noisy and clean recordings to train with."""
+    test_pairs: str = ""
+    """Tars with pairs that become the test set test_webdataset."""
+    clean: str = "clean"
+    """Extension of the clean half of a pair, before .flac or .wav: KEY.clean.flac."""
+    noisy: str = "noisy"
+    """Extension of the noisy half of a pair, before .flac or .wav."""

@@ -1,4 +1,4 @@
-"""One utterance on its way into a shard: where it comes from, and how it becomes audio and JSON."""
+"""Render an utterance for a shard: read its signals, convert them to 16-bit audio, describe them in JSON."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from mvat_dist.config.schema import SAMPLE_RATE
 from mvat_dist.data.mixing import mix
-from mvat_dist.data.prepare.reading import Audio, read_piece
+from mvat_dist.data.prepare.reading import Audio, locate, read_piece
 from mvat_dist.data.shards.codecs import Codec, Pcm, encode
 from mvat_dist.data.shards.format import META, Field, Sample, extension
 
@@ -22,7 +22,7 @@ _FLOOR_DBFS = -120.0
 
 @dataclass(frozen=True, slots=True)
 class Signal:
-    """A stretch of one file."""
+    """A part of one recording."""
 
     path: str
     """Relative to the corpus."""
@@ -33,9 +33,9 @@ class Signal:
     """Hz, as stored."""
     channels: int
     content: bytes
-    """Hash of the whole file's audio."""
+    """Hash of all audio of the recording."""
     first_channel: bool = False
-    """Take the first channel, not the mean of all: the channels of a room do not add up to a room."""
+    """Take the first channel, not the mean of all, because the mean of several rooms is no room."""
 
     @property
     def seconds(self) -> float:
@@ -44,8 +44,8 @@ class Signal:
 
 
 @dataclass(frozen=True, slots=True)
-class Mixing:
-    """How a validation clip is made of a speech and a noise signal."""
+class ValidationMix:
+    """How a validation clip is mixed of a speech and a noise signal."""
 
     snr_db: float
     level_dbfs: float
@@ -62,17 +62,17 @@ class Utterance:
     group: str
     """Speaker or recording."""
     signals: tuple[Signal, ...]
-    mixing: Mixing | None = None
+    mixing: ValidationMix | None = None
 
     @property
     def largest_bytes(self) -> int:
-        """An upper bound of its place in a tar, whatever the codec, as if FLAC saved nothing."""
-        seconds = self.mixing.max_seconds if self.mixing else max(one.seconds for one in self.signals)
+        """An upper bound of its bytes in a tar with any codec, as if FLAC saved nothing."""
+        seconds = self.mixing.max_seconds if self.mixing else max(signal.seconds for signal in self.signals)
         return 4096 + len(self.signals) * int(10240 + 1.02 * 2 * SAMPLE_RATE * seconds)
 
 
 def render(corpus: Path, key: str, utterance: Utterance, codec: Codec = "flac") -> Sample:
-    """Read, convert and encode one utterance; the same bytes whenever and wherever it is done.
+    """Read, convert and encode one utterance; the result has the same bytes on every machine.
 
     Nothing is clipped: where a signal passes full scale (a float file, or the ripple of resampling), all
     signals of the utterance are scaled down by one gain, which its JSON states.
@@ -81,21 +81,21 @@ def render(corpus: Path, key: str, utterance: Utterance, codec: Codec = "flac") 
         UnusableError: a file changed since it was inspected.
     """
     signals = [
-        read_piece(corpus / one.path, one.start, one.stop, first_channel=one.first_channel)
-        for one in utterance.signals
+        read_piece(locate(corpus, signal.path), signal.start, signal.stop, first_channel=signal.first_channel)
+        for signal in utterance.signals
     ]
     fields: tuple[Field, ...] = ("audio",) if len(signals) == 1 else ("clean", "noisy")
     names = ("speech", "noise") if utterance.mixing else fields
     meta: dict[str, Any] = {
         "key": key,
         "group": utterance.group,
-        "source": {name: _origin(one) for name, one in zip(names, utterance.signals, strict=True)},
+        "source": {name: _origin(signal) for name, signal in zip(names, utterance.signals, strict=True)},
     }
     if utterance.mixing:
         speech, noise = signals
         signals, meta["mixing"] = _mix(utterance.mixing, speech, noise)
     pcm, meta["gain"] = _quantise(signals)
-    levels = [_levels(one) for one in pcm]
+    levels = [_levels(samples) for samples in pcm]
     meta |= {
         "samples": pcm[0].size,
         "sample_rate": SAMPLE_RATE,
@@ -104,7 +104,9 @@ def render(corpus: Path, key: str, utterance: Utterance, codec: Codec = "flac") 
     snr = _snr_db(*pcm) if len(pcm) == 2 else float("nan")
     if len(pcm) == 2:
         meta["snr_db"] = round(snr, 3) if np.isfinite(snr) else None
-    members = {extension(field, codec): encode(one, codec) for field, one in zip(fields, pcm, strict=True)}
+    members = {
+        extension(field, codec): encode(samples, codec) for field, samples in zip(fields, pcm, strict=True)
+    }
     members[META] = json.dumps(meta, separators=(",", ":")).encode()
     return Sample(key, members, pcm[0].size, levels[-1]["rms_dbfs"], snr)
 
@@ -133,16 +135,16 @@ def _quantise(signals: list[Audio]) -> tuple[list[Pcm], float]:
     return [np.rint(signal * (gain * _FULL_SCALE)).astype(np.int16) for signal in signals], float(gain)
 
 
-def _mix(how: Mixing, speech: Audio, noise: Audio) -> tuple[list[Audio], dict[str, Any]]:
+def _mix(mixing: ValidationMix, speech: Audio, noise: Audio) -> tuple[list[Audio], dict[str, Any]]:
     """([clean, noisy], recipe) of a validation clip; the noise is looped where it is shorter."""
-    random = np.random.default_rng(how.seed)
-    length = min(speech.size, int(how.max_seconds * SAMPLE_RATE))
-    speech_offset, speech = _stretch(speech, length, random)
-    noise_offset, noise = _stretch(np.resize(noise, max(noise.size, length)), length, random)
-    mixed = mix.mix(speech, noise, how.snr_db, how.level_dbfs)
+    random = np.random.default_rng(mixing.seed)
+    length = min(speech.size, int(mixing.max_seconds * SAMPLE_RATE))
+    speech_offset, speech = _random_part(speech, length, random)
+    noise_offset, noise = _random_part(np.resize(noise, max(noise.size, length)), length, random)
+    mixed = mix.mix(speech, noise, mixing.snr_db, mixing.level_dbfs)
     recipe = {
-        "snr_db": how.snr_db,
-        "level_dbfs": how.level_dbfs,
+        "snr_db": mixing.snr_db,
+        "level_dbfs": mixing.level_dbfs,
         "speech_offset": speech_offset,
         "noise_offset": noise_offset,
         "speech_gain": mixed.speech_gain,
@@ -151,8 +153,8 @@ def _mix(how: Mixing, speech: Audio, noise: Audio) -> tuple[list[Audio], dict[st
     return [mixed.clean, mixed.noisy], recipe
 
 
-def _stretch(audio: Audio, length: int, random: np.random.Generator) -> tuple[int, Audio]:
-    """(offset, `length` samples) from a random place that is not silent, the peak if luck runs out."""
+def _random_part(audio: Audio, length: int, random: np.random.Generator) -> tuple[int, Audio]:
+    """(offset, `length` samples) of a random part that is not silent, or of the peak after `_DRAWS` tries."""
     last = audio.size - length
     for start in random.integers(last + 1, size=_DRAWS).tolist():
         if not mix.is_silent(audio[start : start + length]):

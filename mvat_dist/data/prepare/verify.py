@@ -66,8 +66,8 @@ def verify(corpus: Path, workers: int) -> Report:
             manifest = subset.manifest | {"shards": [shard], "utterances": shard["utterances"]}
             jobs.append(_Job(corpus / name, manifest))
     with parallel_map(workers) as run:
-        for found in tqdm(run(_check_shard, jobs), "verifying", len(jobs), unit="shard"):
-            problems += found
+        for shard_problems in tqdm(run(_check_shard, jobs), "verifying", len(jobs), unit="shard"):
+            problems += shard_problems
     return Report(len(jobs), utterances, samples / SAMPLE_RATE / 3600, problems)
 
 

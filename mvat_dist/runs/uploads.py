@@ -151,7 +151,8 @@ def attach_weights(student: Path, file: Path, step: int, about: Mapping[str, Any
 @contextmanager
 def _waiting(folder: Path) -> Iterator[Path | None]:
     """Make the folder of one upload, whole or not at all; None where too many wait already."""
-    if folder.parent.is_dir() and sum(1 for _ in folder.parent.iterdir()) >= _MOST_PENDING:
+    folder.parent.mkdir(exist_ok=True)  # without parents: a run's folder that was removed does not come back
+    if sum(1 for _ in folder.parent.iterdir()) >= _MOST_PENDING:
         yield None
         return
     with atomic_directory(folder) as temporary:

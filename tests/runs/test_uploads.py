@@ -56,6 +56,7 @@ def test_a_mode_that_wandb_does_not_have_is_refused(monkeypatch: pytest.MonkeyPa
 def test_an_attachment_keeps_the_files_of_its_step(tmp_path: Path) -> None:
     sound = tmp_path / "heard.flac"
     sound.write_bytes(b"of step 8")
+    (tmp_path / "student").mkdir()
     attachment = Attachment(8, {"examples/00/student": str(sound)}, {}, {"students": [{"a": 1}]})
     uploads.attach(tmp_path / "student", attachment)
     (tmp_path / "next").write_bytes(b"of step 9")
@@ -71,6 +72,7 @@ def test_weights_wait_in_their_order_and_not_without_limit(
 ) -> None:
     monkeypatch.setattr(uploads, "_MOST_PENDING", 3)
     file = tmp_path / "model.safetensors"
+    (tmp_path / "student").mkdir()
     for step in (9, 10, 100, 101):
         file.unlink(missing_ok=True)
         file.write_text(str(step))
@@ -79,3 +81,9 @@ def test_weights_wait_in_their_order_and_not_without_limit(
     records = [read_record(folder / uploads.RECORD, BestWeights) for folder in folders]
     assert [record.step for record in records] == [9, 10, 100]
     assert [(folder / "model.safetensors").read_text() for folder in folders] == ["9", "10", "100"]
+
+
+def test_a_removed_folder_does_not_come_back(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        uploads.attach(tmp_path / "removed" / "students" / "a", Attachment(8))
+    assert not list(tmp_path.iterdir())

@@ -210,6 +210,8 @@ def test_removing_the_folder_ends_the_run_and_nothing_comes_back(tmp_path: Path,
     run = RunDir(tmp_path / "removed")
     process = start(run)
     until_saved(run, process)
+    # The weights are the last file of a save: between two saves the run asks whether the folder is its own.
+    until(lambda: run.weights("tiny", "last").exists(), 30, pause=0.005)
     run.path.rename(tmp_path / "away")  # as one step, for the run writes meanwhile
     said = ended(process, 2)
     assert f"{run.path} was removed or taken over" in said

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mvat_dist.config.schema import SAMPLE_RATE
 from mvat_dist.errors import UserError
 from mvat_dist.evaluation.metrics import dnsmos, registry
-from mvat_dist.evaluation.metrics.frames import FRAME, HOP, llr, segmental_snr, wss
+from mvat_dist.evaluation.metrics.composite import FRAME, HOP, llr, segmental_snr, wss
 from mvat_dist.evaluation.metrics.perceptual import PESQ_LONGEST
 from mvat_dist.evaluation.metrics.registry import GROUPS, METRICS, Score
 from mvat_dist.evaluation.metrics.score import TOO_LITTLE_SPEECH
@@ -223,7 +223,7 @@ def test_a_changed_signal_is_scored_anew():
 
 
 def test_dnsmos_hears_every_whole_second_of_windows_of_9_s(monkeypatch, tmp_path):
-    heard = []
+    windows = []
 
     class Session:
         """Gives each window its first sample, its middle one and its last one as raw opinions."""
@@ -233,7 +233,7 @@ def test_dnsmos_hears_every_whole_second_of_windows_of_9_s(monkeypatch, tmp_path
 
         def run(self, _outputs, inputs):
             (window,) = inputs["audio"]
-            heard.append(window.size)
+            windows.append(window.size)
             return [[[window[0], window[window.size // 2], window[-1]]]]
 
     monkeypatch.setattr(dnsmos, "_session", lambda _weights: Session())
@@ -243,10 +243,10 @@ def test_dnsmos_hears_every_whole_second_of_windows_of_9_s(monkeypatch, tmp_path
     raw = ramp[[0, SAMPLE_RATE, 2 * SAMPLE_RATE]]
     assert sig == pytest.approx(np.mean(-0.08397278 * raw**2 + 1.22083953 * raw + 0.0052439), abs=1e-6)
     METRICS["dnsmos_ovrl"].compute(ramp, ramp)
-    assert heard == [144160] * 3  # once for all three opinions
+    assert windows == [144160] * 3  # once for all three opinions
     short = ramp[: 2 * SAMPLE_RATE]
     METRICS["dnsmos_bak"].compute(short, short)
-    assert heard == [144160] * (3 + 7)  # 2 s are repeated to 16 s
+    assert windows == [144160] * (3 + 7)  # 2 s are repeated to 16 s
 
 
 # What speechmos 0.0.1.1 says of these signals: sig, bak, ovrl.

@@ -85,9 +85,9 @@ def _opinions(estimate: Audio, clean: Audio) -> dict[str, Score]:
     repeated = estimate.astype(np.float32)
     while repeated.size < WINDOW:
         repeated = np.concatenate([repeated, repeated])
-    # The authors count the windows in whole seconds: a hop of 1 s, and a last part second is not heard.
+    # The authors count the windows in whole seconds: a hop of 1 s, and what is left at the end is not used.
     starts = range(0, max(1, repeated.size // SAMPLE_RATE - 9) * SAMPLE_RATE, SAMPLE_RATE)
-    (name,) = [one.name for one in session.get_inputs()]
+    (name,) = [tensor.name for tensor in session.get_inputs()]
     raw = np.array([session.run(None, {name: repeated[None, at : at + WINDOW]})[0][0] for at in starts])
     return {
         output: finite(np.polyval(polynomial, raw[:, number]).mean())
@@ -96,15 +96,15 @@ def _opinions(estimate: Audio, clean: Audio) -> dict[str, Score]:
 
 
 def dnsmos_sig(estimate: Audio, clean: Audio) -> Score:
-    """Predicted opinion of the speech, about 1 to 5; the reference is not heard."""
+    """Predicted opinion of the speech, about 1 to 5; the reference is not used."""
     return _opinions(estimate, clean)["sig"]
 
 
 def dnsmos_bak(estimate: Audio, clean: Audio) -> Score:
-    """Predicted opinion of the background, about 1 to 5; the reference is not heard."""
+    """Predicted opinion of the background, about 1 to 5; the reference is not used."""
     return _opinions(estimate, clean)["bak"]
 
 
 def dnsmos_ovrl(estimate: Audio, clean: Audio) -> Score:
-    """Predicted opinion of the overall quality, about 1 to 5; the reference is not heard."""
+    """Predicted opinion of the overall quality, about 1 to 5; the reference is not used."""
     return _opinions(estimate, clean)["ovrl"]

@@ -59,7 +59,7 @@ def pesq_nb(estimate: Audio, clean: Audio) -> Score:
 
 
 def _stoi(estimate: Audio, clean: Audio, *, extended: bool) -> Score:
-    # Imported late: scipy.signal below it takes 0.7 s, which a process that scores PESQ need not pay.
+    # Imported late: it imports scipy.signal, which takes 0.7 s that a process which scores PESQ need not pay.
     from pystoi import stoi as short_time_intelligibility
 
     if failure := unusable(estimate, clean):
@@ -67,7 +67,7 @@ def _stoi(estimate: Audio, clean: Audio, *, extended: bool) -> Score:
     if clean.size < STOI_SHORTEST * SAMPLE_RATE:
         return Score(None, f"shorter than {STOI_SHORTEST:g} s")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Not enough STFT frames", RuntimeWarning)  # told by the score
+        warnings.filterwarnings("ignore", "Not enough STFT frames", RuntimeWarning)  # the score says it
         value = float(short_time_intelligibility(clean, estimate, SAMPLE_RATE, extended=extended))
     return Score(None, TOO_LITTLE_SPEECH) if value == _STOI_TOO_LITTLE else finite(value)
 

@@ -4,7 +4,7 @@ A score is a value or a reason why there is none, never a stand-in number: a zer
 refuses would move a mean as much as a bad network does. Every metric takes the estimate and the clean
 reference as float arrays (T,) at 16 kHz and equal in length.
 
-Importable without torch: `mvat_dist.evaluation.scorer` runs these functions in small child processes.
+Importable without torch: `mvat_dist.evaluation.scorer` runs these functions in worker processes.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from dataclasses import dataclass
 
 from mvat_dist.errors import UserError, nearest
 from mvat_dist.evaluation.metrics import dnsmos
-from mvat_dist.evaluation.metrics.composite import cbak, covl, csig
-from mvat_dist.evaluation.metrics.frames import segmental_snr
+from mvat_dist.evaluation.metrics.composite import cbak, covl, csig, segmental_snr
 from mvat_dist.evaluation.metrics.perceptual import estoi, pesq_nb, pesq_wb, stoi
 from mvat_dist.evaluation.metrics.score import Audio, Measure, Score
 from mvat_dist.evaluation.metrics.si_sdr import si_sdr
@@ -63,15 +62,15 @@ def select(names: str | Iterable[str]) -> tuple[str, ...]:
     Raises:
         UserError: an unknown or repeated name, none at all, or one whose package is missing.
     """
-    asked = [one.strip() for one in (names.split(",") if isinstance(names, str) else names)]
-    for name in asked:
+    chosen = [name.strip() for name in (names.split(",") if isinstance(names, str) else names)]
+    for name in chosen:
         if name not in METRICS and name not in GROUPS:
             raise UserError(f"unknown metric {name!r}; did you mean {nearest(name, [*METRICS, *GROUPS])}?")
-    wanted = [metric for name in asked for metric in GROUPS.get(name, (name,))]
-    if not wanted:
+    metrics = [metric for name in chosen for metric in GROUPS.get(name, (name,))]
+    if not metrics:
         raise UserError(f"no metric named; there are {', '.join(METRICS)}")
-    if len(set(wanted)) != len(wanted):
-        raise UserError(f"a metric is named twice in {', '.join(asked)!r}")
-    if set(wanted) & set(GROUPS["dnsmos"]):
+    if len(set(metrics)) != len(metrics):
+        raise UserError(f"a metric is named twice in {', '.join(chosen)!r}")
+    if set(metrics) & set(GROUPS["dnsmos"]):
         dnsmos.check_installed()
-    return tuple(wanted)
+    return tuple(metrics)

@@ -1,4 +1,4 @@
-"""A score is a value or a reason why there is none, and which pairs no metric is defined for."""
+"""A score, which is a value or the reason why there is none, and the pairs that no metric is defined for."""
 
 from __future__ import annotations
 
@@ -59,18 +59,18 @@ Result = TypeVar("Result")
 
 
 def remembering(measure: Callable[[Audio, Audio], Result]) -> Callable[[Audio, Audio], Result]:
-    """`measure`, computed once for a pair that it is asked for several times in a row.
+    """`measure` with its last result kept, for a pair that is measured several times in a row.
 
     Three composite measures use one PESQ, which takes longer than all the rest together.
     """
     last: dict[tuple[object, ...], Result] = {}
 
     @wraps(measure)
-    def once(estimate: Audio, clean: Audio) -> Result:
+    def measure_once(estimate: Audio, clean: Audio) -> Result:
         key = tuple((audio.dtype.str, audio.shape, audio.tobytes()) for audio in (estimate, clean))
         if key not in last:
             last.clear()
             last[key] = measure(estimate, clean)
         return last[key]
 
-    return once
+    return measure_once

@@ -6,8 +6,8 @@ import argparse
 import math
 import os
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,14 +20,11 @@ from mvat_dist.distributed import device as devices
 from mvat_dist.distributed import ranks
 from mvat_dist.distributed.ranks import Ranks
 from mvat_dist.errors import UserError, exit_code
-from mvat_dist.evaluation.evaluation import Evaluation, finish, measure_costs, score
-from mvat_dist.evaluation.metrics import dnsmos
-from mvat_dist.evaluation.metrics import registry as metric_table
+from mvat_dist.evaluation.evaluation import Evaluation, Request, run
+from mvat_dist.evaluation.metrics import dnsmos, registry
 from mvat_dist.evaluation.metrics.registry import GROUPS, METRICS
-from mvat_dist.evaluation.row_log import RowLog
 from mvat_dist.evaluation.statistics import NOISY
-from mvat_dist.evaluation.systems import networks_of, split_name
-from mvat_dist.io import make_folder
+from mvat_dist.evaluation.systems import load_systems, split_name
 
 DEFAULT_METRICS = "pesq_wb,stoi,si_sdr"
 
@@ -98,7 +95,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if (arguments.data is None) == (arguments.noisy is None):
         raise UserError("give either --data, or --noisy and --clean (python -m mvat_dist.evaluate --help)")
     if arguments.dnsmos:
-        os.environ[dnsmos.WEIGHTS_VARIABLE] = str(arguments.dnsmos.absolute())  # for the scoring processes
+        os.environ[dnsmos.WEIGHTS_VARIABLE] = str(arguments.dnsmos.absolute())  # for the scoring workers
     return arguments
 
 
@@ -106,65 +103,51 @@ def main(argv: list[str] | None = None) -> None:
     """Score what is asked for, print the tables, and write them and the rows."""
     arguments = parse(argv)
     here = ranks.read()
-    evaluation = _prepare(arguments, here)
-    out = evaluation.out
-    make_folder(out)
-    log = RowLog(out, evaluation.fingerprint)
-    if not evaluation.is_finished():
-        if here.rank == 0:
-            evaluation.say_what_is_replaced()
-            # Before the scoring processes take the CPUs.
-            measure_costs(evaluation, log)
-        # Threads that spin for work would take the cores of the scoring processes: half of them are enough.
-        threads = torch.get_num_threads()
-        torch.set_num_threads(max(1, threads // 2))
-        try:
-            score(evaluation, log, here, arguments.processes)
-        finally:
-            torch.set_num_threads(threads)  # an experiment evaluates many runs in one process
-        if missing := finish(evaluation, log):
-            print(f"rank {here.rank} of {here.world_size} is done; {missing} rows of the others are missing")
-            return
-    print((out / "scores.md").read_text(encoding="utf-8"))
-    print(f"rows and tables: {out}")
+    evaluation = _evaluation(arguments, here)
+    if missing := run(evaluation, here, arguments.processes):
+        print(f"rank {here.rank} of {here.world_size} is done; {missing} rows of the others are missing")
+        return
+    print((evaluation.out / "scores.md").read_text(encoding="utf-8"))
+    print(f"rows and tables: {evaluation.out}")
 
 
-def _prepare(arguments: argparse.Namespace, here: Ranks) -> Evaluation:
-    metrics = metric_table.select(arguments.metrics)
+def _evaluation(arguments: argparse.Namespace, here: Ranks) -> Evaluation:
+    """Everything that is asked for, loaded and checked."""
+    metrics = registry.select(arguments.metrics)
     device = devices.pick(arguments.device)
     if device.type == "cuda":
         device = torch.device("cuda", here.local_rank % torch.cuda.device_count())
-    networks = networks_of(arguments.models, arguments.weights)
-    about, sets = _clips(arguments)
-    reference = arguments.against or next(iter(networks), None)
-    if reference is not None and reference not in (NOISY, *networks):
-        there = f"{', '.join(networks) or 'none'}; or {NOISY}"
-        raise UserError(f"--against {reference}: no such network; there are {there}")
+    systems = load_systems(arguments.models, arguments.weights)
+    request, sets = _clips(arguments)
+    reference = arguments.against or next(iter(systems), None)
+    if reference is not None and reference not in (NOISY, *systems):
+        choices = f"{', '.join(systems) or 'none'}; or {NOISY}"
+        raise UserError(f"--against {reference}: no such network; there are {choices}")
     out = arguments.out or _default_out(arguments)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: give a folder")
-    about = {
-        "models": arguments.models,
-        "weights": arguments.weights,
-        "limit": arguments.limit,
-        "max_seconds": arguments.max_seconds,
-        **about,
-    }
-    return Evaluation(networks, sets, metrics, reference, device, out, about)
+    return Evaluation(systems, sets, metrics, reference, device, out, request)
 
 
-def _clips(arguments: argparse.Namespace) -> tuple[dict[str, Any], TestSets]:
-    """(where they came from, test sets)."""
+def _clips(arguments: argparse.Namespace) -> tuple[Request, TestSets]:
+    """The clips, and what was asked for in words."""
     limits = arguments.limit, arguments.max_seconds
+    request = partial(
+        Request,
+        models=arguments.models,
+        weights=arguments.weights,
+        limit=arguments.limit,
+        max_seconds=arguments.max_seconds,
+    )
     if arguments.data is not None:
         sets = held_out(arguments.data, *limits, Cache(arguments.cache_dir))
-        return {"data": locations.absolute(arguments.data)}, sets
+        return request(data=locations.absolute(arguments.data)), sets
     sets, unmatched = folder_pair(arguments.noisy, arguments.clean, *limits)
     if unmatched:
         shown = ", ".join(unmatched[:3]) + (" ..." if len(unmatched) > 3 else "")
         print(f"note: {len(unmatched)} files without a counterpart are left out: {shown}", file=sys.stderr)
-    folders = {side: str(getattr(arguments, side).absolute()) for side in ("noisy", "clean")}
-    return {**folders, "unmatched": unmatched}, sets
+    noisy, clean = (str(folder.absolute()) for folder in (arguments.noisy, arguments.clean))
+    return request(noisy=noisy, clean=clean, unmatched=unmatched), sets
 
 
 def _default_out(arguments: argparse.Namespace) -> Path:

@@ -24,7 +24,7 @@ from mvat_dist.config.schema import Config
 from mvat_dist.data.test_sets import held_out
 from mvat_dist.errors import EXIT_BUSY, UserError, exit_code
 from mvat_dist.evaluation.metrics import registry
-from mvat_dist.evaluation.systems import CLASSICAL, TEACHER, networks_of, split_name
+from mvat_dist.evaluation.systems import CLASSICAL, TEACHER, load_systems, split_name
 from mvat_dist.launch.preflight import check_teacher_file
 from mvat_dist.runs.folder import RunDir, run_folder
 
@@ -161,7 +161,7 @@ def _check(grid: Grid, runs: list[Cell]) -> None:
         if config.distil.method != "none" and config.teacher.source == "live":
             check_teacher_file(config.teacher.file)
     try:
-        networks_of([_named(baseline) for baseline in grid.baselines], "best")
+        load_systems([_named(baseline) for baseline in grid.baselines], "best")
         for data in dict.fromkeys(_test_data(grid, cell) for cell in runs):
             held_out(data, 1, 0.0)
     except UserError as error:

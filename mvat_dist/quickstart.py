@@ -18,8 +18,9 @@ from mvat_dist.config import sizes
 from mvat_dist.config.cli import CommandParser
 from mvat_dist.data.synthetic.corpus import make_corpus
 from mvat_dist.errors import UserError, exit_code
+from mvat_dist.evaluation.evaluation import SCORES, Scores
 from mvat_dist.evaluation.statistics import NOISY
-from mvat_dist.io import read_json
+from mvat_dist.io import read_record
 from mvat_dist.runs.folder import run_folder
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
@@ -74,9 +75,13 @@ def _check(scores: Path, students: list[str]) -> None:
     Raises:
         UserError: naming the students that are not.
     """
-    for name, section in read_json(scores / "scores.json")["sections"].items():
-        means = {model: by_metric["si_sdr"]["mean"] for model, by_metric in section["scores"].items()}
-        worse = [student for student in students if means[student] is None or means[student] <= means[NOISY]]
+    for name, section in read_record(scores / SCORES, Scores).sections.items():
+        means = {
+            model: mean
+            for model, by_metric in section.scores.items()
+            if (mean := by_metric["si_sdr"].mean) is not None
+        }
+        worse = [student for student in students if student not in means or means[student] <= means[NOISY]]
         if worse:
             raise UserError(
                 f"{name}: the SI-SDR of {', '.join(worse)} is not above the noisy input's, see {scores}"

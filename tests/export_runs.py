@@ -10,6 +10,7 @@ from mvat_dist.io import write_json
 from mvat_dist.models import weights
 from mvat_dist.runs.folder import RunDir
 from tests.networks import TINY, loud
+from tests.score_records import score, write_scores
 from tests.signals import noise_at, syllables
 
 
@@ -29,20 +30,15 @@ def a_run(path: Path) -> Path:
     init = {"tiny": {"name": "old-tiny", "sha256": "def456"}, "other": {"name": "x", "sha256": "0"}}
     write_json(folder.inputs, {"teacher": teacher, "data": data, "init": init})
     write_json(folder.environment, {"commit": "c0ffee", "host": "secret-host", "packages": {"torch": "2"}})
-    score = {"mean": 2.5, "low": 2.25, "high": 2.75, "clips": 9, "failed": {}}
-    sections = {
-        "test_a": {
-            "scores": {
-                "noisy": {"pesq_wb": {**score, "mean": 1.5}},
-                "tiny": {"pesq_wb": score},
-                "log-mmse": {"pesq_wb": {**score, "mean": 2.3}},
-                "other": {"pesq_wb": {**score, "mean": 3.9}},
-            }
-        }
+    scores = {
+        "noisy": {"pesq_wb": score(1.5, 0.25)},
+        "tiny": {"pesq_wb": score(2.5, 0.25)},
+        "log-mmse": {"pesq_wb": score(2.3, 0.25)},
+        "other": {"pesq_wb": score(3.9, 0.25)},
     }
-    identity = {"networks": {"tiny": weights.fingerprint(made)}}
-    scores = {"weights": "best", "data": "/secret/shards", "identity": identity, "sections": sections}
-    write_json(folder.path / "evaluate" / "shards-best" / "scores.json", scores)
+    file = folder.path / "evaluate" / "shards-best" / "scores.json"
+    file.parent.mkdir(parents=True)
+    write_scores(file, {"test_a": scores}, {"tiny": weights.fingerprint(made)}, "/secret/shards")
     return folder.path
 
 

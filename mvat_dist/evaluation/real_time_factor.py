@@ -19,7 +19,7 @@ from mvat_dist.models.fold import folded
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of one network. Lower is better in all of it."""
+    """The cost of one network. Lower is better in all three."""
 
     parameters: int
     gmac_at_4_s: float
@@ -56,9 +56,9 @@ def real_time_factor(model: nn.Module, seconds: float = COST_SECONDS, runs: int 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads)

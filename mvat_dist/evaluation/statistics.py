@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 Row = dict[str, Any]
+Verdict = Literal["better", "worse", "no clear difference"]
 
 NOISY = "noisy"
 """Name of the unprocessed input among the models."""
@@ -92,16 +93,9 @@ class Difference:
     """Two-sided p-value of the sign-flip test: how often chance alone makes a difference as large. Exact
     where the clips are so few that all signs can be tried."""
     clips: int
-
-    @property
-    def verdict(self) -> str:
-        """``better`` or ``worse`` where the interval excludes 0 and p is below `SIGNIFICANT`; else ``no clear
-        difference``. The interval of a handful of clips alone is too narrow."""
-        if self.low is None or self.high is None or self.p is None:
-            return "no clear difference"
-        if self.low <= 0 <= self.high or self.p >= SIGNIFICANT:
-            return "no clear difference"
-        return "better" if self.low > 0 else "worse"
+    verdict: Verdict = "no clear difference"
+    """Better or worse where the interval excludes 0 and p is below `SIGNIFICANT`: the interval of a handful
+    of clips alone is too narrow."""
 
 
 def compare(rows: Iterable[Row], model: str, reference: str, metric: str) -> Difference:
@@ -124,8 +118,15 @@ def paired(values: Sequence[float]) -> Difference:
     differences = np.asarray(values, np.float64)
     if not differences.size:
         return Difference(None, None, None, None, 0)
-    interval = mean_interval(differences.tolist())
-    return Difference(*interval, _sign_flip_p(differences), differences.size)
+    mean, low, high = mean_interval(differences.tolist())
+    p = _sign_flip_p(differences)
+    return Difference(mean, low, high, p, differences.size, _verdict(low, high, p))
+
+
+def _verdict(low: float | None, high: float | None, p: float) -> Verdict:
+    if low is None or high is None or low <= 0 <= high or p >= SIGNIFICANT:
+        return "no clear difference"
+    return "better" if low > 0 else "worse"
 
 
 def _sign_flip_p(differences: npt.NDArray[np.float64]) -> float:

@@ -1,4 +1,4 @@
-"""What there is to score: the networks that the user's MODEL arguments stand for, by name."""
+"""The systems to score: the networks that the user's MODEL arguments stand for, by name."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ from mvat_dist.evaluation.statistics import NOISY
 from mvat_dist.models import log_mmse, weights
 from mvat_dist.models.log_mmse import LogMmse
 from mvat_dist.models.weights import LoadedModel
-from mvat_dist.runs import weights as weightsfile
 from mvat_dist.runs.folder import RunDir
-from mvat_dist.runs.weights import Which
+from mvat_dist.runs.weights import Which, resolve, students_of, teacher_of
 
 TEACHER = "teacher"
 CLASSICAL = "log-mmse"
@@ -29,11 +28,12 @@ CLASSICAL = "log-mmse"
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A network and the name that its rows get, alone and beside another of that name."""
+class System:
+    """A network or a classical filter, and what its rows are called."""
 
     name: str
     full_name: str
+    """The name that it gets beside another system of the same `name`."""
     own_name: str
     """What its file calls it."""
     model: nn.Module
@@ -44,8 +44,8 @@ class Candidate:
     step: int | None = None
 
 
-def networks_of(models: Sequence[str], which: Which) -> dict[str, Candidate]:
-    """The networks in `models`, by the names of their rows, which are unique.
+def load_systems(models: Sequence[str], which: Which) -> dict[str, System]:
+    """The systems in `models`, by the names of their rows, which are unique.
 
     Args:
         models: paths, each a run (its teacher and all its students), a student's folder, a model file or
@@ -54,34 +54,34 @@ def networks_of(models: Sequence[str], which: Which) -> dict[str, Candidate]:
         which: weights, where there is a choice.
 
     Raises:
-        UserError: nothing there, no trained weights in it, a file that is something else, or two networks of
+        UserError: nothing there, no trained weights in it, a file that is something else, or two systems of
             one name.
     """
-    split = [split_name(model) for model in models]
-    _refuse_taken_names(split)
-    labels = [path.name for _, path in split]
+    arguments = [split_name(model) for model in models]
+    _refuse_taken_names(arguments)
+    labels = [path.name for _, path in arguments]
     if len(set(labels)) != len(labels):
-        labels = locations.labels([str(path.absolute()) for _, path in split])
-    found = [
-        candidate
-        for (name, path), label in zip(split, labels, strict=True)
-        for candidate in _candidates(path, name, label, which)
+        labels = locations.labels([str(path.absolute()) for _, path in arguments])
+    systems = [
+        system
+        for (name, path), label in zip(arguments, labels, strict=True)
+        for system in _load(path, name, label, which)
     ]
-    unique = list({(one.name, one.fingerprint): one for one in found}.values())
-    count = Counter(one.name for one in unique)
-    named = [(one.name if count[one.name] == 1 else one.full_name, one) for one in unique]
+    unique = list({(system.name, system.fingerprint): system for system in systems}.values())
+    count = Counter(system.name for system in unique)
+    named = [(system.name if count[system.name] == 1 else system.full_name, system) for system in unique]
     for name, times in Counter(name for name, _ in named).items():
         if times > 1 or name == NOISY:
             raise UserError(f"two things to score are called {name!r}: name them, as NAME=PATH")
     return dict(named)
 
 
-def _refuse_taken_names(split: Sequence[tuple[str, Path]]) -> None:
+def _refuse_taken_names(arguments: Sequence[tuple[str, Path]]) -> None:
     """A chosen name must not be one that a run gives: records would take one network for the other."""
-    chosen = {name for name, path in split if name and not RunDir(path).config.is_file()}
-    runs = [path for name, path in split if not name and RunDir(path).config.is_file()]
-    given = {TEACHER, *(own for path in runs for own in weightsfile.students_of(path))} if runs else set()
-    if taken := sorted(chosen & given):
+    chosen = {name for name, path in arguments if name and not RunDir(path).config.is_file()}
+    runs = [path for name, path in arguments if not name and RunDir(path).config.is_file()]
+    names = {TEACHER, *(student for run in runs for student in students_of(run))} if runs else set()
+    if taken := sorted(chosen & names):
         raise UserError(
             f"{', '.join(taken)} is a network of {', '.join(map(str, runs))}: choose another NAME"
         )
@@ -95,29 +95,30 @@ def split_name(model: str) -> tuple[str, Path]:
     return "", Path(model)
 
 
-def _candidates(path: Path, name: str, label: str, which: Which) -> list[Candidate]:
+def _load(path: Path, name: str, label: str, which: Which) -> list[System]:
+    """The systems of one argument: those of a run, or a single one."""
     if str(path) == CLASSICAL and not path.exists():
         label = name or CLASSICAL
-        return [Candidate(label, label, CLASSICAL, LogMmse().eval(), _classical_version())]
+        return [System(label, label, CLASSICAL, LogMmse().eval(), _classical_version())]
     if not RunDir(path).config.is_file():
-        loaded = weights.load(weightsfile.resolve(path, which))
-        return [_candidate(name or loaded.name, name or label, loaded)]
-    students = weightsfile.students_of(path, which)
+        loaded = weights.load(resolve(path, which))
+        return [_system(name or loaded.name, name or label, loaded)]
+    students = students_of(path, which)
     if not students:
         raise UserError(f"{path} holds no trained student yet: weights are saved with its first checkpoint")
-    networks = {**_teacher_of(path), **{own: weights.load(file) for own, file in students.items()}}
+    networks = {**_load_teacher(path), **{student: weights.load(file) for student, file in students.items()}}
     return [
-        _candidate(f"{name}/{own}" if name else own, f"{name or label}/{own}", loaded)
-        for own, loaded in networks.items()
+        _system(f"{name}/{network}" if name else network, f"{name or label}/{network}", loaded)
+        for network, loaded in networks.items()
     ]
 
 
-def _teacher_of(run: Path) -> dict[str, LoadedModel]:
-    """The teacher of a run, called `TEACHER`; nothing, and a note, where it is not to be had."""
-    known = weightsfile.teacher_of(run)
-    if known is None:
+def _load_teacher(run: Path) -> dict[str, LoadedModel]:
+    """The teacher of a run, called `TEACHER`; nothing, and a note, where its weights are gone or changed."""
+    teacher = teacher_of(run)
+    if teacher is None:
         return {}
-    file, sha256 = known
+    file, sha256 = teacher
     if not file.exists():
         print(f"note: the teacher of {run} is no longer at {file}; it is left out", file=sys.stderr)
         return {}
@@ -138,6 +139,6 @@ def _classical_version() -> str:
     return f"{CLASSICAL} {code}, scipy {metadata.version('scipy')}"
 
 
-def _candidate(name: str, full_name: str, loaded: LoadedModel) -> Candidate:
+def _system(name: str, full_name: str, loaded: LoadedModel) -> System:
     model = loaded.model
-    return Candidate(name, full_name, loaded.name, model, weights.fingerprint(model), model.size, loaded.step)
+    return System(name, full_name, loaded.name, model, weights.fingerprint(model), model.size, loaded.step)

@@ -62,15 +62,15 @@ def validate(
         rank, world_size: this process and their number.
         gather: needed with more than one rank; called once, by all of them.
     """
-    own = rows_as_scored(
-        models, clips, metrics, device=device, noisy=noisy, wanted=lambda at, _: at % world_size == rank
+    local_rows = rows_as_completed(
+        models, clips, metrics, device=device, noisy=noisy, wanted=lambda index, _: index % world_size == rank
     )
     names = [NOISY, *models]
-    gathered = [row for one_rank in gather(list(own)) for row in one_rank]
-    return sorted(gathered, key=lambda row: (row["index"], names.index(row["model"])))
+    rows = [row for rank_rows in gather(list(local_rows)) for row in rank_rows]
+    return sorted(rows, key=lambda row: (row["index"], names.index(row["model"])))
 
 
-def rows_as_scored(
+def rows_as_completed(
     models: Mapping[str, nn.Module],
     clips: Clips,
     metrics: Sequence[str],
@@ -86,16 +86,16 @@ def rows_as_scored(
         processes: scoring workers of this rank; 0 takes one per available CPU.
         wanted: whether the model of a name is to be scored on the clip at a position.
     """
-    begun: list[Row] = []
+    rows: list[Row] = []
     with _evaluating(models.values()):
         estimates = _estimates(models, clips, device, noisy=noisy, wanted=wanted)
-        for number, scores in score_as_completed(_pairs(estimates, begun), metrics, processes=processes):
-            _fill(begun[number], scores)
-            yield begun[number]
+        for position, scores in score_as_completed(_pairs(estimates, rows), metrics, processes=processes):
+            _fill(rows[position], scores)
+            yield rows[position]
 
 
 def _pairs(estimates: Iterator[tuple[Row, Pair]], rows: list[Row]) -> Iterator[Pair]:
-    """The pairs alone; their rows are put into `rows` on the way."""
+    """The pairs; their rows are appended to `rows`."""
     for row, pair in estimates:
         rows.append(row)
         yield pair
@@ -109,7 +109,7 @@ def _estimates(
     noisy: bool,
     wanted: Callable[[int, str], bool],
 ) -> Iterator[tuple[Row, Pair]]:
-    """The wanted clips through every wanted model."""
+    """The wanted clips as every wanted model enhances them, each with the beginning of its row."""
     for index in range(len(clips)):
         names = [name for name in ([NOISY] if noisy else []) + [*models] if wanted(index, name)]
         if not names:
@@ -117,28 +117,31 @@ def _estimates(
         try:
             key, mixture, clean = clips[index]
         except UnusableClipError as error:
-            about: Row = {"index": index, "key": error.key, "duration_s": None, "snr_db": None}
-            nothing = np.zeros(0, np.float32)
+            clip_row: Row = {"index": index, "key": error.key, "duration_s": None, "snr_db": None}
+            no_audio = np.zeros(0, np.float32)
             for name in names:
-                yield {**about, "model": name, "problem": str(error)}, Pair(nothing, nothing, error.reason)
+                yield (
+                    {**clip_row, "model": name, "problem": str(error)},
+                    Pair(no_audio, no_audio, error.reason),
+                )
             continue
-        about = {
+        clip_row = {
             "index": index,
             "key": key,
             "duration_s": round(len(clean) / SAMPLE_RATE, 4),
             "snr_db": _snr(mixture, clean),
         }
+        # No network takes a clip of no samples, and no metric does.
+        failure = None if len(mixture) else NO_SAMPLES
         for name in names:
-            # No network takes a clip of no samples, and no metric: that is told without asking either.
-            nothing_there = None if len(mixture) else NO_SAMPLES
-            plain = name == NOISY or nothing_there is not None
-            estimate = mixture if plain else enhance(models[name], mixture, device)
-            yield {**about, "model": name}, Pair(estimate, clean, nothing_there)
+            unprocessed = name == NOISY or failure is not None
+            estimate = mixture if unprocessed else enhance(models[name], mixture, device)
+            yield {**clip_row, "model": name}, Pair(estimate, clean, failure)
 
 
 @torch.no_grad()
 def enhance(model: nn.Module, noisy: Audio, device: torch.device) -> Audio:
-    """One pass of `model` over one whole clip (T,); the estimate (T,) in fp32 on the CPU."""
+    """One pass of `model` over a complete clip (T,); the estimate (T,) in fp32 on the CPU."""
     estimate = model(torch.from_numpy(noisy)[None].to(device))[0]
     array: Audio = estimate.float().cpu().numpy()
     return array
@@ -146,7 +149,7 @@ def enhance(model: nn.Module, noisy: Audio, device: torch.device) -> Audio:
 
 @contextmanager
 def _evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
-    """Eval mode inside; afterwards every module's own mode, for parts may be frozen in eval mode."""
+    """Eval mode inside; afterwards every module's own mode, because some may be frozen in eval mode."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         for module, _ in modes:
@@ -160,7 +163,7 @@ def _evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
 def _snr(noisy: Audio, clean: Audio) -> float | None:
     """10 log10(sum clean^2 / sum (noisy - clean)^2) in dB; None where either sum is zero.
 
-    None, too, for a silent noisy half: of one that has lost its speech and its noise it would say 0 dB.
+    None also for a silent noisy half, which has neither speech nor noise and would get 0 dB.
     """
     if np.abs(noisy).max(initial=0) < SILENCE:
         return None
@@ -169,5 +172,6 @@ def _snr(noisy: Audio, clean: Audio) -> float | None:
 
 
 def _fill(row: Row, scores: Mapping[str, Score]) -> None:
+    """Add a clip's scores to its row."""
     row.update({name: score.value for name, score in scores.items()})
     row["failure"] = {name: score.failure for name, score in scores.items() if score.failure} or None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -13,8 +14,10 @@ from tabulate import tabulate
 from mvat_dist.config import sizes
 from mvat_dist.config.schema import SAMPLE_RATE
 from mvat_dist.config.sizes import COST_SECONDS
-from mvat_dist.evaluation.metrics.registry import METRICS
+from mvat_dist.evaluation import table
+from mvat_dist.evaluation.statistics import Statistics
 from mvat_dist.inference import provenance
+from mvat_dist.io import parse_record
 from mvat_dist.models.weights import LoadedModel
 
 
@@ -141,7 +144,10 @@ def _scores(about: Mapping[str, str]) -> str:
     if not scores:
         return "Not evaluated yet: `python -m mvat_dist.evaluate RUN --data DATA`, then export again."
     blocks = [_legible(partial(_tables, data, sections), data) for data, sections in scores.items()]
-    note = "Higher is better; 95 % bootstrap intervals over clips in brackets, of two clips or more."
+    note = (
+        "Higher is better, the best of a column is bold; 95 % bootstrap intervals over clips in brackets, of "
+        "two clips or more."
+    )
     return "\n\n".join([*blocks, note])
 
 
@@ -154,19 +160,5 @@ def _tables(data: str, sections: Mapping[str, Any]) -> str:
 
 
 def _table(title: str, by_model: Mapping[str, Any]) -> str:
-    metrics = [name for name in next(iter(by_model.values())) if name in METRICS]
-    rows = [[model, *(_cell(scored[name], name) for name in metrics)] for model, scored in by_model.items()]
-    heads = ["", *(f"{METRICS[name].label} {METRICS[name].unit}".strip() for name in metrics)]
-    # Numbers are not parsed: tabulate would drop the last zero of a mean without an interval.
-    return f"{title}\n\n" + tabulate(rows, heads, tablefmt="github", disable_numparse=True)
-
-
-def _cell(score: Mapping[str, Any], metric: str) -> str:
-    """Mean and interval; one clip has no interval, and no clip gives a dash."""
-    mean, low, high = (
-        None if score[key] is None else f"{score[key]:.{METRICS[metric].decimals}f}"
-        for key in ("mean", "low", "high")
-    )
-    if mean is None:
-        return "-"
-    return mean if low is None or high is None else f"{mean} [{low}, {high}]"
+    scores = parse_record(json.dumps(by_model), dict[str, dict[str, Statistics]], title)
+    return f"{title}\n\n{table.score_table(scores)}"

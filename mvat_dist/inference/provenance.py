@@ -7,6 +7,7 @@ import json
 import sys
 import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,9 +17,10 @@ import yaml
 
 from mvat_dist.config import locations
 from mvat_dist.errors import UserError
+from mvat_dist.evaluation.evaluation import Scores
 from mvat_dist.evaluation.statistics import NOISY
 from mvat_dist.evaluation.systems import CLASSICAL
-from mvat_dist.io import read_json
+from mvat_dist.io import read_json, read_record
 from mvat_dist.models import metadata, weights
 from mvat_dist.models.weights import LoadedModel
 from mvat_dist.runs.folder import RunDir
@@ -140,10 +142,10 @@ def _scores(run: Path, name: str, which: str, sha256: str) -> dict[str, Any]:
 
 
 def _sections(file: Path, name: str, which: str, sha256: str) -> dict[str, Any]:
-    record = read_json(file)
-    if record.get("weights") != which:
+    record = read_record(file, Scores)
+    if record.weights != which:
         return {}
-    if record["identity"]["networks"].get(name) != sha256:
+    if record.inputs.networks.get(name) != sha256:
         print(
             f"note: {file} has no scores of these weights of {name} and is left out of the export: evaluate "
             "again",
@@ -152,15 +154,14 @@ def _sections(file: Path, name: str, which: str, sha256: str) -> dict[str, Any]:
         return {}
     shown = (name, NOISY, CLASSICAL)
     sections = {
-        section: {model: scored for model, scored in one["scores"].items() if model in shown}
-        for section, one in record["sections"].items()
+        test_set: {
+            model: {metric: asdict(score) for metric, score in by_metric.items()}
+            for model, by_metric in section.scores.items()
+            if model in shown
+        }
+        for test_set, section in record.sections.items()
     }
-    for by_model in sections.values():
-        for scored in by_model.values():
-            for score in scored.values():
-                for value in (score["mean"], score["low"], score["high"]):
-                    value is None or float(value)
-    return {section: by_model for section, by_model in sections.items() if by_model}
+    return {test_set: by_model for test_set, by_model in sections.items() if by_model}
 
 
 def _placeless(value: Any) -> Any:

@@ -126,7 +126,8 @@ def test_an_export_is_its_files_and_a_card(exported):
     for fact in (sha256, "CC0-1.0", "teacher manner-b, SHA-256 abc123", "seed 5",
                  "began as old-tiny, SHA-256 def456", "90 steps of 8 segments",
                  "loss of the authors, and waveform 1\n",
-                 "| tiny     | 2.50 [2.25, 2.75]", "| log-mmse | 2.30", "c0ffee", "`tiny.onnx`"):  # fmt: skip
+                 "| tiny      | **2.50** [2.25, 2.75]", "| log-mmse  | 2.30",
+                 "c0ffee", "`tiny.onnx`"):  # fmt: skip
         assert fact in card
     assert "3.90" not in card
     assert "secret" not in card

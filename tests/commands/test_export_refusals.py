@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from tests.conftest import REPOSITORY
 from tests.export_runs import a_run, a_test_set
 from tests.mistakes import assert_refused
 from tests.networks import TINY, loud
+from tests.score_records import score
 from tests.waiting import until
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -94,7 +96,7 @@ DAMAGES = [
     ("evaluate/shards-best/scores.json", '{"weights":"best"}', {"scores"}),
     (
         "evaluate/shards-best/scores.json",
-        '{"weights":"best", "identity": {"networks": {"tiny": "SHA256"}}, '
+        '{"format": "mvat_dist.scores.2", "weights":"best", "inputs": {"networks": {"tiny": "SHA256"}}, '
         '"sections": {"a": {"scores": {"tiny": {"pesq_wb": {"mean": 1}}}}}}',
         {"scores"},
     ),
@@ -144,12 +146,12 @@ def test_a_card_is_written_for_a_file_whose_origin_is_illegible(clips, tmp_path)
 
 def test_a_mean_without_an_interval_and_a_damaged_table_hide_no_other_scores(clips, tmp_path):
     model = tmp_path / "tiny.safetensors"
-    score = {"mean": 2.5, "low": 2.25, "high": 2.75}
+    mean, interval, none = (asdict(score(*known)) for known in ((2.4,), (2.5, 0.25), (None,)))
     scores = {
-        "one": {"a": {"tiny": {"pesq_wb": {"mean": 2.4, "low": None, "high": None}}}},
-        "damaged": {"b": {"tiny": {"pesq_wb": {"mean": 2.3}}}, "c": {"tiny": {"pesq_wb": score}}},
+        "one": {"a": {"tiny": {"pesq_wb": mean}}},
+        "damaged": {"b": {"tiny": {"pesq_wb": {"mean": 2.3}}}, "c": {"tiny": {"pesq_wb": interval}}},
         "more damaged": 7,
-        "none": {"d": {"tiny": {"pesq_wb": {"mean": None, "low": None, "high": None}}}},
+        "none": {"d": {"tiny": {"pesq_wb": none}}},
     }
     about = {"scores": json.dumps(scores)}
     modelfile.save(model, loud(TINY).state_dict(), name="tiny", size=TINY, step=1, about=about)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from mvat_dist import quickstart
 from mvat_dist.errors import UserError
+from tests.score_records import score, write_scores
 
 
 def scores(folder: Path, noisy: float, student: float | None) -> Path:
-    by_model = {"noisy": {"si_sdr": {"mean": noisy}}, "a": {"si_sdr": {"mean": student}}}
-    record = {"sections": {"test": {"scores": by_model}}, "networks": {"a": {"step": 7}}}
-    (folder / "scores.json").write_text(json.dumps(record))
+    by_model = {"noisy": {"si_sdr": score(noisy)}, "a": {"si_sdr": score(student)}}
+    write_scores(folder / "scores.json", {"test": by_model}, {"a": "0" * 64})
     return folder
 
 

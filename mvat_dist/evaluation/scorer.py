@@ -10,10 +10,10 @@ them most of a second, and end with this process.
 
 from __future__ import annotations
 
-import atexit
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.util import Finalize
 
 import numpy as np
 
@@ -151,7 +151,8 @@ def _kept_pool(workers: int) -> ProcessPool:
         end_workers()
         # One thread each: the processes themselves are the parallelism.
         _pool = ProcessPool(workers, threads=1, in_flight=2)
-        atexit.register(end_workers)
+        # Not atexit: a process of multiprocessing skips that, and would wait for the workers for ever.
+        Finalize(None, end_workers, exitpriority=1)
     return _pool
 
 
@@ -161,7 +162,6 @@ def end_workers() -> None:
     if _pool is not None:
         _pool.end()
     _pool = None
-    atexit.unregister(end_workers)
 
 
 def _score(job: _Job) -> dict[str, Score]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +48,7 @@ def failures(scores: list[dict[str, Score]]) -> list[str]:
 def workers() -> Iterator[Callable[[], set[int]]]:
     """Tells the children that were started since the test began; other tests may have left some of theirs."""
     end_workers()
+    resource_tracker.ensure_running()  # a child too
     earlier = own_children()
     yield lambda: own_children() - earlier
     end_workers()
@@ -174,9 +177,6 @@ def test_signals_of_slurm_and_of_the_terminal_do_not_reach_the_workers(to_job, w
         subprocess.run(["kill", f"-{to_job:d}", *map(str, workers())], check=True)
         yield from PAIRS[1:]
 
-    # The resource tracker of multiprocessing is a child too, from the first start of a worker on.
-    score_pairs(PAIRS[:1], FAST, processes=1)
-    end_workers()
     scores = score_pairs(pairs(), FAST, processes=2)
     assert failures(scores) == []
     assert len(workers()) == 2
@@ -240,3 +240,18 @@ def test_works_from_a_script_without_a_main_guard_in_a_path_with_spaces(tmp_path
     ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert ran.stdout.strip() == "[{'si_sdr': Score(value=100.0, failure=None)}]"
     assert ran.stderr == ""
+
+
+def score_and_return(pairs: list[Pair]) -> None:
+    """Keeps its worker."""
+    score_pairs(pairs, ["si_sdr"], processes=1)
+
+
+def test_a_process_of_multiprocessing_ends_though_it_keeps_workers():
+    """It runs no exit handlers, and joins its children."""
+    process = multiprocessing.get_context("spawn").Process(target=score_and_return, args=(PAIRS[:1],))
+    process.start()
+    process.join(120)
+    exit_code = process.exitcode
+    process.kill()
+    assert exit_code == 0

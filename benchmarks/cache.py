@@ -27,7 +27,7 @@ from mvat_dist.config.sizes import ViewKey
 from mvat_dist.data.mixing.dataset import TrainingData
 from mvat_dist.data.shards import target_codec
 from mvat_dist.data.shards.codecs import encode_flac
-from mvat_dist.data.shards.target_codec import LessonArrays, decode, encode
+from mvat_dist.data.shards.target_codec import SegmentTargets, decode, encode
 from mvat_dist.losses.mvat import energy_map
 from mvat_dist.losses.objective import Objective, prepare_targets
 from mvat_dist.models import weights
@@ -147,7 +147,7 @@ def _ways() -> Mapping[str, Callable[[Maps], tuple[float, Maps]]]:
 
 def _stored(maps: Maps, codec: target_codec.Codec, coarseness: float) -> tuple[float, Maps]:
     """Mean bytes of a segment, and the maps as they come back."""
-    contents = [encode(LessonArrays(one, None), codec, coarseness) for one in _items(maps)]
+    contents = [encode(SegmentTargets(one, None), codec, coarseness) for one in _items(maps)]
     frames = {key: values.shape[1] for key, values in maps.items()}
     back = [decode(content, codec, frames).maps for content in contents]
     return float(np.mean([len(content) for content in contents])), _batched(back)

@@ -91,7 +91,7 @@ def _files(folder: Path, subset: ShardSet, long: np.ndarray) -> Way:
 
 def _webdataset(subset: ShardSet) -> Way:
     """The tars in their order, over and over; webdataset's own decoders unpickle, so decoding is ours."""
-    urls = [str(subset.folder / shard["name"]) for shard in subset.manifest["shards"]]
+    urls = [str(subset.folder / shard.name) for shard in subset.shards]
     extension = "flac" if subset.codec == "flac" else "npy"
 
     def samples():  # type: ignore[no-untyped-def]

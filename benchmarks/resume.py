@@ -24,8 +24,9 @@ import numpy as np
 from mvat_dist.config.schema import SAMPLE_RATE, DataConfig
 from mvat_dist.data.loader import BatchStream, TrainingData, batches
 from mvat_dist.data.shards.codecs import encode
-from mvat_dist.data.shards.format import Sample, index_path, shard_name, write_shard
-from mvat_dist.data.shards.reader import FORMAT, MANIFEST
+from mvat_dist.data.shards.format import FORMAT, audio_layout, index_path, shard_name
+from mvat_dist.data.shards.remote_cache import MANIFEST
+from mvat_dist.data.shards.writer import Sample, write_shard
 from mvat_dist.io import sha256
 
 SHARDS, STORED = 32, 4
@@ -41,7 +42,14 @@ def main() -> None:
         _write_subset(corpus, "train_noise", arguments.utterances // 10, seconds=8.0)
         _write_subset(corpus, "train_rir", 1000, seconds=0.5)
         (corpus / MANIFEST).write_text(
-            json.dumps({"format": FORMAT, "subsets": ["train_clean", "train_noise", "train_rir"]})
+            json.dumps(
+                {
+                    "format": FORMAT,
+                    "subsets": {
+                        name: {"kind": "sources"} for name in ("train_clean", "train_noise", "train_rir")
+                    },
+                }
+            )
         )
         config = DataConfig(train=str(corpus))
         step = round(0.9 * arguments.utterances / BATCH)
@@ -114,7 +122,11 @@ def _write_subset(corpus: Path, name: str, utterances: int, seconds: float) -> N
     rows = []
     for number, share in enumerate(np.array_split(np.arange(utterances), SHARDS)):
         shard = folder / shard_name(number)
-        write_shard(shard, "sources", [_recording(random, f"stored_{at}", seconds) for at in range(STORED)])
+        write_shard(
+            shard,
+            audio_layout("sources"),
+            [_recording(random, f"stored_{at}", seconds) for at in range(STORED)],
+        )
         stored = np.load(index_path(shard), allow_pickle=False)
         # The last row stays the last member of the tar.
         index = np.resize(stored[::-1], share.size)[::-1].copy()
@@ -123,7 +135,7 @@ def _write_subset(corpus: Path, name: str, utterances: int, seconds: float) -> N
         rows.append(
             {
                 "name": shard.name,
-                "utterances": len(index),
+                "rows": len(index),
                 "samples": int(index["samples"].sum()),
                 "index_sha256": sha256(index_path(shard)),
             }

@@ -1,4 +1,4 @@
-"""``python -m mvat_dist.cache``: ask the teacher once for every segment, and keep what it says."""
+"""``python -m mvat_dist.cache``: run the teacher once on every segment, and store its targets."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import sys
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from mvat_dist.config import locations
-from mvat_dist.config import parser as configfile
+from mvat_dist.config import parser as config_parser
 from mvat_dist.config.cli import CommandParser, place
-from mvat_dist.config.schema import Config
+from mvat_dist.config.schema import SAMPLE_RATE, Config
 from mvat_dist.data.shards.target_codec import COARSENESS, CODECS
+from mvat_dist.data.shards.targets import CacheManifest
 from mvat_dist.errors import UserError, exit_code
 
 PROG = "python -m mvat_dist.cache"
@@ -22,7 +22,7 @@ PROG = "python -m mvat_dist.cache"
 
 def parser() -> argparse.ArgumentParser:
     """The options that are not the trainer's."""
-    made = CommandParser(
+    command = CommandParser(
         PROG,
         "Fill a teacher cache: the teacher's energy maps of every block and view, and optionally its output, "
         "for every segment of a corpus. All other options are the trainer's (python -m mvat_dist.train "
@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
         "  python -m mvat_dist.train --teacher.source cache --teacher.cache cache/dns --data.variants 4 \\\n"
         "      --data.train shards/dns --student all",
     )
-    add = made.add_argument
+    add = command.add_argument
     add(
         "--out",
         type=place,
@@ -65,8 +65,8 @@ def parser() -> argparse.ArgumentParser:
         help="only shards K, K+N, ... counted from 0, for N jobs side by side (default: 0/1)",
     )
     add("--dry-run", action="store_true", help="forecast size and time, and compare with a live teacher")
-    add("--verify", action="store_true", help="check every checksum, and ask the teacher again for 1 %%")
-    return made
+    add("--verify", action="store_true", help="check every checksum, and run the teacher again on 1 %%")
+    return command
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Config]:
@@ -75,7 +75,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Config]:
     Raises:
         UserError: an unknown option, or a value that cannot be.
     """
-    options, rest = parser().parse_known_args(_written_out(argv))
+    options, rest = parser().parse_known_args(_spell_out(argv))
     if options.workers < 0:
         raise UserError(f"--workers {options.workers}: give 0 or more")
     if not 0.01 <= options.coarseness <= 1.0:
@@ -84,7 +84,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Config]:
         raise UserError(
             f"--out {options.out}: a cache is made in a folder of this machine; copy it afterwards"
         )
-    return options, configfile.parse(rest, prog=PROG)
+    return options, config_parser.parse(rest, prog=PROG)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -104,20 +104,20 @@ def main(argv: list[str] | None = None) -> None:
     configure_logging(0)
     output = options.output or "output" in config.distil.method
     workers = options.workers or teacher_cache.default_workers(config)
-    order = teacher_cache.Order(
-        uuid.uuid4().hex, config, options.codec, output, options.coarseness, threads=1 if workers > 1 else 0
+    threads = 1 if workers > 1 else 0
+    spec = teacher_cache.CacheSpec(
+        uuid.uuid4().hex, config, options.codec, output, options.coarseness, threads
     )
     if options.verify:
-        print(cache_check.verify(order, out))
+        print(cache_check.verify(spec, out))
         return
     if options.dry_run:
-        print(cache_check.compare(order))
+        print(cache_check.compare(spec))
         return
-    header = teacher_cache.make(order, out, workers=workers, part=part)
-    print(_said(header, out))
+    print(_summary(teacher_cache.fill(spec, out, workers=workers, part=part), out))
 
 
-def _written_out(argv: Sequence[str]) -> list[str]:
+def _spell_out(argv: Sequence[str]) -> list[str]:
     return [re.sub(r"^--data(?=$|=)", "--data.train", argument) for argument in argv]
 
 
@@ -133,12 +133,12 @@ def _part(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _said(header: dict[str, Any] | None, out: Path) -> str:
-    if header is None:
+def _summary(manifest: CacheManifest | None, out: Path) -> str:
+    if manifest is None:
         return f"this part of {out} is done; the cache is finished when all parts are"
-    hours = header["segments"] * header["data"]["choices"]["segment_seconds"] / 3600
+    hours = manifest.segments * manifest.samples / SAMPLE_RATE / 3600
     return (
-        f"{out} holds {header['segments']} segments, {hours:.2f} hours, in {header['bytes'] / 1e9:.3f} GB: "
+        f"{out} holds {manifest.segments} segments, {hours:.2f} hours, in {manifest.bytes / 1e9:.3f} GB: "
         f"train with --teacher.source cache --teacher.cache {out} and the same --data options"
     )
 

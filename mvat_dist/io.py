@@ -307,7 +307,7 @@ def _check_format(text: str | bytes, record: type[Any], source: object) -> None:
         return
     try:
         content = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return
     stored = content.get("format") if isinstance(content, dict) else None
     if stored != version:

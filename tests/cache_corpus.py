@@ -12,7 +12,7 @@ from mvat_dist import cache
 from mvat_dist.config import parser
 from mvat_dist.config.sizes import Size
 from mvat_dist.data.mixing.dataset import TrainingData
-from mvat_dist.data.shards.targets import Lessons
+from mvat_dist.data.shards.targets import TeacherCache
 from mvat_dist.models import weights as modelfile
 from mvat_dist.models.manner import Manner
 from tests.tiny_corpus import write_pairs, write_sources
@@ -61,11 +61,11 @@ def write_teacher(file: Path, seed: int, scale: float = 1.0) -> Path:
     return file
 
 
-def opened(corpus: Path, *more: str, lessons: Lessons | None = None) -> TrainingData:
+def opened(corpus: Path, *more: str, teacher_cache: TeacherCache | None = None) -> TrainingData:
     """The segments that the caches here are of."""
     fixed = (f"--data.train={corpus}", f"--data.variants={VARIANTS}", *SEGMENTS, "--distil.method=none")
     config = parser.parse([*fixed, *more])
-    return TrainingData(config.data, config.seed, lessons)
+    return TrainingData(config.data, config.seed, teacher_cache)
 
 
 def options(corpus: Path, teacher: Path, out: Path, *more: str) -> list[str]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from mvat_dist.data.shards.codecs import Codec, encode
-from mvat_dist.data.shards.format import Kind, Sample, extension, index_path, shard_name, write_shard
-from mvat_dist.data.shards.reader import FORMAT, MANIFEST
-from mvat_dist.io import sha256
+from mvat_dist.data.shards.format import FORMAT, Kind, audio_layout, extension, shard_name
+from mvat_dist.data.shards.manifest import describe_shard
+from mvat_dist.data.shards.remote_cache import MANIFEST
+from mvat_dist.data.shards.writer import Sample, write_shard
 
 Waveform = np.ndarray
 
@@ -65,20 +67,13 @@ def _write(
         samples = [
             Sample(key, members[key] | {"json": b"{}"}, lengths[key], -25.0, float("nan")) for key in keys
         ]
-        write_shard(folder / shard_name(number), kind, samples, codec)
-        rows.append(
-            {
-                "name": shard_name(number),
-                "utterances": len(samples),
-                "samples": sum(one.samples for one in samples),
-                "bytes": (folder / shard_name(number)).stat().st_size,
-                "sha256": sha256(folder / shard_name(number)),
-                "index_sha256": sha256(index_path(folder / shard_name(number))),
-            }
-        )
+        shard = folder / shard_name(number)
+        write_shard(shard, audio_layout(kind, codec), samples)
+        record = describe_shard(shard, len(samples), sum(sample.samples for sample in samples))
+        rows.append(asdict(record))
     manifest = {"format": FORMAT, "subset": subset, "kind": kind, "codec": codec, "shards": rows}
     (folder / MANIFEST).write_text(json.dumps(manifest))
     above = corpus / MANIFEST
-    subsets = json.loads(above.read_text())["subsets"] if above.exists() else []
-    above.write_text(json.dumps({"format": FORMAT, "subsets": [*subsets, subset]}))
+    subsets = json.loads(above.read_text())["subsets"] if above.exists() else {}
+    above.write_text(json.dumps({"format": FORMAT, "subsets": subsets | {subset: {"kind": kind}}}))
     return folder

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mvat_dist.config.sizes import ViewKey
 from mvat_dist.data.mixing.segments import Segment
-from mvat_dist.data.shards.target_codec import LessonArrays
+from mvat_dist.data.shards.target_codec import SegmentTargets
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,12 @@ def collate(segments: Sequence[Segment]) -> Batch:
     """Stack segments, (T,) each, into one micro-batch."""
     noisy = torch.from_numpy(np.stack([segment.noisy for segment in segments]))
     clean = torch.from_numpy(np.stack([segment.clean for segment in segments]))
-    targets = [segment.lesson for segment in segments if segment.lesson is not None]
+    targets = [segment.teacher_targets for segment in segments if segment.teacher_targets is not None]
     assert len(targets) in (0, len(segments)), "a segment without its teacher targets"
     return Batch(noisy, clean, [segment.recipe for segment in segments], _collate_targets(targets))
 
 
-def _collate_targets(targets: Sequence[LessonArrays]) -> TeacherTargets | None:
+def _collate_targets(targets: Sequence[SegmentTargets]) -> TeacherTargets | None:
     """Stack the teacher targets of a batch's segments; None where there are none."""
     if not targets:
         return None

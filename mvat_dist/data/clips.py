@@ -16,8 +16,9 @@ from mvat_dist.data.mixing.mix import Audio
 from mvat_dist.data.prepare.corpora import list_dns
 from mvat_dist.data.prepare.reading import REASONS, UnusableError, read_whole
 from mvat_dist.data.shards.corpus import fingerprints, open_subset
-from mvat_dist.data.shards.folders import MANIFEST, Folder
-from mvat_dist.data.shards.reader import Field
+from mvat_dist.data.shards.format import Field
+from mvat_dist.data.shards.manifest import Folder
+from mvat_dist.data.shards.remote_cache import MANIFEST
 from mvat_dist.errors import UserError
 
 LENGTH_TOLERANCE = SAMPLE_RATE // 100

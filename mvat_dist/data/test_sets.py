@@ -8,9 +8,8 @@ from mvat_dist.config import locations
 from mvat_dist.data.clips import FilePairs, ValidationClips
 from mvat_dist.data.prepare import corpora
 from mvat_dist.data.shards.corpus import Corpus, locate
-from mvat_dist.data.shards.folders import MANIFEST, Folder, read_manifest
-from mvat_dist.data.shards.remote import RemoteError
-from mvat_dist.data.shards.remote_cache import Cache
+from mvat_dist.data.shards.manifest import Folder, is_corpus
+from mvat_dist.data.shards.remote_cache import MANIFEST, Cache
 from mvat_dist.errors import UserError
 
 TestSets = dict[str, ValidationClips]
@@ -37,21 +36,11 @@ def held_out(data: Path | str, limit: int, max_seconds: float, cache: Cache | No
     folders = locate("--data", data, cache)
     first, name = folders[0], locations.name(str(folders[0]))
     found: dict[str, list[Folder] | FilePairs] = {name: folders}
-    if _is_corpus(first):
+    if is_corpus(first):
         found = {**_of_corpus(Corpus("--data", data, cache), data)}
     elif len(folders) == 1 and isinstance(first, Path) and not (first / MANIFEST).is_file():
         found = {**_as_they_come(first, name)}
     return {name: ValidationClips(its, limit=limit, max_seconds=max_seconds) for name, its in found.items()}
-
-
-def _is_corpus(folder: Folder) -> bool:
-    """Whether it is a packed corpus; what else it may be is judged by `ValidationClips`."""
-    try:
-        return "subsets" in read_manifest(folder, "a packed corpus")
-    except RemoteError:
-        raise
-    except UserError:
-        return False
 
 
 def _of_corpus(corpus: Corpus, data: Path | str) -> dict[str, list[Folder]]:

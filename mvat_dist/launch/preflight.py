@@ -8,7 +8,8 @@ from mvat_dist.config import sizes
 from mvat_dist.config.schema import SAMPLE_RATE, Config
 from mvat_dist.data.mixing.checks import check_config, check_readers
 from mvat_dist.data.mixing.dataset import TrainingData
-from mvat_dist.data.shards.targets import read_header
+from mvat_dist.data.shards.corpus import cache_of
+from mvat_dist.data.shards.targets import cache_folder, read_cache_manifest
 from mvat_dist.errors import UserError
 from mvat_dist.launch.slurm import Resources
 from mvat_dist.runs import weights
@@ -60,7 +61,7 @@ def _check_teacher(config: Config) -> None:
     if config.distil.method == "none":
         return
     if teacher.source == "cache":
-        read_header(Path(teacher.cache))
+        read_cache_manifest(cache_folder(teacher.cache, cache_of(config.data)))
     if teacher.file or teacher.source == "live":
         check_teacher_file(teacher.file)
 
@@ -99,8 +100,8 @@ def _teacher_in_words(config: Config) -> str:
     if config.distil.method == "none":
         return ""
     if config.teacher.source == "cache":
-        header = read_header(Path(config.teacher.cache))
-        name, megabytes = header["teacher"]["name"], header["bytes"] / 1e6
+        manifest = read_cache_manifest(cache_folder(config.teacher.cache, cache_of(config.data)))
+        name, megabytes = manifest.teacher.name, manifest.bytes / 1e6
         return f" beside {name} as cached in {config.teacher.cache} ({megabytes:.0f} MB)"
     return f" beside {config.teacher.file}"
 

@@ -14,8 +14,8 @@ from mvat_dist.data.loader import check_batch, split_batch
 from mvat_dist.data.mixing.checks import check_readers
 from mvat_dist.data.mixing.dataset import TrainingData
 from mvat_dist.data.shards.corpus import Corpus, cache_of, locate
-from mvat_dist.data.shards.folders import Folder
-from mvat_dist.data.shards.targets import Lessons
+from mvat_dist.data.shards.manifest import Folder
+from mvat_dist.data.shards.targets import TeacherCache, cache_folder
 from mvat_dist.distributed.device import Precision
 from mvat_dist.errors import UserError
 from mvat_dist.losses.objective import Objective
@@ -64,11 +64,11 @@ def open_inputs(config: Config, world_size: int, device: torch.device, precision
     return Inputs(data, clips, teacher, objectives)
 
 
-def _open_cache(config: Config, precision: Precision) -> Lessons | None:
+def _open_cache(config: Config, precision: Precision) -> TeacherCache | None:
     """The teacher cache, where the run learns from one; it must be the named teacher's, if one is named."""
     if config.distil.method == "none" or config.teacher.source != "cache":
         return None
-    cache = Lessons(config.teacher.cache)
+    cache = TeacherCache(cache_folder(config.teacher.cache, cache_of(config.data)))
     cache.check_precision(precision)
     if config.teacher.file:
         file = run_weights.resolve(Path(config.teacher.file))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mvat_dist.config.sizes import Size, ViewKey
 from mvat_dist.data.batch import Batch, TeacherTargets
-from mvat_dist.data.shards.targets import Lessons
+from mvat_dist.data.shards.targets import TeacherCache
 from mvat_dist.distributed.device import Precision
 from mvat_dist.losses.mvat import energy_map
 from mvat_dist.models import weights
@@ -93,7 +93,7 @@ class LiveTeacher:
 class CachedTeacher:
     """Hands on the targets that the readers found in a teacher cache."""
 
-    def __init__(self, cache: Lessons) -> None:
+    def __init__(self, cache: TeacherCache) -> None:
         self._cache = cache
 
     @property
@@ -107,7 +107,7 @@ class CachedTeacher:
         Raises:
             UserError: the cache does not hold it.
         """
-        self._cache.want(maps, output)
+        self._cache.select(maps, output)
 
     def __call__(self, batch: Batch) -> TeacherTargets:
         """The targets that came with the batch."""
@@ -120,5 +120,5 @@ class CachedTeacher:
 
     def describe(self) -> dict[str, Any]:
         """The teacher that filled the cache, and which cache it was."""
-        header = self._cache.header
-        return {**header["teacher"], "cache": str(self._cache.folder), "codec": header["codec"]}
+        teacher = asdict(self._cache.manifest.teacher)
+        return {**teacher, "cache": str(self._cache.folder), "codec": self._cache.codec}

@@ -1,17 +1,16 @@
-"""Ask the teacher once for every segment of a corpus, and keep what it says (`data.shards.targets`)."""
+"""Fill a teacher cache: run the teacher once on every segment of a corpus, and store its targets."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,39 +19,140 @@ from tqdm import tqdm
 
 from mvat_dist.config.schema import SAMPLE_RATE, Config
 from mvat_dist.data.mixing.dataset import TrainingData
-from mvat_dist.data.mixing.fingerprint import differences, with_newer_fields
 from mvat_dist.data.pool import parallel_map
-from mvat_dist.data.shards import target_shards as store
-from mvat_dist.data.shards.target_codec import COARSENESS, Codec, LessonArrays, encode, map_name
-from mvat_dist.data.shards.target_shards import EncodedLesson
-from mvat_dist.data.shards.targets import FORMAT, HEADER
+from mvat_dist.data.shards.manifest import describe_shard
+from mvat_dist.data.shards.target_codec import COARSENESS, Codec, SegmentTargets, encode, map_name
+from mvat_dist.data.shards.targets import (
+    CACHE_MANIFEST,
+    CacheManifest,
+    TargetSample,
+    TeacherRecord,
+    is_finished,
+    levels_of,
+    target_shard,
+    write_targets,
+)
 from mvat_dist.distributed import device as devices
 from mvat_dist.errors import UserError
-from mvat_dist.io import TEMPORARY_SUFFIX, check_space, make_folder, only_writer, write_json
+from mvat_dist.io import TEMPORARY_SUFFIX, check_space, make_folder, only_writer, read_record, write_record
 from mvat_dist.runs import weights
 from mvat_dist.training.teacher import LiveTeacher
 
 UNFINISHED = "caching.json"
-"""Marker of a folder in which caching has begun and not ended."""
+"""Marker of a folder in which caching has begun and not ended: the manifest without shards."""
+_BYTES_PER_MEMBER = 512 + 256 + 108
+"""Header and mean padding of a member in its tar, and its row in the index."""
+
+Numbers = NDArray[np.int64]
+"""(n,) numbers of segments."""
 
 
 @dataclass(frozen=True)
-class Order:
-    """What is to be cached, and how. Equal orders have equal tokens."""
+class CacheSpec:
+    """What is cached, and how. Equal specifications have equal tokens."""
 
     token: str
     config: Config = field(compare=False)
     codec: Codec = field(compare=False)
     output: bool = field(compare=False)
     coarseness: float = field(default=COARSENESS, compare=False)
-    """Of `compact`."""
+    """Step of the codec `compact`."""
     threads: int = field(default=0, compare=False)
     """Threads of torch in the process that computes; 0 leaves them as they are."""
 
 
-@dataclass(frozen=True)
-class Forecast:
-    """What the cache will take, from the first segments of it."""
+class CacheWorker:
+    """The teacher and the corpus, opened once per process."""
+
+    def __init__(self, spec: CacheSpec) -> None:
+        if spec.threads:
+            torch.set_num_threads(spec.threads)
+        self.device, self.precision = devices.choose(spec.config.engine, 0)
+        self.spec = spec
+        self.samples = round(spec.config.data.segment_seconds * SAMPLE_RATE)
+        # A substitute's targets would be stored under the number of the segment that it replaces.
+        self.data = TrainingData(replace(spec.config.data, on_bad_sample="fatal"), spec.config.seed)
+        self.data.check_numbered()
+        self.teacher = LiveTeacher(teacher_file(spec.config), self.device, self.precision)
+        self.maps = self.teacher.size.views(self.samples)
+        """Frames of every map, by (side, level, view)."""
+        self.teacher.select(self.maps, output=spec.output)
+
+    def forward(self, numbers: Numbers) -> tuple[list[NDArray[np.float32]], list[SegmentTargets]]:
+        """Run the teacher on segments `numbers`: its inputs, (T,) each, and its targets.
+
+        Raises:
+            UserError: they are not finite.
+        """
+        noisy = [self.data.segment(int(number)).noisy for number in numbers]
+        batch = self.teacher.forward(torch.from_numpy(np.stack(noisy)).to(self.device))
+        maps = {key: values.cpu().numpy() for key, values in batch.maps.items()}
+        output = None if batch.output is None else batch.output.cpu().numpy()
+        if not all(np.isfinite(values).all() for values in [*maps.values(), output] if values is not None):
+            raise UserError(
+                f"the teacher {self.teacher.file} has no finite output for segments {numbers.tolist()}: a "
+                "network that overflows cannot teach"
+            )
+        targets = [
+            SegmentTargets(
+                {key: values[place] for key, values in maps.items()},
+                None if output is None else output[place],
+            )
+            for place in range(len(numbers))
+        ]
+        return noisy, targets
+
+    def encode(self, numbers: Numbers) -> list[TargetSample]:
+        """The targets of segments `numbers`, ready to be written."""
+        noisy, targets = self.forward(numbers)
+        return [
+            TargetSample(
+                key=self.data.iterated.key(int(self.data.utterances[number % len(self.data)])),
+                segment=int(number),
+                content=encode(segment, self.spec.codec, self.spec.coarseness),
+                levels=levels_of(waveform),
+            )
+            for number, waveform, segment in zip(numbers, noisy, targets, strict=True)
+        ]
+
+    def describe(self) -> CacheManifest:
+        """The manifest of the cache before there are shards.
+
+        Raises:
+            UserError: the segments cannot be numbered.
+        """
+        teacher = self.teacher.describe()
+        return CacheManifest(
+            teacher=TeacherRecord(teacher["name"], self.teacher.size, teacher["sha256"], teacher["file"]),
+            precision=self.precision,
+            data=self.data.fingerprint(),
+            codec=self.spec.codec,
+            coarseness=self.spec.coarseness if self.spec.codec == "compact" else None,
+            output=self.spec.output,
+            maps={map_name(key): frames for key, frames in self.maps.items()},
+            samples=self.samples,
+            segments=self.data.segments_per_corpus or 0,
+        )
+
+    def forecast(self, shards: Sequence[Numbers]) -> Forecast:
+        """Measure one batch of segments that lie far apart; the first call only warms up."""
+        count = sum(map(len, shards))
+        if not count:
+            return Forecast(0, 0.0, 0, 0.0)
+        numbers = np.concatenate(shards)
+        batch = min(self.spec.config.train.micro_batch, count)
+        probe = numbers[np.linspace(0, count - 1, batch).astype(np.int64)]
+        self.encode(probe[:1])
+        start = time.perf_counter()
+        samples = self.encode(probe)
+        seconds = (time.perf_counter() - start) / len(probe)
+        size = sum(len(sample.content) + _BYTES_PER_MEMBER for sample in samples) / len(probe)
+        hours = count * self.spec.config.data.segment_seconds / 3600
+        return Forecast(count, hours, round(count * size), count * seconds)
+
+
+class Forecast(NamedTuple):
+    """What the cache will take, from a few of its segments."""
 
     segments: int
     hours: float
@@ -71,65 +171,14 @@ class Forecast:
         )
 
 
-class Colleague:
-    """The teacher and the corpus, opened once per process."""
-
-    def __init__(self, order: Order) -> None:
-        if order.threads:
-            torch.set_num_threads(order.threads)
-        device, self.precision = devices.choose(order.config.engine, 0)
-        self.order = order
-        self.samples = round(order.config.data.segment_seconds * SAMPLE_RATE)
-        # A substitute's lesson would be filed under the number of the segment that it stands for.
-        self.data = TrainingData(replace(order.config.data, on_bad_sample="fatal"), order.config.seed)
-        self.data.check_numbered()
-        self.teacher = LiveTeacher(teacher_file(order.config), device, self.precision)
-        self.maps = self.teacher.size.views(self.samples)
-        """Frames of every map, by (side, level, view)."""
-        self.teacher.select(self.maps, output=order.output)
-        self.device = device
-
-    def hear(self, numbers: NDArray[np.int64]) -> tuple[list[NDArray[np.float32]], list[LessonArrays]]:
-        """Segments `numbers` as the teacher hears them, (T,) each, and what it says of each."""
-        heard = [self.data.segment(int(number)).noisy for number in numbers]
-        said = self.teacher.forward(torch.from_numpy(np.stack(heard)).to(self.device))
-        maps = {key: values.cpu().numpy() for key, values in said.maps.items()}
-        output = None if said.output is None else said.output.cpu().numpy()
-        if not all(np.isfinite(values).all() for values in [*maps.values(), output] if values is not None):
-            raise UserError(
-                f"the teacher {self.teacher.file} has no finite answer to segments {numbers.tolist()}: a "
-                "network that overflows cannot teach"
-            )
-        lessons = [
-            LessonArrays(
-                {key: values[at] for key, values in maps.items()}, None if output is None else output[at]
-            )
-            for at in range(len(numbers))
-        ]
-        return heard, lessons
-
-    def encode(self, numbers: NDArray[np.int64]) -> list[EncodedLesson]:
-        """The lessons of segments `numbers`, ready to be written."""
-        heard, lessons = self.hear(numbers)
-        return [
-            EncodedLesson(
-                key=self.data.iterated.key(int(self.data.utterances[number % len(self.data)])),
-                segment=int(number),
-                content=encode(lesson, self.order.codec, self.order.coarseness),
-                levels=store.levels_of(noisy),
-            )
-            for number, noisy, lesson in zip(numbers, heard, lessons, strict=True)
-        ]
-
-
 @lru_cache(maxsize=1)
-def colleague(order: Order) -> Colleague:
-    """This process's `Colleague`."""
-    return Colleague(order)
+def cache_worker(spec: CacheSpec) -> CacheWorker:
+    """This process's `CacheWorker`."""
+    return CacheWorker(spec)
 
 
-def _encode(order: Order, numbers: NDArray[np.int64]) -> list[EncodedLesson]:
-    return colleague(order).encode(numbers)
+def _encode(spec: CacheSpec, numbers: Numbers) -> list[TargetSample]:
+    return cache_worker(spec).encode(numbers)
 
 
 def teacher_file(config: Config) -> Path:
@@ -149,17 +198,17 @@ def default_workers(config: Config) -> int:
     return 1 if device.type == "cuda" else len(os.sched_getaffinity(0))
 
 
-def make(order: Order, out: Path, *, workers: int, part: tuple[int, int]) -> dict[str, Any] | None:
-    """Fill the cache in `out`, or go on where an earlier start ended, keeping what is whole.
+def fill(spec: CacheSpec, out: Path, *, workers: int, part: tuple[int, int]) -> CacheManifest | None:
+    """Fill the cache in `out`, or go on where an earlier start ended, keeping finished shards.
 
     Args:
-        order: what is cached.
+        spec: what is cached.
         out: folder of the cache; it may be the folder of the audio shards themselves.
         workers: processes.
         part: (k, n): only every n-th shard from the k-th, counted from 0.
 
     Returns:
-        The finished cache's header; None while shards of other parts are missing.
+        The finished cache's manifest; None while shards of other parts are missing.
 
     Raises:
         UserError: another cache is there, another process fills this part or others of another n, the disk is
@@ -167,161 +216,122 @@ def make(order: Order, out: Path, *, workers: int, part: tuple[int, int]) -> dic
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: give a folder")
-    here = colleague(order)
-    identity = describe(here)
-    shards = [(store.shard_path(out, at), numbers) for at, numbers in enumerate(numbers_by_shard(here.data))]
-    with _begun(out, identity, part) as header:
-        whole = [store.is_whole(path, numbers, header) for path, numbers in shards]
-        if header and all(whole):
+    worker = cache_worker(spec)
+    shards = [(target_shard(out, at), numbers) for at, numbers in enumerate(segments_by_shard(worker.data))]
+    with _begun(out, worker.describe(), part) as finished:
+        hashes = {shard.name: shard.index_sha256 for shard in finished.shards} if finished else {}
+        done = [is_finished(path, segments, hashes.get(path.name)) for path, segments in shards]
+        if finished and all(done):
             _tidy(out)
-            return header
-        (out / HEADER).unlink(missing_ok=True)
-        mine = [one for at, one in enumerate(shards) if at % part[1] == part[0] and not whole[at]]
-        if mine:
-            _fill(order, out, mine, workers=workers, parts=part[1])
-    return _finish(out, identity, shards)
+            return finished
+        (out / CACHE_MANIFEST).unlink(missing_ok=True)
+        missing = [
+            shard
+            for number, (shard, is_done) in enumerate(zip(shards, done, strict=True))
+            if number % part[1] == part[0] and not is_done
+        ]
+        if missing:
+            _write_shards(spec, out, missing, workers=workers, parts=part[1])
+    return _finish(out, worker.describe(), shards)
 
 
-def _fill(
-    order: Order, out: Path, shards: list[tuple[Path, NDArray[np.int64]]], *, workers: int, parts: int
+def _write_shards(
+    spec: CacheSpec, out: Path, shards: Sequence[tuple[Path, Numbers]], *, workers: int, parts: int
 ) -> None:
-    """Write these shards; so will each of the other `parts` at the same time."""
-    forecast = forecast_of(colleague(order), [numbers for _, numbers in shards])
+    """Write these shards; each of the other `parts` writes about as many at the same time."""
+    forecast = cache_worker(spec).forecast([segments for _, segments in shards])
     print(forecast)
     check_space(out, parts * forecast.bytes, "the teacher cache", "give another --out")
+    size = spec.config.train.micro_batch
+    batches = (
+        segments[first : first + size] for _, segments in shards for first in range(0, len(segments), size)
+    )
     with (
         parallel_map(workers) as run,
         tqdm(desc="caching", total=forecast.segments, unit="segment", smoothing=0.05) as bar,
     ):
-        size = order.config.train.micro_batch
-        jobs = itertools.chain.from_iterable(_cut(numbers, size) for _, numbers in shards)
-        lessons = _counted(itertools.chain.from_iterable(run(partial(_encode, order), jobs)), bar)
-        for path, numbers in shards:
+        samples = _counted(itertools.chain.from_iterable(run(partial(_encode, spec), batches)), bar)
+        for path, segments in shards:
             for leftover in out.glob(f".{path.stem}.*{TEMPORARY_SUFFIX}"):  # of a killed writer
                 leftover.unlink(missing_ok=True)
-            store.write_lessons(path, itertools.islice(lessons, len(numbers)))
+            write_targets(path, itertools.islice(samples, len(segments)))
 
 
-@contextmanager
-def _begun(out: Path, identity: dict[str, Any], part: tuple[int, int]) -> Iterator[dict[str, Any]]:
-    """Mark the folder as this cache's, and keep others out of this part while it is filled.
-
-    Yields the header of a finished cache; without one, an empty dict.
-
-    Raises:
-        UserError: another cache is there, or another process is at work on some of the same shards.
-    """
-    make_folder(out)
-    with ExitStack() as held:
-        with only_writer(out, f"beginning a cache in {out}", wait=True):
-            header = _check_same(out, identity)
-            lock = out / f".part-{part[0]}-of-{part[1]}.lock"
-            lock.touch()
-            held.enter_context(only_writer(lock, f"filling part {part[0]}/{part[1]} of {out}"))
-            for other in out.glob(".part-*.lock"):
-                if not other.name.endswith(f"-of-{part[1]}.lock"):
-                    with only_writer(other, f"filling {out} in another number of parts"):
-                        pass
-            write_json(out / UNFINISHED, identity)
-        yield header
+def _counted(samples: Iterable[TargetSample], bar: tqdm[Any]) -> Iterator[TargetSample]:
+    for sample in samples:
+        yield sample
+        bar.update()
 
 
-def describe(here: Colleague) -> dict[str, Any]:
-    """What the header says before anything is counted."""
-    return {
-        "format": FORMAT,
-        "teacher": here.teacher.describe(),
-        "precision": here.precision,
-        "data": here.data.fingerprint(),
-        "codec": here.order.codec,
-        "coarseness": here.order.coarseness if here.order.codec == "compact" else None,
-        "output": here.order.output,
-        "maps": {map_name(key): frames for key, frames in here.maps.items()},
-        "samples": here.samples,
-        "segments": here.data.segments_per_corpus,
-    }
-
-
-def _check_same(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """The header of a finished cache, or an empty dict; refuses what another command left.
-
-    Raises:
-        UserError: with everything that differs.
-    """
-    header: dict[str, Any] = {}
-    for name in (UNFINISHED, HEADER):
-        if not (out / name).is_file():
-            continue
-        try:
-            there = json.loads((out / name).read_bytes())
-            before = _comparable({key: there.get(key) for key in identity})
-        except (ValueError, AttributeError, TypeError) as error:
-            raise UserError(f"{out / name} is not a teacher cache's: give another --out") from error
-        if differing := list(differences(before, _comparable(identity))):
-            raise UserError(
-                f"--out {out} holds another teacher cache ({'; '.join(differing)}): remove it, or give "
-                "another folder"
-            )
-        header = there if name == HEADER else {}
-    return header
-
-
-def _comparable(identity: dict[str, Any]) -> dict[str, Any]:
-    """The identity without the place where the teacher lies, whatever version wrote it."""
-    teacher = {key: value for key, value in identity["teacher"].items() if key != "file"}
-    return identity | {"teacher": teacher, "data": with_newer_fields(identity["data"])}
-
-
-def forecast_of(here: Colleague, shards: list[NDArray[np.int64]]) -> Forecast:
-    """From one batch of segments that lie far apart; the first call is not timed, for it warms up."""
-    count = sum(map(len, shards))
-    if not count:
-        return Forecast(0, 0.0, 0, 0.0)
-    every = np.concatenate(shards)
-    batch = min(here.order.config.train.micro_batch, count)
-    probe = every[np.linspace(0, count - 1, batch).astype(np.int64)]
-    here.encode(probe[:1])
-    start = time.perf_counter()
-    lessons = here.encode(probe)
-    seconds = (time.perf_counter() - start) / len(probe)
-    # Header and padding of a member in its tar, and its row in the index.
-    size = sum(len(lesson.content) + 832 for lesson in lessons) / len(probe)
-    hours = count * here.order.config.data.segment_seconds / 3600
-    return Forecast(count, hours, round(count * size), count * seconds)
-
-
-def numbers_by_shard(data: TrainingData) -> Iterator[NDArray[np.int64]]:
+def segments_by_shard(data: TrainingData) -> Iterator[Numbers]:
     """For each audio shard the numbers of the segments that begin with its utterances, in their order."""
-    ends = np.cumsum([shard["utterances"] for shard in data.iterated.manifest["shards"]])
+    ends = np.cumsum([shard.rows for shard in data.iterated.shards])
     # Items stand in the order of the utterances that they begin with.
     for items in np.split(np.arange(len(data)), np.searchsorted(data.utterances, ends))[:-1]:
         yield (items[:, None] + len(data) * np.arange(data.variants)).reshape(-1)
 
 
-def _cut(numbers: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
-    return [numbers[at : at + size] for at in range(0, len(numbers), size)]
+@contextmanager
+def _begun(out: Path, manifest: CacheManifest, part: tuple[int, int]) -> Iterator[CacheManifest | None]:
+    """Mark the folder as this cache's, and keep others out of this part while it is filled.
+
+    Yields the manifest of a finished cache, if there is one.
+
+    Raises:
+        UserError: another cache is there, or another process is at work on some of the same shards.
+    """
+    make_folder(out)
+    with ExitStack() as locks:
+        with only_writer(out, f"beginning a cache in {out}", wait=True):
+            finished = _check_same(out, manifest)
+            lock = out / f".part-{part[0]}-of-{part[1]}.lock"
+            lock.touch()
+            locks.enter_context(only_writer(lock, f"filling part {part[0]}/{part[1]} of {out}"))
+            for other in out.glob(".part-*.lock"):
+                if not other.name.endswith(f"-of-{part[1]}.lock"):
+                    with only_writer(other, f"filling {out} in another number of parts"):
+                        pass
+            write_record(out / UNFINISHED, manifest)
+        yield finished
 
 
-def _counted(lessons: Iterable[EncodedLesson], bar: tqdm[Any]) -> Iterator[EncodedLesson]:
-    for lesson in lessons:
-        yield lesson
-        bar.update()
+def _check_same(out: Path, manifest: CacheManifest) -> CacheManifest | None:
+    """The manifest of a finished cache; refuses what another command left.
+
+    Raises:
+        UserError: with everything that differs.
+    """
+    stored: CacheManifest | None = None
+    for name in (UNFINISHED, CACHE_MANIFEST):
+        if not (out / name).is_file():
+            stored = None
+            continue
+        try:
+            stored = read_record(out / name, CacheManifest)
+        except UserError as error:
+            raise UserError(f"--out {out} holds no cache of this version ({error}): give another") from error
+        if differing := stored.conflicts(manifest):
+            raise UserError(
+                f"--out {out} holds another teacher cache ({'; '.join(differing)}): remove it, or give "
+                "another folder"
+            )
+    return stored
 
 
 def _finish(
-    out: Path, identity: dict[str, Any], shards: list[tuple[Path, NDArray[np.int64]]]
-) -> dict[str, Any] | None:
-    """Write the header once all shards are there, whichever part is the last one."""
-    if not all(store.is_whole(path, numbers, {}) for path, numbers in shards):
+    out: Path, manifest: CacheManifest, shards: Sequence[tuple[Path, Numbers]]
+) -> CacheManifest | None:
+    """Write the manifest once all shards are there, whichever part is the last one."""
+    if not all(is_finished(path, segments) for path, segments in shards):
         return None
-    records = [store.describe_shard(path) for path, _ in shards]
-    header = identity | {"bytes": sum(one["bytes"] for one in records), "shards": records}
-    write_json(out / HEADER, header)
+    records = tuple(describe_shard(path, len(segments)) for path, segments in shards)
+    manifest = replace(manifest, bytes=sum(record.bytes or 0 for record in records), shards=records)
+    write_record(out / CACHE_MANIFEST, manifest)
     _tidy(out)
-    return header
+    return manifest
 
 
 def _tidy(out: Path) -> None:
     """Remove what only an unfinished cache needs."""
-    for done in (out / UNFINISHED, *out.glob(".part-*.lock")):
-        done.unlink(missing_ok=True)
+    for leftover in (out / UNFINISHED, *out.glob(".part-*.lock")):
+        leftover.unlink(missing_ok=True)

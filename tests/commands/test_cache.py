@@ -15,7 +15,7 @@ import webdataset
 
 from mvat_dist import cache
 from mvat_dist.data.shards.target_codec import map_name, unit_step
-from mvat_dist.data.shards.targets import Lessons
+from mvat_dist.data.shards.targets import TeacherCache
 from mvat_dist.errors import UserError
 from mvat_dist.losses.mvat import energy_map
 from mvat_dist.models import weights
@@ -41,33 +41,35 @@ from tests.waiting import until
 
 def test_every_map_of_every_segment(corpus: Path, teacher: Path, exact: Path) -> None:
     """Against the network itself, one segment at a time."""
-    lessons = Lessons(exact)
+    cached = TeacherCache(exact)
     data = opened(corpus)
     network = weights.load(teacher).model.eval()
-    assert len(lessons) == VARIANTS * UTTERANCES == data.segments_per_corpus
-    keys = list(lessons.size.views(4000))
-    lessons.want(keys, output=True)
-    for number in range(len(lessons)):
+    assert len(cached) == VARIANTS * UTTERANCES == data.segments_per_corpus
+    keys = list(cached.size.views(4000))
+    cached.select(keys, output=True)
+    for number in range(len(cached)):
         noisy = data.segment(number).noisy
-        said = lessons.read(number, noisy)
+        stored = cached.read(number, noisy)
         with torch.no_grad():
             output, views = network(torch.from_numpy(noisy)[None], return_views=True)
-        np.testing.assert_allclose(said.output, output[0].numpy(), rtol=0, atol=1e-6)
+        np.testing.assert_allclose(stored.output, output[0].numpy(), rtol=0, atol=1e-6)
         for key in keys:
             expected = energy_map(views[key])[0].numpy()
-            np.testing.assert_allclose(said.maps[key], expected, rtol=0, atol=1e-6 * np.linalg.norm(expected))
+            np.testing.assert_allclose(
+                stored.maps[key], expected, rtol=0, atol=1e-6 * np.linalg.norm(expected)
+            )
 
 
 def test_same_keys_in_the_same_order_beside_the_audio(corpus: Path, compact: Path) -> None:
     """As plain webdataset and tar see both."""
     for audio in sorted((corpus / "train_clean").glob("audio-*.tar")):
-        lessons = compact / audio.name.replace("audio", "teacher")
+        targets = compact / audio.name.replace("audio", "teacher")
         keys = [
             [sample["__key__"] for sample in webdataset.WebDataset(str(path), shardshuffle=False)]
-            for path in (audio, lessons)
+            for path in (audio, targets)
         ]
         assert keys[0] == keys[1]
-        with tarfile.open(lessons) as tar:
+        with tarfile.open(targets) as tar:
             assert len(tar.getnames()) == VARIANTS * len(keys[0])
 
 
@@ -115,7 +117,7 @@ def test_learning_from_a_compact_cache_has_the_same_curve(
     """The bounds that the documentation states: for equal weights, which both have at the first step, that of
     the rounding (closed form); over the run 1 % of the loss."""
     small = learn(corpus, runs, "compact", *from_cache(compact))
-    frames = {map_name(key): count for key, count in Lessons(compact).size.views(4000).items()}
+    frames = {map_name(key): count for key, count in TeacherCache(compact).size.views(4000).items()}
     step = unit_step(max(frames.values()))
     for student in ("tiny", "mini"):
         expected, found = terms(live, student), terms(small, student)
@@ -147,7 +149,7 @@ def test_killed_and_started_again_it_is_the_same(
             one.send_signal(signal.SIGKILL)
     if not (out / "teacher.json").exists():
         with pytest.raises(UserError, match="not a finished teacher cache"):
-            Lessons(out)
+            TeacherCache(out)
     for part in ("0/2", "1/2"):
         cache.main(options(corpus, teacher, out, "--output", f"--part={part}"))
     assert content(out) == content(compact)
@@ -176,7 +178,7 @@ def test_a_grid_of_pairs(
     out = tmp_path / "grid"
     cache.main(options(corpus, teacher, out, *grid))
     # Of 0.2, 0.4, ... 1.0 s in steps of 0.2 s, a segment being 0.25 s long: 1 + 2 + 3 + 4 + 5 places.
-    assert len(Lessons(out)) == 15
+    assert len(TeacherCache(out)) == 15
     cache.main(options(corpus, teacher, out, *grid, "--verify"))
     assert "15 segments" in capsys.readouterr().out
 

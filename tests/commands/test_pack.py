@@ -13,7 +13,8 @@ import pytest
 import soundfile
 import webdataset
 
-from mvat_dist.data.shards.reader import ShardSet, subset_names
+from mvat_dist.data.shards.manifest import subset_names
+from mvat_dist.data.shards.reader import ShardSet
 from tests.conftest import REPOSITORY
 from tests.dns_corpus import write_dns
 from tests.packing_command import digests, manifest, metas, run, source_paths

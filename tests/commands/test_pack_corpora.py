@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from mvat_dist.data.shards.reader import ShardSet, subset_names
+from mvat_dist.data.shards.manifest import subset_names
+from mvat_dist.data.shards.reader import ShardSet
 from tests.conftest import REPOSITORY
 from tests.dns_corpus import RATE, noise, speech, write, write_dns
 from tests.packing_command import left_out, manifest, metas, run, source_paths, write_pair

@@ -15,7 +15,7 @@ import pytest
 
 from mvat_dist.data.loader import TrainingData, batches
 from mvat_dist.data.mixing.dataset import BadSampleLimit, BadSampleLog
-from mvat_dist.data.shards.reader import ShardError
+from mvat_dist.data.shards.format import ShardError
 from tests.tiny_corpus import write_pairs, write_sources
 from tests.training_corpus import UTTERANCES, pairs, same, sources, taken, tone, write_corpus
 

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from mvat_dist.data.batch import collate
 from mvat_dist.data.loader import TrainingData, batches, split_batch
 from mvat_dist.data.mixing.segments import Segment
-from mvat_dist.data.shards.reader import ShardError
-from mvat_dist.data.shards.target_codec import LessonArrays
+from mvat_dist.data.shards.format import ShardError
+from mvat_dist.data.shards.target_codec import SegmentTargets
 from mvat_dist.errors import UserError
 from tests.tiny_corpus import write_pairs
 from tests.training_corpus import (
@@ -127,10 +127,10 @@ def test_a_batch_that_cannot_be_shared_or_filled(data):
 
 
 @pytest.mark.parametrize("outputs", [(True, None), (True, False)])
-def test_a_batch_of_which_a_segment_lacks_its_lesson_is_none(outputs):
-    """It would give the lesson of one segment to another."""
+def test_a_batch_of_which_a_segment_lacks_its_targets_is_none(outputs):
+    """It would give the targets of one segment to another."""
     silence = np.zeros(8, np.float32)
-    told = {True: LessonArrays({}, silence), False: LessonArrays({}, None), None: None}
+    told = {True: SegmentTargets({}, silence), False: SegmentTargets({}, None), None: None}
     segments = [Segment(silence, silence, {"damage": []}, told[output]) for output in outputs]
     assert len(collate(segments[:1] * 2).teacher_targets.output) == 2
     with pytest.raises(AssertionError):
@@ -140,8 +140,8 @@ def test_a_batch_of_which_a_segment_lacks_its_lesson_is_none(outputs):
 READ = """
 import multiprocessing, sys
 from pathlib import Path
-from mvat_dist.config import DataConfig
-from mvat_dist.data.stream import TrainingData, batches
+from mvat_dist.config.schema import DataConfig
+from mvat_dist.data.loader import TrainingData, batches
 
 data = TrainingData(DataConfig(train=sys.argv[1], segment_seconds=0.5), seed=0)
 steps = batches(data, batch=2, micro_batch=2, rank=0, world_size=1, first_step=0, steps=200, workers=2)

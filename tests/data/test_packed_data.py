@@ -110,7 +110,7 @@ def test_a_run_names_its_data_the_same_from_every_folder(given, kept, tmp_path, 
 
 
 def test_the_cache_needs_room():
-    with pytest.raises(UserError, match=r"--data\.cache_gb is 0"):
+    with pytest.raises(UserError, match=r"--data\.cache_gb 0: must be"):
         parser.parse(["--distil.method=none", "--data.cache_gb=0"])
 
 
@@ -227,7 +227,7 @@ def test_joins_that_make_no_sense_are_refused(shards, tmp_path):
     shutil.copytree(shards / "dns-en", tmp_path / "b")
     with pytest.raises(UserError, match="hold the same shard"):
         TrainingData(sources(tmp_path / "{a,b}"), seed=0)
-    with pytest.raises(UserError, match="join subsets of one name and kind"):
+    with pytest.raises(UserError, match="give subsets of one name and kind"):
         open_subset([shards / "dns-en" / "train_pairs", shards / "dns-en" / "train_clean"])
 
 

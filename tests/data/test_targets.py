@@ -1,4 +1,4 @@
-"""How a teacher's lessons are stored: bounds, exactness, and what rounding does to a student's gradient."""
+"""How teacher targets are stored: bounds, exactness, and what rounding does to a student's gradient."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mvat_dist.config.schema import DistilConfig
 from mvat_dist.config.sizes import Size
 from mvat_dist.data.shards.codecs import encode_flac
-from mvat_dist.data.shards.target_codec import CODECS, NORM_FLOOR, LessonArrays, decode, encode, unit_step
+from mvat_dist.data.shards.target_codec import CODECS, NORM_FLOOR, SegmentTargets, decode, encode, unit_step
 from mvat_dist.losses.mvat import energy_map
 from mvat_dist.losses.objective import Objective, prepare_targets
 from mvat_dist.models.manner import Manner
@@ -43,7 +43,7 @@ def maps(seed: int, peakiness: float, frames: int = 3000) -> dict:
 def test_fp32_is_exact() -> None:
     output = np.random.default_rng(0).standard_normal(999).astype(np.float32)
     given_maps = maps(1, 3.0)
-    back = decode(encode(LessonArrays(given_maps, output), "fp32"), "fp32", frames_of(given_maps), 999)
+    back = decode(encode(SegmentTargets(given_maps, output), "fp32"), "fp32", frames_of(given_maps), 999)
     assert all(np.array_equal(back.maps[key], given_maps[key]) for key in KEYS)
     assert np.array_equal(back.output, output)
 
@@ -51,7 +51,7 @@ def test_fp32_is_exact() -> None:
 @given(st.integers(0, 10_000), st.floats(0.05, 200), st.integers(1, 2000))
 def test_compact_keeps_within_a_step(seed: int, peakiness: float, frames: int) -> None:
     given_maps = maps(seed, peakiness, frames)
-    back = decode(encode(LessonArrays(given_maps, None), "compact"), "compact", frames_of(given_maps))
+    back = decode(encode(SegmentTargets(given_maps, None), "compact"), "compact", frames_of(given_maps))
     step = unit_step(4 * frames)
     for key, values in given_maps.items():
         if np.linalg.norm(values) <= NORM_FLOOR:
@@ -67,7 +67,7 @@ def test_compact_keeps_within_a_step(seed: int, peakiness: float, frames: int) -
 @given(st.integers(0, 10_000), st.floats(0.05, 50))
 def test_half_precision_keeps_the_direction(seed: int, peakiness: float) -> None:
     given_maps = maps(seed, peakiness)
-    back = decode(encode(LessonArrays(given_maps, None), "fp16"), "fp16", frames_of(given_maps))
+    back = decode(encode(SegmentTargets(given_maps, None), "fp16"), "fp16", frames_of(given_maps))
     for key, values in given_maps.items():
         assert np.linalg.norm(unit(back.maps[key]) - unit(values)) < 5e-4 or values.max() < 1e-30
 
@@ -75,7 +75,7 @@ def test_half_precision_keeps_the_direction(seed: int, peakiness: float) -> None
 @pytest.mark.parametrize("codec", CODECS)
 def test_silence_and_only_what_is_wanted(codec: str) -> None:
     silent = {key: np.zeros(50, np.float32) for key in KEYS}
-    content = encode(LessonArrays(silent, np.zeros(160, np.float32)), codec)
+    content = encode(SegmentTargets(silent, np.zeros(160, np.float32)), codec)
     back = decode(content, codec, {KEYS[0]: 50}, 160)
     assert list(back.maps) == KEYS[:1]
     assert not back.maps[KEYS[0]].any()
@@ -87,20 +87,22 @@ def test_silence_and_only_what_is_wanted(codec: str) -> None:
 def test_the_output_keeps_sixteen_bits_at_any_level(codec: str) -> None:
     for peak in (1e-4, 0.3, 7.0):
         output = (peak * np.sin(np.arange(4000) / 7)).astype(np.float32)
-        back = decode(encode(LessonArrays(maps(0, 1.0), output), codec), codec, {}, output.size)
+        back = decode(encode(SegmentTargets(maps(0, 1.0), output), codec), codec, {}, output.size)
         assert np.abs(back.output - output).max() <= 0.51 * peak / 32767
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_equal_lessons_give_equal_bytes(codec: str) -> None:
-    assert encode(LessonArrays(maps(3, 2.0), None), codec) == encode(LessonArrays(maps(3, 2.0), None), codec)
+def test_equal_targets_give_equal_bytes(codec: str) -> None:
+    assert encode(SegmentTargets(maps(3, 2.0), None), codec) == encode(
+        SegmentTargets(maps(3, 2.0), None), codec
+    )
 
 
-def test_what_is_no_lesson_is_refused() -> None:
+def test_other_bytes_are_refused() -> None:
     bomb = zstandard.ZstdCompressor().compress(bytes(1 << 21))
     other = zstandard.ZstdCompressor().compress(safetensors.numpy.save({"x": np.zeros(3, np.float32)}))
     for content in (b"", b"not zstandard", bomb, other):
-        with pytest.raises(ValueError, match=r"lesson|holds no"):
+        with pytest.raises(ValueError, match=r"teacher targets|holds no"):
             decode(content, "compact", {KEYS[0]: 3}, limit=1 << 20)
 
 
@@ -126,16 +128,16 @@ def test_compact_is_small_and_hardly_turns_the_gradient() -> None:
         views = teacher(heard, return_views=True)[1]
     exact = {key: energy_map(feature) for key, feature in views.items()}
     packed = [
-        encode(LessonArrays({key: values[at].numpy() for key, values in exact.items()}, None), "compact")
+        encode(SegmentTargets({key: values[at].numpy() for key, values in exact.items()}, None), "compact")
         for at in range(2)
     ]
     audio = sum(len(encode_flac(np.round(clip * 32767).astype(np.int16))) for clip in noisy)
     assert sum(map(len, packed)) <= audio
-    lessons = [
+    stored = [
         decode(content, "compact", {key: values.shape[1] for key, values in exact.items()})
         for content in packed
     ]
-    rounded = {key: torch.from_numpy(np.stack([one.maps[key] for one in lessons])) for key in exact}
+    rounded = {key: torch.from_numpy(np.stack([one.maps[key] for one in stored])) for key in exact}
 
     objective = Objective(DistilConfig(method="mvat"), student.size, teacher.size)
     gradients = []
@@ -149,7 +151,7 @@ def test_compact_is_small_and_hardly_turns_the_gradient() -> None:
 
 def test_a_map_of_another_length_is_refused() -> None:
     given_maps = maps(2, 2.0)
-    content = encode(LessonArrays(given_maps, None), "compact")
+    content = encode(SegmentTargets(given_maps, None), "compact")
     with pytest.raises(ValueError, match="not \\(2,\\)"):
         decode(content, "compact", {KEYS[0]: 2})
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import zlib
 from pathlib import Path
@@ -17,8 +18,8 @@ import torch
 
 from mvat_dist import cache
 from mvat_dist.config import parser
-from mvat_dist.data.shards.target_shards import index_path, shard_path
-from mvat_dist.data.shards.targets import Lessons
+from mvat_dist.data.shards.format import TARGETS, index_path
+from mvat_dist.data.shards.targets import TeacherCache, target_shard
 from mvat_dist.errors import UserError, exit_code
 from mvat_dist.training import setup
 from tests.cache_corpus import (
@@ -68,7 +69,7 @@ def test_what_does_not_belong_is_refused(
     elsewhere = tmp_path / "corpus"
     shutil.copytree(corpus, elsewhere)
     manifest = elsewhere / "train_noise" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"sha256": "', '"sha256": "0'))
+    manifest.write_text(re.sub(r'"sha256": "..', '"sha256": "00', manifest.read_text()))
     given = [change.format(other=other, elsewhere=elsewhere) for change in changes]
     assert said in refusal(corpus, *from_cache(compact_maps), *given)
 
@@ -86,12 +87,12 @@ def test_a_cache_of_a_version_that_knew_fewer_choices_is_one_with_their_defaults
         return {name: one for name, one in content(older).items() if name.endswith((".tar", ".npy"))}
 
     before = shards()
-    opened(corpus, lessons=Lessons(older))
+    opened(corpus, teacher_cache=TeacherCache(older))
     cache.main(options(corpus, teacher, older))
     assert before
     assert shards() == before
     with pytest.raises(UserError, match=r"other segments \(.*synthetic_rooms 0\.0, not 0\.5\)"):
-        opened(corpus, "--data.synthetic_rooms=0.5", lessons=Lessons(older))
+        opened(corpus, "--data.synthetic_rooms=0.5", teacher_cache=TeacherCache(older))
     with pytest.raises(UserError, match=r"another teacher cache \(.*synthetic_rooms 0\.0, not 0\.5\)"):
         cache.main(options(corpus, teacher, older, "--data.synthetic_rooms=0.5"))
 
@@ -99,25 +100,25 @@ def test_a_cache_of_a_version_that_knew_fewer_choices_is_one_with_their_defaults
 def test_an_unfinished_or_torn_cache_is_refused(compact: Path, tmp_path: Path) -> None:
     torn = tmp_path / "torn"
     shutil.copytree(compact, torn)
-    index = index_path(shard_path(torn, 1))
+    index = index_path(target_shard(torn, 1))
     index.write_bytes(index.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"teacher-000001\.npy"):
-        Lessons(torn)
+        TeacherCache(torn)
     (torn / "teacher.json").unlink()
     with pytest.raises(UserError, match="not a finished teacher cache"):
-        Lessons(torn)
+        TeacherCache(torn)
     with pytest.raises(UserError, match="not a finished"):
-        Lessons(tmp_path)
+        TeacherCache(tmp_path)
 
 
 def test_another_waveform_is_noticed(corpus: Path, exact: Path) -> None:
-    lessons = Lessons(exact)
+    targets = TeacherCache(exact)
     data = opened(corpus)
-    lessons.want([("encoder", 1, "channel")], output=False)
-    lessons.read(0, data.segment(0).noisy)
+    targets.select([("encoder", 1, "channel")], output=False)
+    targets.read(0, data.segment(0).noisy)
     for wrong in (data.segment(1).noisy, data.segment(0).noisy * np.float32(1.01), data.segment(0).clean):
         with pytest.raises(UserError, match="stale"):
-            lessons.read(0, wrong)
+            targets.read(0, wrong)
 
 
 def flip(file: Path, at: int) -> None:
@@ -131,23 +132,23 @@ def test_a_flipped_byte_is_found_by_verifying_and_by_training(
 ) -> None:
     torn = tmp_path / "flipped"
     shutil.copytree(compact, torn)
-    flip(shard_path(torn, 0), 700)
+    flip(target_shard(torn, 0), 700)
     assert exit_code(cache.main, options(corpus, teacher, torn, "--output", "--verify")) == 2
-    lessons = Lessons(torn)
-    lessons.want([("encoder", 1, "channel")], output=False)
-    number = int(np.load(index_path(shard_path(torn, 0)), allow_pickle=False)["segment"][0])
-    with pytest.raises(UserError, match=rf"teacher-000000\.tar, segment {number}: its checksum"):
-        opened(corpus, lessons=lessons).segment(number)
-    substitute = opened(corpus, "--data.on_bad_sample=skip", lessons=lessons).segment(number)
+    targets = TeacherCache(torn)
+    targets.select([("encoder", 1, "channel")], output=False)
+    number = int(np.load(index_path(target_shard(torn, 0)), allow_pickle=False)["segment"][0])
+    with pytest.raises(UserError, match=rf"teacher-000000\.tar, segment {number}: the checksum of its"):
+        opened(corpus, teacher_cache=targets).segment(number)
+    substitute = opened(corpus, "--data.on_bad_sample=skip", teacher_cache=targets).segment(number)
     other = substitute.recipe["segment"]
     assert other != number
     assert "teacher-000000.tar" in substitute.recipe["bad_samples"][0]
     assert np.array_equal(substitute.noisy, opened(corpus).segment(other).noisy)
-    assert substitute.lesson is not None
+    assert substitute.teacher_targets is not None
 
 
 def test_a_malicious_member_is_not_run(corpus: Path, exact: Path, tmp_path: Path) -> None:
-    """A pickle in place of a lesson, with a checksum that fits."""
+    """A pickle in place of teacher targets, with a checksum that fits."""
 
     class Bomb:
         def __reduce__(self) -> tuple:
@@ -155,22 +156,22 @@ def test_a_malicious_member_is_not_run(corpus: Path, exact: Path, tmp_path: Path
 
     torn = tmp_path / "cache"
     shutil.copytree(exact, torn)
-    path = shard_path(torn, 0)
+    path = target_shard(torn, 0)
     rows = np.load(index_path(path), allow_pickle=False)
     bomb = pickle.dumps(Bomb())
     with path.open("r+b") as stream:
-        stream.seek(int(rows["offset"][0]))
+        stream.seek(int(rows[TARGETS]["offset"][0]))
         stream.write(bomb)
-    rows["size"][0], rows["crc32"][0] = len(bomb), zlib.crc32(bomb)
+    rows[TARGETS]["size"][0], rows[TARGETS]["crc32"][0] = len(bomb), zlib.crc32(bomb)
     np.save(index_path(path), rows)
     header = json.loads((torn / "teacher.json").read_text())
     header["shards"][0]["index_sha256"] = hashlib.sha256(index_path(path).read_bytes()).hexdigest()
     (torn / "teacher.json").write_text(json.dumps(header))
-    lessons = Lessons(torn)
-    lessons.want([("encoder", 1, "channel")], output=False)
+    targets = TeacherCache(torn)
+    targets.select([("encoder", 1, "channel")], output=False)
     number = int(rows["segment"][0])
-    with pytest.raises(UserError, match="not an encoded lesson"):
-        lessons.read(number, opened(corpus).segment(number).noisy)
+    with pytest.raises(UserError, match="no encoded teacher targets"):
+        targets.read(number, opened(corpus).segment(number).noisy)
     assert not (tmp_path / "pwned").exists()
 
 
@@ -181,7 +182,7 @@ def test_the_same_command_mends_what_is_not_whole(
 ) -> None:
     torn = tmp_path / "torn"
     shutil.copytree(compact, torn)
-    tar, index = shard_path(torn, 1), index_path(shard_path(torn, 1))
+    tar, index = target_shard(torn, 1), index_path(target_shard(torn, 1))
     if harm == "truncated":
         os.truncate(tar, tar.stat().st_size // 2)
     elif harm == "index truncated":
@@ -192,10 +193,10 @@ def test_the_same_command_mends_what_is_not_whole(
         index.unlink()
     if not finished:
         (torn / "teacher.json").unlink()
-    kept = shard_path(torn, 0).stat().st_mtime_ns
+    kept = target_shard(torn, 0).stat().st_mtime_ns
     cache.main(options(corpus, teacher, torn, "--output"))
     assert content(torn) == content(compact)
-    assert shard_path(torn, 0).stat().st_mtime_ns == kept
+    assert target_shard(torn, 0).stat().st_mtime_ns == kept
 
 
 @pytest.mark.parametrize(("held", "asked"), [("0-of-2", "0/2"), ("1-of-2", "0/3"), ("0-of-1", "1/2")])
@@ -221,11 +222,11 @@ def test_two_at_the_same_shards_are_kept_apart(
         {"segments": 0, "shards": []},
         {"codec": "pickle"},
         {"maps": {"encoder/1/channel": -1}},
-        {"teacher": {"name": "x", "sha256": "y", "size": {"__class__": 1}}},
-        {"teacher": {"name": "x", "sha256": "y", "size": {"kind": "base"}}},
-        {"teacher": {"name": "x", "sha256": "y", "size": {"kind": "base", "hidden": "12"}}},
-        {"teacher": {"name": "x", "sha256": "y", "size": {"kind": "base", "hidden": 12, "chunk": [64]}}},
-        {"teacher": {"name": "x", "sha256": "y", "size": {"kind": "large", "hidden": 12}}},
+        {"teacher": {"name": "x", "sha256": "0" * 64, "size": {"__class__": 1}}},
+        {"teacher": {"name": "x", "sha256": "0" * 64, "size": {"kind": "base"}}},
+        {"teacher": {"name": "x", "sha256": "0" * 64, "size": {"kind": "base", "hidden": "12"}}},
+        {"teacher": {"name": "x", "sha256": "0" * 64, "size": {"kind": "base", "hidden": 12, "chunk": [64]}}},
+        {"teacher": {"name": "x", "sha256": "0" * 64, "size": {"kind": "large", "hidden": 12}}},
         {"samples": None},
         {"format": 99},
     ],
@@ -235,15 +236,15 @@ def test_a_forged_header_is_refused(compact: Path, tmp_path: Path, change: dict)
     shutil.copytree(compact, forged)
     header = json.loads((forged / "teacher.json").read_text())
     (forged / "teacher.json").write_text(json.dumps(header | change))
-    with pytest.raises(UserError, match=r"cannot be right|of cache format"):
-        Lessons(forged)
+    with pytest.raises(UserError, match=r"is damaged|has the format|names no shards|must be at least"):
+        TeacherCache(forged)
 
 
 def test_foreign_files_and_places(corpus: Path, teacher: Path, tmp_path: Path) -> None:
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "caching.json").write_text("[]")
-    with pytest.raises(UserError, match="not a teacher cache's"):
+    with pytest.raises(UserError, match="holds no cache of this version"):
         cache.main(options(corpus, teacher, foreign))
     with pytest.raises(UserError, match="is a file"):
         cache.main(options(corpus, teacher, teacher))
@@ -253,7 +254,7 @@ def test_foreign_files_and_places(corpus: Path, teacher: Path, tmp_path: Path) -
 
 def test_a_teacher_without_an_answer_is_refused(corpus: Path, tmp_path: Path) -> None:
     ill = write_teacher(tmp_path / "ill.safetensors", seed=1, scale=1e30)
-    with pytest.raises(UserError, match="no finite answer"):
+    with pytest.raises(UserError, match="no finite output"):
         cache.main(options(corpus, ill, tmp_path / "cache"))
 
 
@@ -262,18 +263,18 @@ def test_half_precision_does_not_serve_full_precision(compact: Path, tmp_path: P
     shutil.copytree(compact, other)
     header = json.loads((other / "teacher.json").read_text())
     (other / "teacher.json").write_text(json.dumps(header | {"precision": "bf16"}))
-    Lessons(other).check_precision("bf16")
+    TeacherCache(other).check_precision("bf16")
     with pytest.raises(UserError, match="was made in bf16"):
-        Lessons(other).check_precision("fp32")
-    Lessons(compact).check_precision("bf16")
+        TeacherCache(other).check_precision("fp32")
+    TeacherCache(compact).check_precision("bf16")
 
 
 def test_a_pickled_cache_is_small_and_reads_the_same(corpus: Path, exact: Path) -> None:
     """Readers get it through a pipe at every start."""
-    lessons = Lessons(exact, [("encoder", 1, "channel")], output=True)
-    again = pickle.loads(pickle.dumps(lessons))  # noqa: S301 (our own)
-    assert len(pickle.dumps(lessons)) < 1000
+    targets = TeacherCache(exact, [("encoder", 1, "channel")], output=True)
+    again = pickle.loads(pickle.dumps(targets))  # noqa: S301 (our own)
+    assert len(pickle.dumps(targets)) < 1000
     noisy = opened(corpus).segment(3).noisy
-    one, other = lessons.read(3, noisy), again.read(3, noisy)
+    one, other = targets.read(3, noisy), again.read(3, noisy)
     assert np.array_equal(one.output, other.output)
     assert all(np.array_equal(one.maps[key], other.maps[key]) for key in one.maps)

@@ -12,7 +12,7 @@ from mvat_dist.config.schema import DataConfig
 from mvat_dist.data.mixing.augment import CODECS, codec_names, writable_codecs
 from mvat_dist.data.mixing.segments import segment_length, stride_length
 from mvat_dist.data.shards.corpus import Corpus, remote_bytes, shard_count
-from mvat_dist.data.shards.folders import Folder
+from mvat_dist.data.shards.manifest import Folder
 from mvat_dist.errors import UserError, nearest
 
 Mode = Literal["dynamic", "premixed"]

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -26,8 +26,9 @@ from mvat_dist.data.mixing.premixed import PremixedPairs
 from mvat_dist.data.mixing.sampler import LARGEST_SEED, CounterRandom, epoch_permutation
 from mvat_dist.data.mixing.segments import Segment, SegmentFactory, segment_length
 from mvat_dist.data.shards.corpus import Corpus, open_subset
-from mvat_dist.data.shards.reader import ShardError, ShardSet
-from mvat_dist.data.shards.targets import Lessons
+from mvat_dist.data.shards.format import ShardError
+from mvat_dist.data.shards.reader import ShardSet
+from mvat_dist.data.shards.targets import TeacherCache
 from mvat_dist.errors import UserError
 
 SUBSTITUTES = 8
@@ -51,13 +52,13 @@ class TrainingData:
             which nothing random is done has 1, whatever was asked for.
     """
 
-    def __init__(self, config: DataConfig, seed: int, lessons: Lessons | None = None) -> None:
+    def __init__(self, config: DataConfig, seed: int, teacher_cache: TeacherCache | None = None) -> None:
         """Open the corpus at ``config.train``; reads manifests and indices, no audio.
 
         Args:
             config: what is read and how segments are made.
             seed: of the order and of every choice.
-            lessons: a teacher cache; segments then carry their teacher targets.
+            teacher_cache: segments then carry their teacher targets.
 
         Raises:
             UserError: a value that makes no sense, no packed corpus, one that lacks what `config` asks for,
@@ -73,10 +74,10 @@ class TrainingData:
         self.iterated = self._factory.iterated
         self._fixed = self._factory.fixed and config.bandwidth_probability == config.codec_probability == 0.0
         self.variants = 1 if self._fixed else config.variants
-        self._lessons = lessons
-        if lessons is not None:
+        self._teacher_cache = teacher_cache
+        if teacher_cache is not None:
             self.check_numbered()
-            lessons.check(self.fingerprint())
+            teacher_cache.check(self.fingerprint())
 
     def __len__(self) -> int:
         """Items per epoch: clean utterances, pairs, or places of the grid of segments."""
@@ -157,9 +158,10 @@ class TrainingData:
             number = random.integer(self.variants * len(self))
         variant, item = divmod(number, len(self))
         segment = self._make(item, CounterRandom(self.seed, variant, item, "variant"))
-        lesson = self._lessons.read(number, segment.noisy) if self._lessons is not None else None
+        cache = self._teacher_cache
+        targets = cache.read(number, segment.noisy) if cache is not None else None
         recipe = {"mode": self.mode, "segment": number} | segment.recipe
-        return replace(segment, recipe=recipe, lesson=lesson)
+        return replace(segment, recipe=recipe, teacher_targets=targets)
 
     def _make(self, item: int, random: CounterRandom) -> Segment:
         segment = self._factory.make(item, random)
@@ -192,7 +194,7 @@ class TrainingData:
         digest = hashlib.sha256()
         for part in (part for subset in self._factory.subsets for part in subset.parts):
             # A part's own keys: those of a concatenated dataset contain its location.
-            content = [part.name, part.keys, part.samples.tolist(), part.manifest["shards"]]
+            content = [part.name, part.keys, part.samples.tolist(), [asdict(shard) for shard in part.shards]]
             digest.update(json.dumps(content, sort_keys=True).encode())
         options = choices(self.config) | {"mode": self.mode, "variants": self.variants}
         seed = None if self._fixed else self.seed

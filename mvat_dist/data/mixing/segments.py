@@ -18,7 +18,7 @@ from mvat_dist.data.mixing import augment
 from mvat_dist.data.mixing.mix import Audio
 from mvat_dist.data.mixing.sampler import CounterRandom
 from mvat_dist.data.shards.reader import ShardSet
-from mvat_dist.data.shards.target_codec import LessonArrays
+from mvat_dist.data.shards.target_codec import SegmentTargets
 
 Recipe = dict[str, Any]
 
@@ -33,7 +33,7 @@ class Segment:
     """(T,) float32: the target."""
     recipe: Recipe
     """Plain values, ready for JSON: see `DynamicMixing`, `PremixedPairs` and `TrainingData.item`."""
-    lesson: LessonArrays | None = None
+    teacher_targets: SegmentTargets | None = None
     """The teacher's targets, where a teacher cache was opened."""
 
 

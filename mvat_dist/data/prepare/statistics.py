@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,8 +14,9 @@ from tqdm import tqdm
 from mvat_dist.config.schema import SAMPLE_RATE
 from mvat_dist.data.pool import parallel_map
 from mvat_dist.data.prepare.corpora import collection
-from mvat_dist.data.shards.format import Kind, load_index
-from mvat_dist.data.shards.reader import ShardSet, subset_names
+from mvat_dist.data.shards.format import Kind, audio_layout, load_index
+from mvat_dist.data.shards.manifest import SubsetManifest, subset_names
+from mvat_dist.data.shards.reader import ShardSet
 from mvat_dist.errors import UserError
 from mvat_dist.io import atomic_file
 
@@ -73,7 +74,7 @@ class Statistics:
 @dataclass(frozen=True)
 class _Job:
     folder: Path
-    manifest: dict[str, Any]
+    manifest: SubsetManifest
     """Of the subset, with one shard only."""
 
 
@@ -86,21 +87,21 @@ def collect(corpus: Path, workers: int) -> list[Statistics]:
     """
     subsets = {corpus / name: ShardSet.open(corpus / name) for name in subset_names(corpus)}
     jobs = [
-        _Job(folder, subset.manifest | {"shards": [shard], "utterances": shard["utterances"]})
+        _Job(folder, replace(subset.manifest, shards=(shard,), utterances=shard.rows))
         for folder, subset in subsets.items()
-        for shard in subset.manifest["shards"]
+        for shard in subset.shards
     ]
     sources: dict[str, dict[str, Source]] = {subset.name: {} for subset in subsets.values()}
     with parallel_map(workers) as run:
         tallies = tqdm(run(_tally, jobs), "reading", len(jobs), unit="shard")
         for job, tally in zip(jobs, tallies, strict=True):
-            _add(sources[job.manifest["subset"]], tally)
+            _add(sources[job.manifest.subset], tally)
     return [_statistics(subset, sources[subset.name]) for subset in subsets.values()]
 
 
 def _tally(job: _Job) -> dict[str, Source]:
-    shard = job.manifest["shards"][0]
-    index = load_index(job.folder / shard["name"], job.manifest["kind"], job.manifest.get("codec", "flac"))
+    shard = job.manifest.shards[0]
+    index = load_index(job.folder / shard.name, audio_layout(job.manifest.kind, job.manifest.codec))
     subset = ShardSet(job.folder, job.manifest, [index])
     tally: dict[str, Source] = {}
     for position, samples in enumerate(subset.samples.tolist()):
@@ -133,7 +134,7 @@ def _statistics(subset: ShardSet, sources: dict[str, Source]) -> Statistics:
         subset.name,
         subset.kind,
         subset.codec,
-        sum(int(shard.get("bytes", 0)) for shard in subset.manifest["shards"]),
+        sum(shard.bytes or 0 for shard in subset.shards),
         (rows["samples"] / np.float32(SAMPLE_RATE)).astype(np.float32),
         cast(Values, rows["level_dbfs"]),
         cast(Values, rows["snr_db"] if subset.kind == "pairs" else np.empty(0, np.float32)),

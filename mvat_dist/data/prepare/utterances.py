@@ -13,7 +13,8 @@ from mvat_dist.config.schema import SAMPLE_RATE
 from mvat_dist.data.mixing import mix
 from mvat_dist.data.prepare.reading import Audio, locate, read_piece
 from mvat_dist.data.shards.codecs import Codec, Pcm, encode
-from mvat_dist.data.shards.format import META, Field, Sample, extension
+from mvat_dist.data.shards.format import META, Field, extension
+from mvat_dist.data.shards.writer import Sample
 
 _FULL_SCALE = 32768
 _DRAWS = 10

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from mvat_dist.config.schema import SAMPLE_RATE
 from mvat_dist.data.pool import parallel_map
-from mvat_dist.data.shards.format import FIELDS, ShardError, index_path, load_index
-from mvat_dist.data.shards.reader import MANIFEST, ShardSet, read_manifest, subset_names
+from mvat_dist.data.shards.format import FIELDS, ShardError, audio_layout, index_path, load_index
+from mvat_dist.data.shards.manifest import SubsetManifest, read_corpus
+from mvat_dist.data.shards.reader import ShardSet
+from mvat_dist.data.shards.remote_cache import MANIFEST
 from mvat_dist.errors import UserError
 from mvat_dist.io import sha256
 
@@ -34,7 +35,7 @@ class Report:
 @dataclass(frozen=True)
 class _Job:
     folder: Path
-    manifest: dict[str, Any]
+    manifest: SubsetManifest
     """Of the subset, with one shard only."""
 
 
@@ -48,13 +49,11 @@ def verify(corpus: Path, workers: int) -> Report:
     Raises:
         UserError: the folder is no packed corpus.
     """
-    names = subset_names(corpus)
-    subsets = read_manifest(corpus, "a packed corpus")["subsets"]
     problems: list[str] = []
     jobs: list[_Job] = []
     samples = utterances = 0
-    for name in names:
-        problems += _hash_problems(corpus / name / MANIFEST, subsets[name].get("manifest_sha256"))
+    for name, summary in read_corpus(corpus).subsets.items():
+        problems += _hash_problems(corpus / name / MANIFEST, summary.manifest_sha256)
         try:
             subset = ShardSet.open(corpus / name, strict=False)
         except UserError as error:
@@ -62,8 +61,8 @@ def verify(corpus: Path, workers: int) -> Report:
             continue
         samples += int(subset.samples.sum())
         utterances += len(subset)
-        for shard in subset.manifest["shards"]:
-            manifest = subset.manifest | {"shards": [shard], "utterances": shard["utterances"]}
+        for shard in subset.shards:
+            manifest = replace(subset.manifest, shards=(shard,), utterances=shard.rows)
             jobs.append(_Job(corpus / name, manifest))
     with parallel_map(workers) as run:
         for shard_problems in tqdm(run(_check_shard, jobs), "verifying", len(jobs), unit="shard"):
@@ -84,10 +83,10 @@ def _hash_problems(path: Path, expected: str | None) -> list[str]:
 
 def _check_shard(job: _Job) -> list[str]:
     """The problems of one shard, at most `_MOST_PROBLEMS` and a note that there are more."""
-    shard = job.manifest["shards"][0]
-    path = job.folder / shard["name"]
-    problems = _hash_problems(path, shard.get("sha256"))
-    problems += _hash_problems(index_path(path), shard.get("index_sha256"))
+    shard = job.manifest.shards[0]
+    path = job.folder / shard.name
+    problems = _hash_problems(path, shard.sha256)
+    problems += _hash_problems(index_path(path), shard.index_sha256)
     if path.is_file():
         problems += islice(_unreadable_utterances(job, path), _MOST_PROBLEMS + 1)
     if len(problems) > _MOST_PROBLEMS:
@@ -97,9 +96,8 @@ def _check_shard(job: _Job) -> list[str]:
 
 def _unreadable_utterances(job: _Job, shard: Path) -> Iterator[str]:
     """Read every utterance of a shard once, as training does."""
-    kind = job.manifest["kind"]
     try:
-        index = load_index(shard, kind, job.manifest.get("codec", "flac"))
+        index = load_index(shard, audio_layout(job.manifest.kind, job.manifest.codec))
     except ShardError as error:
         yield str(error)
         return
@@ -107,7 +105,7 @@ def _unreadable_utterances(job: _Job, shard: Path) -> Iterator[str]:
     for position in range(len(subset)):
         try:
             subset.meta(position)
-            for field in FIELDS[kind]:
+            for field in FIELDS[job.manifest.kind]:
                 subset.read(position, field)
         except ShardError as error:
             yield str(error)

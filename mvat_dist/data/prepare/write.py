@@ -30,17 +30,10 @@ from mvat_dist.data.prepare.reading import UnusableError
 from mvat_dist.data.prepare.recipes import Recipe
 from mvat_dist.data.prepare.utterances import Utterance, render
 from mvat_dist.data.shards.codecs import Codec
-from mvat_dist.data.shards.format import (
-    FIELDS,
-    Kind,
-    ShardError,
-    bytes_of,
-    index_path,
-    load_index,
-    shard_name,
-    write_shard,
-)
-from mvat_dist.data.shards.reader import FORMAT, MANIFEST
+from mvat_dist.data.shards.format import FORMAT, Kind, audio_layout, finished_rows, load_index, shard_name
+from mvat_dist.data.shards.manifest import ShardRecord, describe_shard
+from mvat_dist.data.shards.remote_cache import MANIFEST
+from mvat_dist.data.shards.writer import write_shard
 from mvat_dist.errors import UserError
 from mvat_dist.io import TEMPORARY_SUFFIX, make_folder, only_writer, read_json, sha256, write_json, write_text
 
@@ -224,15 +217,15 @@ class _ShardJob:
 
 def _write_shards(
     corpus: Path, out: Path, plan: Plan, codec: Codec, run: Map
-) -> dict[str, list[dict[str, Any]]]:
+) -> dict[str, list[ShardRecord]]:
     """Subset -> the manifest's record of each of its shards."""
     jobs = [*_jobs(out, plan, codec)]
-    records: dict[str, list[dict[str, Any]]] = {subset.name: [] for subset in plan.subsets}
+    records: dict[str, list[ShardRecord]] = {subset.name: [] for subset in plan.subsets}
     total = sum(len(job.utterances) for job in jobs)
     with tqdm(desc="packing", total=total, unit="utt", smoothing=0.05) as bar:
         for job, record in zip(jobs, run(partial(_write_one, corpus), jobs), strict=True):
             records[job.path.parent.name].append(record)
-            bar.update(record["utterances"])
+            bar.update(record.rows)
     return records
 
 
@@ -245,7 +238,7 @@ def _jobs(out: Path, plan: Plan, codec: Codec) -> Iterator[_ShardJob]:
             first += len(utterances)
 
 
-def _write_one(corpus: Path, job: _ShardJob) -> dict[str, Any]:
+def _write_one(corpus: Path, job: _ShardJob) -> ShardRecord:
     """Write one shard unless an earlier try did."""
     if not _is_whole(job):
         try:
@@ -253,33 +246,22 @@ def _write_one(corpus: Path, job: _ShardJob) -> dict[str, Any]:
                 render(corpus, f"{job.path.parent.name}_{number:07d}", one, job.codec)
                 for number, one in enumerate(job.utterances, job.first)
             )
-            write_shard(job.path, job.kind, made, job.codec)
+            write_shard(job.path, audio_layout(job.kind, job.codec), made)
         except UnusableError as error:
             raise UserError(
                 f"a file of {corpus} changed while it was packed ({error.reason}, {error.detail}); run again"
             ) from error
-    rows = load_index(job.path, job.kind, job.codec).rows
-    return {
-        "name": job.path.name,
-        "utterances": len(rows),
-        "samples": int(rows["samples"].sum()),
-        "bytes": job.path.stat().st_size,
-        "sha256": sha256(job.path),
-        "index_sha256": sha256(index_path(job.path)),
-    }
+    rows = load_index(job.path, audio_layout(job.kind, job.codec)).rows
+    return describe_shard(job.path, len(rows), int(rows["samples"].sum()))
 
 
 def _is_whole(job: _ShardJob) -> bool:
-    """Whether the shard is there. Its index is written last; the tar may have been cut or removed since."""
-    try:
-        rows = load_index(job.path, job.kind, job.codec).rows
-        return len(rows) == len(job.utterances) and job.path.stat().st_size == bytes_of(rows)
-    except (ShardError, FileNotFoundError):
-        return False
+    rows = finished_rows(job.path, audio_layout(job.kind, job.codec))
+    return rows is not None and len(rows) == len(job.utterances)
 
 
 def _write_manifests(
-    listing: Listing, out: Path, plan: Plan, records: dict[str, list[dict[str, Any]]], codec: Codec
+    listing: Listing, out: Path, plan: Plan, records: dict[str, list[ShardRecord]], codec: Codec
 ) -> dict[str, Any]:
     """Each subset's manifest and the list of what was left out; returns the corpus's own manifest."""
     subsets = {}
@@ -304,24 +286,24 @@ def _describe(
     subset: SubsetPlan,
     codec: Codec,
     folder: Path,
-    shards: Sequence[dict[str, Any]],
+    shards: Sequence[ShardRecord],
     rejected: Sequence[Rejection],
 ) -> dict[str, Any]:
     """The manifest of one subset."""
-    rows = np.concatenate([load_index(folder / shard["name"], subset.kind, codec).rows for shard in shards])
+    layout = audio_layout(subset.kind, codec)
+    rows = np.concatenate([load_index(folder / shard.name, layout).rows for shard in shards])
     used = [signal for shard in subset.shards for one in shard for signal in one.signals]
     role = _ROLES.get(subset.name, subset.name)
     return {
         "format": FORMAT,
         "subset": subset.name,
         "kind": subset.kind,
-        "fields": list(FIELDS[subset.kind]),
         "codec": codec,
         "sample_rate": SAMPLE_RATE,
-        "bytes": sum(shard["bytes"] for shard in shards),
+        "bytes": sum(shard.bytes or 0 for shard in shards),
         **measured(rows, subset.kind),
         "source_rates": counted([one.rate for one in used]),
         "source_channels": counted([one.channels for one in used]),
         "rejected": dict(Counter(one.reason for one in rejected if one.role == role).most_common()),
-        "shards": list(shards),
+        "shards": [dataclasses.asdict(shard) for shard in shards],
     }

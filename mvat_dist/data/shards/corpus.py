@@ -1,4 +1,4 @@
-"""Packed data as a user names it: a folder, a URL, or a pattern that joins several packed corpora to one."""
+"""Packed data as a user names it: a folder, a URL, or a pattern that concatenates several packed corpora."""
 
 from __future__ import annotations
 
@@ -13,8 +13,16 @@ import numpy.typing as npt
 from mvat_dist.config import locations
 from mvat_dist.config.schema import DataConfig
 from mvat_dist.data.shards import remote
-from mvat_dist.data.shards.folders import Folder, manifest_bytes, pinned, read_subset, subset_names
-from mvat_dist.data.shards.reader import Field, ShardSet
+from mvat_dist.data.shards.format import Field
+from mvat_dist.data.shards.manifest import (
+    Folder,
+    ShardRecord,
+    manifest_bytes,
+    pinned,
+    read_subset,
+    subset_names,
+)
+from mvat_dist.data.shards.reader import ShardSet
 from mvat_dist.data.shards.remote_cache import Cache, RemoteFolder
 from mvat_dist.errors import UserError
 
@@ -36,19 +44,19 @@ def locate(option: str, data: Path | str, cache: Cache) -> list[Folder]:
         UserError: no location, nothing found by a glob, a folder named twice, or ``..`` in a URL.
     """
     locations.check(option, str(data))
-    found: list[str] = []
-    for one in locations.expand(str(data)):
-        if locations.is_url(one) and ".." in one.split("/"):
-            raise UserError(f"{option} {one}: object stores know no '..': give the path itself")
-        if not locations.is_glob(one):
-            found.append(one)
-        elif matches := _matches(one):
-            found += matches
+    paths: list[str] = []
+    for location in locations.expand(str(data)):
+        if locations.is_url(location) and ".." in location.split("/"):
+            raise UserError(f"{option} {location}: object stores know no '..': give the path itself")
+        if not locations.is_glob(location):
+            paths.append(location)
+        elif matches := _matches(location):
+            paths += matches
         else:
-            raise UserError(f"{option} {one}: no folder is called so")
-    if twice := [one for one in found if found.count(one) > 1]:
+            raise UserError(f"{option} {location}: no folder is called so")
+    if twice := [path for path in paths if paths.count(path) > 1]:
         raise UserError(f"{option} {data} names {twice[0]} twice")
-    return [RemoteFolder(one, cache) if locations.is_url(one) else Path(one) for one in found]
+    return [RemoteFolder(path, cache) if locations.is_url(path) else Path(path) for path in paths]
 
 
 def _matches(pattern: str) -> list[str]:
@@ -94,40 +102,40 @@ class Corpus:
     def without(self, names: Sequence[str]) -> list[Folder]:
         """The corpora that have none of the named subsets."""
         corpora = zip(self.folders, self._names, strict=True)
-        return [folder for folder, its in corpora if not set(names) & set(its)]
+        return [folder for folder, subsets in corpora if not set(names) & set(subsets)]
 
 
 def shard_count(folders: Sequence[Folder]) -> int:
     """Shards of a subset."""
-    return sum(len(read_subset(folder)["shards"]) for folder in folders)
+    return sum(len(read_subset(folder).shards) for folder in folders)
 
 
 def remote_bytes(folders: Sequence[Folder]) -> int:
     """Bytes of those shards of a subset that have to be fetched."""
     subsets = [read_subset(folder) for folder in folders if isinstance(folder, RemoteFolder)]
-    return sum(shard["bytes"] for subset in subsets for shard in subset["shards"])
+    return sum(shard.bytes or 0 for subset in subsets for shard in subset.shards)
 
 
 def fingerprints(folders: Sequence[Folder]) -> dict[str, str | None]:
     """Hash of each folder's manifest, which holds the hashes of its shards; None for plain folders."""
-    found: dict[str, str | None] = {}
+    hashes: dict[str, str | None] = {}
     for folder in folders:
         try:
-            found[str(folder)] = hashlib.sha256(manifest_bytes(folder)).hexdigest()
+            hashes[str(folder)] = hashlib.sha256(manifest_bytes(folder)).hexdigest()
         except FileNotFoundError:
-            found[str(folder)] = None
-    return found
+            hashes[str(folder)] = None
+    return hashes
 
 
 def open_subset(folders: Sequence[Folder]) -> ShardSet:
-    """The subset in `folders`, several joined; reads manifests and indices, no audio.
+    """The subset in `folders`, several concatenated; reads manifests and indices, no audio.
 
     Raises:
         UserError: one is no packed subset, they differ in kind, or hold the same shard twice.
     """
     if len(folders) == 1:
         return ShardSet.open(folders[0])
-    return JoinedSet([ShardSet.open(folder) for folder in folders], labels_of(folders))
+    return ConcatenatedDataset([ShardSet.open(folder) for folder in folders], labels_of(folders))
 
 
 def labels_of(folders: Sequence[Folder]) -> list[str]:
@@ -139,7 +147,7 @@ def labels_of(folders: Sequence[Folder]) -> list[str]:
     return locations.labels(["/".join(parts) for parts in plain])
 
 
-class JoinedSet(ShardSet):
+class ConcatenatedDataset(ShardSet):
     """Several subsets of one kind, read as one in their order; their codecs may differ.
 
     Keys are unique in one packing only, so each gets in front what tells its corpus from the others:
@@ -153,19 +161,17 @@ class JoinedSet(ShardSet):
         for part in self._parts:
             if (part.kind, part.name) != (first.kind, first.name):
                 raise UserError(
-                    f"{part.folder} ({part.name}, {part.kind}) cannot be joined to {first.folder} "
-                    f"({first.name}, {first.kind}): join subsets of one name and kind"
+                    f"{part.folder} ({part.name}, {part.kind}) cannot be read as one with {first.folder} "
+                    f"({first.name}, {first.kind}): give subsets of one name and kind"
                 )
         self.folder = first.folder
         self.kind = first.kind
         self.codec = first.codec
         self.name = first.name
         self.damaged = {}
-        shards = [shard for part in self._parts for shard in part.manifest["shards"]]
-        sums = [shard["sha256"] for shard in shards if "sha256" in shard]
+        sums = [shard.sha256 for shard in self.shards if shard.sha256]
         if len(set(sums)) < len(sums):
             raise UserError(f"{self.where} hold the same shard: name every corpus once")
-        self.manifest: dict[str, Any] = {**first.manifest, "utterances": len(self), "shards": shards}
         self._samples = np.concatenate([part.samples for part in self._parts])
         self._firsts = np.cumsum([0, *map(len, self._parts)])
 
@@ -175,12 +181,17 @@ class JoinedSet(ShardSet):
         return " and ".join(part.where for part in self._parts)
 
     @property
+    def shards(self) -> tuple[ShardRecord, ...]:
+        """What the manifests say of all shards, in the order of the corpora."""
+        return tuple(shard for part in self._parts for shard in part.shards)
+
+    @property
     def parts(self) -> list[ShardSet]:
         """The packed subsets that this one is made of, in their order."""
         return list(self._parts)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return JoinedSet, (self._parts, self._labels)
+        return ConcatenatedDataset, (self._parts, self._labels)
 
     def __len__(self) -> int:
         return sum(map(len, self._parts))

@@ -7,9 +7,7 @@ index gives random access: an utterance costs one ``pread`` and one decode, wher
 
 from __future__ import annotations
 
-import io
 import json
-import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,38 +17,20 @@ import numpy as np
 import numpy.typing as npt
 
 from mvat_dist.data.shards.codecs import ARRAY_HEADER, BLOCK, Codec, decode_flac, decode_int16
-from mvat_dist.data.shards.folders import FORMAT as FORMAT
-from mvat_dist.data.shards.folders import MANIFEST as MANIFEST
-from mvat_dist.data.shards.folders import Folder, beside_index, fetch_indices, open_shard, pinned, read_subset
-from mvat_dist.data.shards.folders import read_manifest as read_manifest
-from mvat_dist.data.shards.folders import subset_names as subset_names
+from mvat_dist.data.shards.files import ShardFiles, fetch_indices
 from mvat_dist.data.shards.format import (
-    FIELDS,
     META,
-    PASSING,
+    Field,
     Index,
+    Kind,
+    Layout,
+    Rows,
+    ShardError,
+    audio_layout,
     block_counts,
     extension,
-    index_path,
-    index_type,
-    load_index,
 )
-from mvat_dist.data.shards.format import Field as Field
-from mvat_dist.data.shards.format import Kind as Kind
-from mvat_dist.data.shards.format import ShardError as ShardError
-from mvat_dist.data.shards.lru_cache import Recent
-from mvat_dist.data.shards.remote_cache import RemoteFolder
-
-
-def _unreadable(manifest: dict[str, Any], shard: dict[str, Any], first: int) -> Index:
-    """Rows that stand for a shard without an index: keys as packing names them, lengths as on average."""
-    kind, codec = manifest["kind"], manifest.get("codec", "flac")
-    count = shard["utterances"]
-    rows = np.zeros(count, index_type(kind, codec))
-    rows["key"] = [f"{manifest['subset']}_{first + at:07d}" for at in range(count)]
-    rows["samples"] = max(1, int(shard.get("samples", 0)) // max(1, count))
-    rows["snr_db"] = np.nan
-    return Index(rows, np.zeros(block_counts(rows["samples"], kind, codec).sum(), np.uint32))
+from mvat_dist.data.shards.manifest import Folder, ShardRecord, SubsetManifest, pinned, read_subset
 
 
 class ShardSet:
@@ -59,26 +39,25 @@ class ShardSet:
     def __init__(
         self,
         folder: Folder,
-        manifest: dict[str, Any],
+        manifest: SubsetManifest,
         indices: Sequence[Index],
         damaged: dict[int, ShardError] | None = None,
-    ):
-        self._files: Recent[io.FileIO] = Recent()
-        self._unfetchable: dict[int, ShardError] = {}  # tried often enough
+    ) -> None:
         self.folder = folder
         self.manifest = manifest
-        self.kind: Kind = manifest["kind"]
-        self.codec: Codec = manifest.get("codec", "flac")
-        self.name: str = manifest["subset"]
+        self.kind: Kind = manifest.kind
+        self.codec: Codec = manifest.codec
+        self.name: str = manifest.subset
+        self.layout = audio_layout(self.kind, self.codec)
+        self._files = ShardFiles(folder, manifest.shards, self.layout)
         self._strict = damaged is None
         self.damaged = damaged or {}
         """Number of a shard whose index cannot be read -> why; reading its utterances raises that."""
-        empty = np.empty(0, index_type(self.kind, self.codec))
+        empty = np.empty(0, self.layout.row)
         self._rows = np.concatenate([empty, *(index.rows for index in indices)])
         self._blocks = np.concatenate([np.empty(0, np.uint32), *(index.blocks for index in indices)])
-        counts = block_counts(self._rows["samples"], self.kind, self.codec)
+        counts = block_counts(self._rows, self.layout)
         self._first_block = np.cumsum(counts) - counts
-        self._shards = [folder / shard["name"] for shard in manifest["shards"]]
         self._ends = np.cumsum([len(index.rows) for index in indices])
 
     @classmethod
@@ -95,35 +74,29 @@ class ShardSet:
         """
         folder = pinned(Path(folder) if isinstance(folder, str) else folder, "a packed subset")
         manifest = read_subset(folder)
-        fetch_indices(folder, manifest["shards"])
+        fetch_indices(folder, manifest.shards)
+        files = ShardFiles(folder, manifest.shards, audio_layout(manifest.kind, manifest.codec))
         indices: list[Index] = []
         damaged: dict[int, ShardError] = {}
-        for number, shard in enumerate(manifest["shards"]):
+        for number in range(len(manifest.shards)):
             try:
-                indices.append(cls._index(folder, manifest, shard))
+                indices.append(files.load_index(number))
             except ShardError as error:
                 if strict:
                     raise
                 damaged[number] = error
-                indices.append(_unreadable(manifest, shard, sum(len(one.rows) for one in indices)))
+                indices.append(_substitute(manifest, number, files.layout))
         return cls(folder, manifest, indices, None if strict else damaged)
-
-    @staticmethod
-    def _index(folder: Folder, manifest: dict[str, Any], shard: dict[str, Any]) -> Index:
-        codec: Codec = manifest.get("codec", "flac")
-        with beside_index(folder, shard) as path:
-            index = load_index(path, manifest["kind"], codec, shard.get("index_sha256"))
-        if len(index.rows) != shard["utterances"]:
-            raise ShardError(
-                f"{index_path(path)}: {len(index.rows)} utterances, the manifest says "
-                f"{shard['utterances']}; pack or copy this subset again"
-            )
-        return index
 
     @property
     def where(self) -> str:
         """What to call it in a message."""
         return str(self.folder)
+
+    @property
+    def shards(self) -> tuple[ShardRecord, ...]:
+        """What the manifest says of its shards, in their order."""
+        return self.manifest.shards
 
     @property
     def parts(self) -> list[ShardSet]:
@@ -132,7 +105,7 @@ class ShardSet:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Workers read the manifest themselves: no megabytes of index in a pickle, no shared descriptors.
-        return _reopened, (self.folder, self._strict)
+        return _reopen, (self.folder, self._strict)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -143,8 +116,8 @@ class ShardSet:
         return cast("npt.NDArray[np.int64]", self._rows["samples"])
 
     @property
-    def rows(self) -> npt.NDArray[np.void]:
-        """(N,) of `index_type`: key, length, level and SNR of each utterance."""
+    def rows(self) -> Rows:
+        """(N,) of `Layout.row`: key, length, level and SNR of each utterance."""
         return self._rows
 
     @property
@@ -171,9 +144,10 @@ class ShardSet:
         start = min(max(0, start), length)
         wanted = length - start if frames is None else min(max(0, frames), length - start)
         if self.codec == "int16":
-            return decode_int16(self._blocks_of(index, field, start, wanted))
+            return decode_int16(self._read_samples(index, extension(field, "int16"), start, wanted))
+        content = self._read_member(index, extension(field, "flac"))
         try:
-            return decode_flac(self._member(index, extension(field, "flac")), length, start, wanted)
+            return decode_flac(content, length, start, wanted)
         except ValueError as error:
             raise self._damaged(index, f"its {field} {error}") from error
 
@@ -185,82 +159,64 @@ class ShardSet:
         """
         index = range(len(self))[index]
         try:
-            meta = json.loads(self._member(index, META))
+            meta = json.loads(self._read_member(index, META))
         except (ValueError, RecursionError) as error:
             raise self._damaged(index, f"its {META} is not JSON: {error}") from error
         if not isinstance(meta, dict):
             raise self._damaged(index, f"its {META} is not an object")
         return meta
 
-    def _member(self, index: int, name: str) -> bytes:
-        """The bytes of one member, compared with their checksum.
+    def _read_member(self, index: int, name: str) -> bytes:
+        shard = self._shard(index)
+        self._check_index(shard, index)
+        try:
+            return self._files.read_member(shard, self._rows[index], name)
+        except ShardError as error:
+            raise self._damaged(index, str(error)) from error
 
-        libsndfile notices damage only where it decodes; with the checksum (4 % of the decoding's time) a
-        damaged utterance fails whatever part of it is wanted.
-        """
-        offset, size, crc32 = self._rows[name][index].tolist()
-        content = self._bytes(index, size, offset)
-        if zlib.crc32(content) != crc32:
-            raise self._damaged(index, f"the checksum of its {name} is wrong")
-        return content
-
-    def _blocks_of(self, index: int, field: Field, start: int, frames: int) -> memoryview:
+    def _read_samples(self, index: int, name: str, start: int, frames: int) -> memoryview:
         """The bytes of `frames` samples of an array, compared with the checksums of their blocks."""
-        row = self._rows[index]
+        shard, row = self._shard(index), self._rows[index]
+        self._check_index(shard, index)
         length = int(row["samples"])
         first, last = start // BLOCK, -(-(start + frames) // BLOCK)
         begin, end = first * BLOCK, min(last * BLOCK, length)
-        offset = int(row[extension(field, "int16")]["offset"]) + ARRAY_HEADER
-        content = memoryview(self._bytes(index, 2 * (end - begin), offset + 2 * begin))
-        at = int(self._first_block[index]) + FIELDS[self.kind].index(field) * -(-length // BLOCK)
+        offset = int(row[name]["offset"]) + ARRAY_HEADER
+        try:
+            content = memoryview(self._files.read(shard, offset + 2 * begin, 2 * (end - begin)))
+        except ShardError as error:
+            raise self._damaged(index, str(error)) from error
+        at = int(self._first_block[index]) + self.layout.arrays.index(name) * -(-length // BLOCK)
         for number, crc32 in enumerate(self._blocks[at + first : at + last].tolist()):
             if zlib.crc32(content[2 * BLOCK * number : 2 * BLOCK * (number + 1)]) != crc32:
-                raise self._damaged(index, f"the checksum of block {first + number} of its {field} is wrong")
+                raise self._damaged(index, f"the checksum of block {first + number} of its {name} is wrong")
         return content[2 * (start - begin) : 2 * (start - begin + frames)]
 
-    def _bytes(self, index: int, size: int, offset: int) -> bytes:
-        shard = self._shard(index)
+    def _check_index(self, shard: int, index: int) -> None:
         if shard in self.damaged:
             raise self._damaged(index, f"its index cannot be read ({self.damaged[shard]})")
-        try:
-            content = os.pread(self._descriptor(shard), size, offset)
-        except FileNotFoundError as error:
-            raise self._damaged(index, "the file is missing") from error
-        except ShardError as error:
-            self._unfetchable[shard] = error
-            raise self._damaged(index, str(error)) from error
-        except (OSError, MemoryError) as error:
-            if isinstance(error, OSError) and error.errno in PASSING:
-                raise
-            raise self._damaged(index, f"the file cannot be read ({error})") from error
-        if len(content) != size:
-            raise self._damaged(index, f"the file ends {size - len(content)} bytes too soon")
-        return content
 
     def _shard(self, index: int) -> int:
         return int(np.searchsorted(self._ends, index, side="right"))
 
-    def _damaged(self, index: int, what: str) -> ShardError:
-        shard = self._shards[self._shard(index)]
-        mend = "copy this shard again, or remove the subset's folder and pack it again"
-        if isinstance(self.folder, RemoteFolder):
-            mend = f"copy it there again, or remove {self.folder.mirror / shard.name} if it is that"
-        return ShardError(f"{shard}, key {self.key(index)}: {what}; {mend}")
-
-    def _descriptor(self, shard: int) -> int:
-        """An open file of a shard.
-
-        pread has no position of its own, so processes and forks may share what they inherit.
-        """
-        if shard in self._unfetchable:
-            raise self._unfetchable[shard]
-        record = self.manifest["shards"][shard]
-        return self._files.get(shard, lambda: open_shard(self.folder, record)).fileno()
+    def _damaged(self, index: int, problem: str) -> ShardError:
+        return self._files.damaged(self._shard(index), f"key {self.key(index)}", problem)
 
     def close(self) -> None:
         """Close the shards that were opened; reading opens them again."""
         self._files.close()
 
 
-def _reopened(folder: Folder, strict: bool) -> ShardSet:
+def _reopen(folder: Folder, strict: bool) -> ShardSet:
     return ShardSet.open(folder, strict=strict)
+
+
+def _substitute(manifest: SubsetManifest, number: int, layout: Layout) -> Index:
+    """Rows that stand for a shard without an index: keys as packing names them, lengths as on average."""
+    shard = manifest.shards[number]
+    first = sum(before.rows for before in manifest.shards[:number])
+    rows = np.zeros(shard.rows, layout.row)
+    rows["key"] = [f"{manifest.subset}_{first + place:07d}" for place in range(shard.rows)]
+    rows["samples"] = max(1, (shard.samples or 0) // max(1, shard.rows))
+    rows["snr_db"] = np.nan
+    return Index(rows, np.zeros(block_counts(rows, layout).sum(), np.uint32))

@@ -75,12 +75,13 @@ class Cache:
 
 @dataclass(frozen=True)
 class RemoteFolder:
-    """A packed corpus or subset at a URL. Picklable."""
+    """A packed corpus or subset, or a teacher cache, at a URL. Picklable."""
 
     url: str
     cache: Cache
     manifest: bytes = field(default=b"", repr=False)
     """Its manifest, once that was read: it stays the one of this object and of its pickles."""
+    manifest_name: str = MANIFEST
 
     def __truediv__(self, name: str) -> RemoteFolder:
         return RemoteFolder(f"{self.url}/{name}", self.cache)
@@ -111,8 +112,8 @@ class RemoteFolder:
         if self.manifest:
             return self
         with tempfile.TemporaryDirectory() as temporary:
-            fetched = Path(temporary, MANIFEST)
-            url = f"{self.url}/{MANIFEST}"
+            fetched = Path(temporary, self.manifest_name)
+            url = f"{self.url}/{self.manifest_name}"
             remote.download(url, fetched, most=LARGEST_MANIFEST, tries=remote.TRIES_AT_START)
             return replace(self, manifest=fetched.read_bytes())
 

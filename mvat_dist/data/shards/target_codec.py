@@ -1,4 +1,4 @@
-"""What a teacher says of one segment as bytes: energy maps and, optionally, its output.
+"""The teacher targets of one segment as bytes: energy maps and, optionally, the enhanced waveform.
 
 The bytes are a safetensors file compressed with Zstandard, one tensor per map, named ``side/level/view``.
 
@@ -43,14 +43,14 @@ _LARGEST_OUTPUT = 32767
 NORM_FLOOR = 1e-12
 """2-norm at and below which a map counts as silent, as in `mvat_dist.losses.mvat`."""
 _SLACK_BYTES = 1 << 16
-"""Room for what a lesson holds beside its maps and its output."""
+"""Room for what stands beside maps and output: names, shapes, centres."""
 
 FloatArray = NDArray[np.float32]
 Tensors = Mapping[str, NDArray[np.generic]]
 
 
-class LessonArrays(NamedTuple):
-    """What the teacher says of one segment."""
+class SegmentTargets(NamedTuple):
+    """The teacher targets of one segment."""
 
     maps: dict[ViewKey, FloatArray]
     """(T_b,) energy maps by (side, level, view), each up to a positive factor, which no loss depends on."""
@@ -72,51 +72,51 @@ def unit_step(frames: int, coarseness: float = COARSENESS) -> float:
     return coarseness / math.sqrt(frames)
 
 
-def encode(lesson: LessonArrays, codec: Codec, coarseness: float = COARSENESS) -> bytes:
-    """The bytes of one lesson; equal lessons give equal bytes."""
+def encode(targets: SegmentTargets, codec: Codec, coarseness: float = COARSENESS) -> bytes:
+    """The bytes of one segment's targets; equal targets give equal bytes."""
     if codec == "compact":
-        step = unit_step(max(one.size for one in lesson.maps.values()), coarseness)
+        step = unit_step(max(values.size for values in targets.maps.values()), coarseness)
         tensors: dict[str, NDArray[np.generic]] = {}
-        for key, values in lesson.maps.items():
+        for key, values in targets.maps.items():
             tensors |= _quantised(map_name(key), values, step)
     else:
-        tensors = {map_name(key): _scaled(values, codec) for key, values in lesson.maps.items()}
-    if lesson.output is not None:
-        tensors |= _encode_output(lesson.output, codec)
+        tensors = {map_name(key): _scaled(values, codec) for key, values in targets.maps.items()}
+    if targets.output is not None:
+        tensors |= _encode_output(targets.output, codec)
     return zstandard.ZstdCompressor(_LEVEL).compress(safetensors.numpy.save(tensors))
 
 
 def largest_size(frames: Iterable[int], samples: int) -> int:
-    """Bytes that no lesson with maps of `frames` and an output of `samples` passes, uncompressed."""
+    """Most bytes, uncompressed, of targets with maps of `frames` and an output of `samples`."""
     return 4 * (sum(frames) + samples) + _SLACK_BYTES
 
 
 def decode(
     content: bytes, codec: Codec, wanted: Mapping[ViewKey, int], samples: int = 0, limit: int = 1 << 26
-) -> LessonArrays:
-    """The maps that are wanted and, if asked for, the output of one encoded lesson.
+) -> SegmentTargets:
+    """The maps that are wanted and, if asked for, the output of one segment.
 
     Args:
         content: from `encode`.
         codec: as it was encoded.
         wanted: frames of every map to return, by (side, level, view).
         samples: of the output; 0 returns none.
-        limit: bytes that the lesson may have, uncompressed; from `largest_size`.
+        limit: bytes that they may have, uncompressed; from `largest_size`.
 
     Raises:
-        ValueError: these are not the bytes of such a lesson, or it lacks something that is wanted.
+        ValueError: these are not the bytes of such targets, or something that is wanted is missing.
     """
     try:
         if zstandard.frame_content_size(content) > limit:
-            raise ValueError("it claims to be larger than such a lesson")
+            raise ValueError("it claims to be larger than teacher targets of such a segment")
         tensors = safetensors.numpy.load(zstandard.ZstdDecompressor().decompress(content))
         maps = {key: _decode_map(tensors, map_name(key), codec, frames) for key, frames in wanted.items()}
         output = _decode_output(tensors, codec, samples) if samples else None
     except (zstandard.ZstdError, SafetensorError) as error:
-        raise ValueError(f"not an encoded lesson ({error})") from error
+        raise ValueError(f"these are no encoded teacher targets ({error})") from error
     except KeyError as error:
         raise ValueError(f"it holds no {error.args[0]}") from error
-    return LessonArrays(maps, output)
+    return SegmentTargets(maps, output)
 
 
 def _quantised(name: str, values: FloatArray, step: float) -> dict[str, NDArray[np.generic]]:
@@ -168,10 +168,10 @@ def _checked(tensors: Tensors, name: str, types: Sequence[type], size: int) -> N
     Raises:
         ValueError: another type or shape.
     """
-    found = tensors[name]
-    if found.dtype not in types or found.shape != (size,):
-        raise ValueError(f"its {name} has {found.shape} values of {found.dtype}, not ({size},)")
-    return found
+    tensor = tensors[name]
+    if tensor.dtype not in types or tensor.shape != (size,):
+        raise ValueError(f"its {name} has {tensor.shape} values of {tensor.dtype}, not ({size},)")
+    return tensor
 
 
 def _encode_output(output: FloatArray, codec: Codec) -> dict[str, NDArray[np.generic]]:

@@ -15,7 +15,7 @@ import pytest
 
 from mvat_dist.data.mixing.checks import check_readers
 from mvat_dist.data.shards.corpus import open_subset
-from mvat_dist.data.shards.folders import open_shard
+from mvat_dist.data.shards.files import open_shard
 from mvat_dist.data.shards.reader import ShardSet
 from mvat_dist.data.shards.remote import RemoteError
 from mvat_dist.data.shards.remote_cache import MANIFEST
@@ -28,8 +28,8 @@ from tests.waiting import until
 
 FETCH = """
 import sys
-from mvat_dist.data.store.shardcache import Cache, RemoteFolder
-from mvat_dist.data.store.shards import ShardSet
+from mvat_dist.data.shards.remote_cache import Cache, RemoteFolder
+from mvat_dist.data.shards.reader import ShardSet
 ShardSet.open(RemoteFolder(sys.argv[1], Cache(sys.argv[2]))).read(0)
 """
 
@@ -72,7 +72,7 @@ def test_the_cache_is_bounded_and_keeps_what_is_open_and_used_last(corpus, web, 
     extra = 40_000  # manifests and indices
     limit = 2.5 * max(sizes) + extra
     held = clean(web, tmp_path, limit_gb=limit / 1e9)
-    firsts = np.cumsum([0, *(shard["utterances"] for shard in held.manifest["shards"])])
+    firsts = np.cumsum([0, *(shard.rows for shard in held.shards)])
     held.read(0)
     for turn in (1, 2, 3, 4, 1, 2):
         once = clean(web, tmp_path, limit_gb=limit / 1e9)
@@ -116,7 +116,7 @@ def test_a_cache_that_cannot_be_is_refused(web, tmp_path):
 
 def test_a_full_disk_is_named(corpus, web, tmp_path):
     """A limit of the file size stands for the full disk: the same way out of write()."""
-    size = max(shard["bytes"] for shard in ShardSet.open(corpus / "train_clean").manifest["shards"])
+    size = max(shard.bytes for shard in ShardSet.open(corpus / "train_clean").shards)
     code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2},) * 2)\n{FETCH}"
     command = [sys.executable, "-c", code, f"{web.address}/train_clean", str(tmp_path)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
@@ -149,7 +149,7 @@ def test_local_data_needs_no_back_end(corpus):
 def test_the_shard_itself_is_plain(web, tmp_path):
     """What lies in the cache is the tar as it was packed."""
     far = clean(web, tmp_path)
-    with open_shard(far.folder, far.manifest["shards"][2]) as stream:
+    with open_shard(far.folder, far.shards[2]) as stream:
         content = stream.read()
     assert content == (web.folder / "dns en" / "train_clean" / "audio-000002.tar").read_bytes()
     assert open_subset([far.folder]).keys == far.keys

@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from mvat_dist.data.shards import remote
 from mvat_dist.errors import UserError, machine_refusal
 from mvat_dist.io import TEMPORARY_SUFFIX, atomic_file, make_folder
@@ -174,6 +176,7 @@ def _opened(path: Path, size: int | None) -> io.FileIO | None:
     except FileNotFoundError:
         return None
     try:
+        # A shared lock on the copy itself, which filelock does not have, says that it is being read.
         fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:  # about to be removed
         stream.close()
@@ -200,20 +203,15 @@ def _removed(path: Path) -> bool:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Alone among the processes that ask for this file. The kernel lets go of a dead holder's lock.
-
-    The file stays: two processes could lock two files of the same name, if it was removed in between.
-    """
+    """Keep out the other processes that ask for this file; a dead holder's lock ends with it."""
     make_folder(path.parent)
-    deadline = time.monotonic() + LOCK_SECONDS
-    with path.open("a") as stream:
-        while True:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    waited = f"{path} has been locked for {LOCK_SECONDS:.0f} s"
-                    raise UserError(f"{waited}: end the process that holds it") from None
-                time.sleep(_POLL_SECONDS)
+    lock = FileLock(path, timeout=LOCK_SECONDS, poll_interval=_POLL_SECONDS)
+    try:
+        lock.acquire()
+    except Timeout:
+        waited = f"{path} has been locked for {LOCK_SECONDS:.0f} s"
+        raise UserError(f"{waited}: end the process that holds it") from None
+    try:
         yield
+    finally:
+        lock.release()

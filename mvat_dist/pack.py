@@ -6,19 +6,20 @@ import dataclasses
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from tabulate import tabulate
 
 from mvat_dist.config.cli import ConfigHelpFormatter, place
 from mvat_dist.data.prepare.corpora import list_dns, list_valentini
-from mvat_dist.data.prepare.reading import REASONS
+from mvat_dist.data.prepare.manifests import REJECTED, PackedCorpus
+from mvat_dist.data.prepare.reading import REASONS, Reason
 from mvat_dist.data.prepare.recipes import DnsRecipe, Recipe, ValentiniRecipe, WebDatasetRecipe
 from mvat_dist.data.prepare.statistics import check_picture, collect, draw, source_table, subset_table
 from mvat_dist.data.prepare.verify import verify
 from mvat_dist.data.prepare.webdataset import list_webdataset
-from mvat_dist.data.prepare.write import REJECTED, pack
+from mvat_dist.data.prepare.write import pack
 from mvat_dist.data.synthetic.corpus import make_corpus
 from mvat_dist.errors import UserError, exit_code, nearest
 
@@ -179,22 +180,24 @@ def _names(recipe: type[Recipe]) -> list[str]:
     return [field.name for field in dataclasses.fields(recipe)]
 
 
-def _print_summary(manifest: dict[str, Any], out: Path) -> None:
+def _print_summary(manifest: PackedCorpus, out: Path) -> None:
     subsets = [
-        (name, row["kind"], row["utterances"], f"{row['hours']:.3f}", f"{row['bytes'] / 1e6:.1f}")
-        for name, row in manifest["subsets"].items()
+        (name, subset.kind, subset.utterances, f"{subset.hours or 0:.3f}", f"{(subset.bytes or 0) / 1e6:.1f}")
+        for name, subset in manifest.subsets.items()
     ]
     print(tabulate(subsets, ["subset", "kind", "utterances", "hours", "MB"], colalign=("left", "left")))
-    files = manifest["files"]
+    files = manifest.files
     print(
         f"\n{files['found']} audio files found = {files['packed']} packed + {files['held_out']} held out for "
         f"validation + {files['rejected']} left out"
     )
-    if manifest["rejected"]:
-        left_out = [(reason, count, REASONS[reason]) for reason, count in manifest["rejected"].items()]
+    if manifest.rejected:
+        left_out = [
+            (reason, count, REASONS[cast("Reason", reason)]) for reason, count in manifest.rejected.items()
+        ]
         print(tabulate(left_out, ["left out", "files", "meaning"]))
         print(f"each one with its reason: {out / REJECTED}")
-    for note in manifest["notes"]:
+    for note in manifest.notes:
         print(f"note: {note}")
 
 

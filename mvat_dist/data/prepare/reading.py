@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import struct
-import tarfile
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +19,7 @@ import soxr
 
 from mvat_dist.config.schema import SAMPLE_RATE
 from mvat_dist.data.audio import OnePassFile, known_frames, open_sound, sound_blocks
-from mvat_dist.data.shards.format import ShardError
+from mvat_dist.data.shards.format import scan_tar
 
 Audio = npt.NDArray[np.float32]
 Reason = Literal[
@@ -99,15 +98,10 @@ def tar_recordings(tar: Path) -> dict[str, TarRecording]:
     Raises:
         ShardError: no tar, or a damaged one.
     """
-    try:
-        with tarfile.open(tar, "r:") as members:
-            return {
-                member.name: TarRecording(tar, member.offset_data, member.size)
-                for member in members
-                if member.isreg()
-            }
-    except tarfile.TarError as error:
-        raise ShardError(f"{tar} is no uncompressed tar ({error}): unpack or copy it again") from error
+    return {
+        f"{member.key}.{member.extension}": TarRecording(tar, member.offset, member.size)
+        for member in scan_tar(tar)
+    }
 
 
 def open_recording(recording: Recording) -> OnePassFile:

@@ -1,60 +1,67 @@
-"""Carry out a plan: inspect, write shards side by side, and put the manifests last.
+"""Pack a corpus by its plan: inspect, write shards side by side, and put the manifests last.
 
-What a killed run leaves behind is inspections, whole shards and the marker `UNFINISHED`; no reader takes
-them for a corpus, and the same command goes on from there.
+A killed run leaves inspections, finished shards and the marker `UNFINISHED`. No reader takes them for a
+corpus, and the same command goes on from there.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
 
-import numpy as np
+import soundfile
 from tqdm import tqdm
 
 from mvat_dist.config.schema import SAMPLE_RATE
+from mvat_dist.data.audio import known_frames
 from mvat_dist.data.pool import Map, parallel_map
-from mvat_dist.data.prepare.corpora import Listing, Rejection
-from mvat_dist.data.prepare.disk_space import check_plan, check_roughly
+from mvat_dist.data.prepare.corpora import Listing
 from mvat_dist.data.prepare.inspection import INSPECTIONS, inspect_all
-from mvat_dist.data.prepare.manifests import counted, measured
-from mvat_dist.data.prepare.plan import Plan, SubsetPlan, make_plan
-from mvat_dist.data.prepare.reading import UnusableError
+from mvat_dist.data.prepare.manifests import PackedCorpus, Packing, PackingProgress, write_manifests
+from mvat_dist.data.prepare.plan import Plan, make_plan
+from mvat_dist.data.prepare.reading import UnusableError, locate, open_recording
 from mvat_dist.data.prepare.recipes import Recipe
 from mvat_dist.data.prepare.utterances import Utterance, render
 from mvat_dist.data.shards.codecs import Codec
-from mvat_dist.data.shards.format import FORMAT, Kind, audio_layout, finished_rows, load_index, shard_name
+from mvat_dist.data.shards.format import Kind, audio_layout, finished_rows, load_index, shard_name
 from mvat_dist.data.shards.manifest import ShardRecord, describe_shard
 from mvat_dist.data.shards.remote_cache import MANIFEST
 from mvat_dist.data.shards.writer import write_shard
 from mvat_dist.errors import UserError
-from mvat_dist.io import TEMPORARY_SUFFIX, make_folder, only_writer, read_json, sha256, write_json, write_text
+from mvat_dist.io import (
+    TEMPORARY_SUFFIX,
+    existing_folder,
+    make_folder,
+    only_writer,
+    read_record,
+    write_record,
+)
 
 UNFINISHED = "packing.json"
 """Marker of a folder in which packing has begun and not ended."""
-REJECTED = "rejected.jsonl"
-SUMMED_UP = ("kind", "utterances", "hours", "bytes")
-"""What the corpus's manifest repeats of each subset's."""
 
-_ROLES = {"train_clean": "clean", "train_noise": "noise", "train_rir": "rir"}
+_STORED_SHARE: dict[Codec, float] = {"flac": 0.6, "int16": 1.0}
+"""Stored bytes per byte of 16-bit audio: FLAC of speech 0.5, of noise up to 0.8."""
+_UTTERANCE_OVERHEAD = 3072
+"""Bytes of an utterance's headers, padding, JSON and index."""
+_PROBED_FILES = 200
+_ROUGH_SHARE = 0.5
+"""Share of the rough forecast that must fit: what will be left out, and how FLAC compresses, is not known."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """What became of a packing."""
+    """The result of a packing."""
 
-    manifest: dict[str, Any]
+    manifest: PackedCorpus
     already: bool
-    """Everything had been there before."""
+    """Whether the corpus had been packed before."""
     kept_inspections: int = 0
-    """Files that an interrupted run had read."""
+    """Files that an interrupted run had inspected."""
     kept_shards: int = 0
     """Shards that it had written."""
 
@@ -73,25 +80,19 @@ def pack(listing: Listing, layout: str, recipe: Recipe, out: Path, workers: int)
         UserError: `out` holds something else, nothing can be packed, or the disk is too small.
     """
     _check_recipe(recipe)
-    identity = {
-        "format": FORMAT,
-        "layout": layout,
-        "fingerprint": listing.fingerprint,
-        "recipe": dataclasses.asdict(recipe),
-    }
-    state = _state(out, identity, recipe)
-    if state == "finished":
+    packing = Packing(layout, listing.fingerprint, dataclasses.asdict(recipe))
+    finished, progress = _state(out, packing, recipe)
+    if finished:
         _tidy(out)
-        return Packed(_read(out / MANIFEST), True)
-    check_roughly(listing, out, recipe.codec)
-    made = _begin(out, identity, state)
+        return Packed(finished, True)
+    _check_space_roughly(listing, out, recipe.codec)
+    new_folders = _begin(out, packing, progress)
     with only_writer(out, f"packing into {out}"), parallel_map(workers) as run:
-        plan, inspected = _planned(listing, recipe, out, made, run)
-        check_plan(out, plan, recipe.codec)
-        kept = _settle(out, identity, plan)
-        records = _write_shards(listing.corpus, out, plan, recipe.codec, run)
-    manifest = identity | _write_manifests(listing, out, plan, records, recipe.codec)
-    write_json(out / MANIFEST, manifest)
+        plan, inspected = _plan(listing, recipe, out, new_folders, run)
+        _check_space(out, plan, recipe.codec)
+        kept = _settle(out, packing, plan)
+        shards = _write_shards(listing.corpus, out, plan, recipe.codec, run)
+    manifest = write_manifests(listing, out, plan, shards, recipe.codec, packing)
     _tidy(out)
     return Packed(manifest, False, inspected, kept)
 
@@ -106,94 +107,97 @@ def _check_recipe(recipe: Recipe) -> None:
             raise UserError(f"--{name} must be above 0")
 
 
-def _state(out: Path, identity: dict[str, Any], recipe: Recipe) -> Literal["fresh", "unfinished", "finished"]:
-    """What `out` holds; refuses everything that this command did not begin."""
+def _state(out: Path, packing: Packing, recipe: Recipe) -> tuple[PackedCorpus | None, PackingProgress | None]:
+    """The finished corpus in `out`, and the progress of an unfinished one; neither where `out` is new.
+
+    Raises:
+        UserError: `out` holds something that this command did not begin.
+    """
     try:
-        blocking = next((one for one in (out, *out.parents) if one.is_file()), None)
+        blocking = next((path for path in (out, *out.parents) if path.is_file()), None)
         exists = out.exists()
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}; give another folder") from error
     if blocking:
         raise UserError(f"--out {out}: {blocking} is a file; give a folder")
     if not exists:
-        return "fresh"
-    for name, state in ((MANIFEST, "finished"), (UNFINISHED, "unfinished")):
-        if (out / name).exists():
-            _check_same(out, _read(out / name), identity, recipe, state)
-            return cast(Literal["finished", "unfinished"], state)
+        return None, None
+    if (out / MANIFEST).exists():
+        corpus = read_record(out / MANIFEST, PackedCorpus)
+        _check_same(out, corpus, packing, recipe, "finished")
+        return corpus, None
+    if (out / UNFINISHED).exists():
+        progress = read_record(out / UNFINISHED, PackingProgress)
+        _check_same(out, progress, packing, recipe, "unfinished")
+        return None, progress
     if any(out.iterdir()):
         raise UserError(f"--out {out} is not empty and was not made by this command; give another folder")
-    return "fresh"
+    return None, None
 
 
-def _read(path: Path) -> Any:
-    try:
-        return read_json(path)
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); remove {path.parent} and pack again") from error
-
-
-def _check_same(out: Path, there: Any, identity: dict[str, Any], recipe: Recipe, state: str) -> None:
-    there = there if isinstance(there, dict) else {}
-    for key in ("format", "layout", "fingerprint"):
-        if there.get(key) != identity[key]:
-            what = "from other files" if key == "fingerprint" else f"with another {key}"
+def _check_same(out: Path, stored: Packing, packing: Packing, recipe: Recipe, state: str) -> None:
+    for key, what in (("layout", "with another layout"), ("fingerprint", "from other files")):
+        if getattr(stored, key) != getattr(packing, key):
             raise UserError(
                 f"--out {out} holds a {state} corpus packed {what}; remove it or give another folder"
             )
     # A setting that is younger than the shards was then what is its default now.
-    before = {field.name: field.default for field in dataclasses.fields(recipe)} | there["recipe"]
-    wanted = dataclasses.asdict(recipe)
-    if changed := [key for key in wanted if before[key] != wanted[key]]:
-        values = ", ".join(f"{key} {before[key]}, not {wanted[key]}" for key in changed)
+    before = {field.name: field.default for field in dataclasses.fields(recipe)} | stored.recipe
+    if changed := [key for key, value in packing.recipe.items() if before[key] != value]:
+        values = ", ".join(f"{key} {before[key]}, not {packing.recipe[key]}" for key in changed)
         raise UserError(
             f"--out {out} holds a {state} corpus packed with other settings ({values}); remove it or give "
             "another folder"
         )
 
 
-def _begin(out: Path, identity: dict[str, Any], state: str) -> list[Path]:
-    """Make `out` and leave the marker: a place that cannot be written to is refused before any reading.
+def _begin(out: Path, packing: Packing, progress: PackingProgress | None) -> list[Path]:
+    """Make `out` and leave the marker; a place that cannot be written to is refused before any reading.
 
-    Returns the folders that were made, deepest first.
+    Returns:
+        The folders that were made, deepest first.
     """
     missing = [folder for folder in (out, *out.parents) if not folder.exists()]
     make_folder(out)
-    if state == "fresh":
-        write_json(out / UNFINISHED, identity | {"plan": None, "subsets": []})
+    if progress is None:
+        write_record(out / UNFINISHED, PackingProgress(packing.layout, packing.fingerprint, packing.recipe))
     return missing
 
 
-def _planned(listing: Listing, recipe: Recipe, out: Path, made: Sequence[Path], run: Map) -> tuple[Plan, int]:
-    """The plan, and how many files had been inspected before; `made` goes where nothing can be packed.
+def _plan(
+    listing: Listing, recipe: Recipe, out: Path, new_folders: Sequence[Path], run: Map
+) -> tuple[Plan, int]:
+    """The plan, and how many files an earlier try had inspected.
 
-    The inspections, of hundreds of thousands of files perhaps, are freed before anything is written.
+    The inspections, of hundreds of thousands of files perhaps, are freed before anything is written. Where
+    nothing can be packed, `new_folders` are removed again.
     """
     inspections, inspected = inspect_all(listing, recipe, out / INSPECTIONS, run)
     try:
         return make_plan(listing, inspections, recipe), inspected
     except UserError:
-        _abandon(out, made)
+        for name in (UNFINISHED, INSPECTIONS):
+            (out / name).unlink(missing_ok=True)
+        for folder in new_folders:
+            folder.rmdir()
         raise
 
 
-def _abandon(out: Path, made: Sequence[Path]) -> None:
-    """Leave nothing of a corpus of which nothing can be packed."""
-    for name in (UNFINISHED, INSPECTIONS):
-        (out / name).unlink(missing_ok=True)
-    for folder in made:
-        folder.rmdir()
+def _settle(out: Path, packing: Packing, plan: Plan) -> int:
+    """Note the plan, and keep only the shards of an earlier try that it would write again.
 
-
-def _settle(out: Path, identity: dict[str, Any], plan: Plan) -> int:
-    """Note the plan and keep only those shards of an earlier try that it would write again; their number."""
-    before = _read(out / UNFINISHED)
-    digest = plan.digest
-    if before["plan"] != digest:
-        for name in before["subsets"]:
+    Returns:
+        Number of the shards that are kept.
+    """
+    progress = read_record(out / UNFINISHED, PackingProgress)
+    if progress.plan != plan.digest:
+        for name in progress.subsets:
             shutil.rmtree(out / name, ignore_errors=True)
     names = [subset.name for subset in plan.subsets]
-    write_json(out / UNFINISHED, identity | {"plan": digest, "subsets": names})
+    planned = PackingProgress(
+        packing.layout, packing.fingerprint, packing.recipe, plan=plan.digest, subsets=names
+    )
+    write_record(out / UNFINISHED, planned)
     return sum(1 for name in names for _ in (out / name).glob("audio-*.npy"))
 
 
@@ -218,15 +222,15 @@ class _ShardJob:
 def _write_shards(
     corpus: Path, out: Path, plan: Plan, codec: Codec, run: Map
 ) -> dict[str, list[ShardRecord]]:
-    """Subset -> the manifest's record of each of its shards."""
+    """Write all shards; subset -> the manifest's record of each of its shards."""
     jobs = [*_jobs(out, plan, codec)]
-    records: dict[str, list[ShardRecord]] = {subset.name: [] for subset in plan.subsets}
+    shards: dict[str, list[ShardRecord]] = {subset.name: [] for subset in plan.subsets}
     total = sum(len(job.utterances) for job in jobs)
     with tqdm(desc="packing", total=total, unit="utt", smoothing=0.05) as bar:
-        for job, record in zip(jobs, run(partial(_write_one, corpus), jobs), strict=True):
-            records[job.path.parent.name].append(record)
-            bar.update(record.rows)
-    return records
+        for job, shard in zip(jobs, run(partial(_write_shard, corpus), jobs), strict=True):
+            shards[job.path.parent.name].append(shard)
+            bar.update(shard.rows)
+    return shards
 
 
 def _jobs(out: Path, plan: Plan, codec: Codec) -> Iterator[_ShardJob]:
@@ -238,72 +242,70 @@ def _jobs(out: Path, plan: Plan, codec: Codec) -> Iterator[_ShardJob]:
             first += len(utterances)
 
 
-def _write_one(corpus: Path, job: _ShardJob) -> ShardRecord:
+def _write_shard(corpus: Path, job: _ShardJob) -> ShardRecord:
     """Write one shard unless an earlier try did."""
-    if not _is_whole(job):
+    layout = audio_layout(job.kind, job.codec)
+    rows = finished_rows(job.path, layout)
+    if rows is None or len(rows) != len(job.utterances):
+        samples = (
+            render(corpus, f"{job.path.parent.name}_{number:07d}", utterance, job.codec)
+            for number, utterance in enumerate(job.utterances, job.first)
+        )
         try:
-            made = (
-                render(corpus, f"{job.path.parent.name}_{number:07d}", one, job.codec)
-                for number, one in enumerate(job.utterances, job.first)
-            )
-            write_shard(job.path, audio_layout(job.kind, job.codec), made)
+            write_shard(job.path, layout, samples)
         except UnusableError as error:
             raise UserError(
                 f"a file of {corpus} changed while it was packed ({error.reason}, {error.detail}); run again"
             ) from error
-    rows = load_index(job.path, audio_layout(job.kind, job.codec)).rows
+        rows = load_index(job.path, layout).rows
     return describe_shard(job.path, len(rows), int(rows["samples"].sum()))
 
 
-def _is_whole(job: _ShardJob) -> bool:
-    rows = finished_rows(job.path, audio_layout(job.kind, job.codec))
-    return rows is not None and len(rows) == len(job.utterances)
+def _check_space_roughly(listing: Listing, out: Path, codec: Codec) -> None:
+    """Refuse a disk that is clearly too small, from the headers of a few files of the corpus.
+
+    Raises:
+        UserError: not even half of what the shards seem to need is free.
+    """
+    paths = [source.path for source in listing.sources]
+    paths += [path for pair in listing.pairs for path in (pair.clean, pair.noisy)]
+    probed = [_seconds(listing.corpus, path) for path in paths[:: max(1, len(paths) // _PROBED_FILES)]]
+    if known := [seconds for seconds in probed if seconds]:
+        forecast = _stored_bytes(len(paths) * sum(known) / len(known), len(paths), codec)
+        _refuse_if_short(out, forecast, _ROUGH_SHARE * forecast)
 
 
-def _write_manifests(
-    listing: Listing, out: Path, plan: Plan, records: dict[str, list[ShardRecord]], codec: Codec
-) -> dict[str, Any]:
-    """Each subset's manifest and the list of what was left out; returns the corpus's own manifest."""
-    subsets = {}
-    for subset in plan.subsets:
-        manifest = _describe(subset, codec, out / subset.name, records[subset.name], plan.rejected)
-        write_json(out / subset.name / MANIFEST, manifest)
-        subsets[subset.name] = {key: manifest[key] for key in SUMMED_UP} | {
-            "manifest_sha256": sha256(out / subset.name / MANIFEST)
-        }
-    rows = (json.dumps(dataclasses.asdict(one)) + "\n" for one in plan.rejected)
-    write_text(out / REJECTED, "".join(rows))
-    return {
-        "corpus": str(listing.corpus),
-        "files": plan.counts,
-        "rejected": dict(Counter(one.reason for one in plan.rejected).most_common()),
-        "notes": plan.notes,
-        "subsets": subsets,
-    }
+def _check_space(out: Path, plan: Plan, codec: Codec) -> None:
+    """Refuse a disk that is too small for what will be written, less what an earlier try wrote.
+
+    Raises:
+        UserError: it does not fit.
+    """
+    utterances = [utterance for subset in plan.subsets for shard in subset.shards for utterance in shard]
+    seconds = sum(len(utterance.signals) * utterance.signals[0].seconds for utterance in utterances)
+    forecast = _stored_bytes(seconds, len(utterances), codec)
+    _refuse_if_short(out, forecast, forecast)
 
 
-def _describe(
-    subset: SubsetPlan,
-    codec: Codec,
-    folder: Path,
-    shards: Sequence[ShardRecord],
-    rejected: Sequence[Rejection],
-) -> dict[str, Any]:
-    """The manifest of one subset."""
-    layout = audio_layout(subset.kind, codec)
-    rows = np.concatenate([load_index(folder / shard.name, layout).rows for shard in shards])
-    used = [signal for shard in subset.shards for one in shard for signal in one.signals]
-    role = _ROLES.get(subset.name, subset.name)
-    return {
-        "format": FORMAT,
-        "subset": subset.name,
-        "kind": subset.kind,
-        "codec": codec,
-        "sample_rate": SAMPLE_RATE,
-        "bytes": sum(shard.bytes or 0 for shard in shards),
-        **measured(rows, subset.kind),
-        "source_rates": counted([one.rate for one in used]),
-        "source_channels": counted([one.channels for one in used]),
-        "rejected": dict(Counter(one.reason for one in rejected if one.role == role).most_common()),
-        "shards": [dataclasses.asdict(shard) for shard in shards],
-    }
+def _stored_bytes(seconds: float, utterances: int, codec: Codec) -> float:
+    return 2 * SAMPLE_RATE * _STORED_SHARE[codec] * seconds + utterances * _UTTERANCE_OVERHEAD
+
+
+def _seconds(corpus: Path, path: str) -> float:
+    """Duration by the file's header; 0 where it has none that can be read, or leaves its length open."""
+    try:
+        with open_recording(locate(corpus, path)) as sound:
+            return (known_frames(sound.frames) or 0) / float(sound.samplerate)
+    except (soundfile.SoundFileRuntimeError, OSError):
+        return 0.0
+
+
+def _refuse_if_short(out: Path, forecast: float, needed: float) -> None:
+    folder = existing_folder(out)
+    kept = sum(path.stat().st_size for path in out.rglob("audio-*.tar"))
+    free = shutil.disk_usage(folder).free
+    if needed - kept > free:
+        raise UserError(
+            f"the shards need about {(forecast - kept) / 1e9:.2f} GB, and {folder} has {free / 1e9:.2f} GB "
+            "free: free space or give another --out"
+        )

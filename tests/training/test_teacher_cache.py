@@ -19,7 +19,8 @@ import torch
 from mvat_dist import cache
 from mvat_dist.config import parser
 from mvat_dist.data.shards.format import TARGETS, index_path
-from mvat_dist.data.shards.targets import TeacherCache, target_shard
+from mvat_dist.data.shards.remote_cache import Cache
+from mvat_dist.data.shards.targets import TeacherCache, cache_folder, target_shard
 from mvat_dist.errors import UserError, exit_code
 from mvat_dist.training import setup
 from tests.cache_corpus import (
@@ -36,6 +37,7 @@ from tests.cache_corpus import (
     write_teacher,
 )
 from tests.commands.test_train import COMMON
+from tests.faulty_server import serving
 
 # ruff: noqa: F811 (fixtures are imported and then asked for by name)
 
@@ -278,3 +280,20 @@ def test_a_pickled_cache_is_small_and_reads_the_same(corpus: Path, exact: Path) 
     one, other = targets.read(3, noisy), again.read(3, noisy)
     assert np.array_equal(one.output, other.output)
     assert all(np.array_equal(one.maps[key], other.maps[key]) for key in one.maps)
+
+
+def test_a_cache_at_a_url_reads_the_same(corpus: Path, exact: Path, tmp_path: Path) -> None:
+    """By the same copies and checksums as audio; a pickle of it goes on with what was fetched."""
+    key = ("encoder", 1, "channel")
+    noisy = opened(corpus).segment(3).noisy
+    expected = TeacherCache(exact, [key], output=True).read(3, noisy)
+    with serving(folder=exact) as server:
+        folder = cache_folder(server.url, Cache(str(tmp_path / "copies")))
+        cached = TeacherCache(folder, [key], output=True)
+        opened(corpus, teacher_cache=cached)
+        first = cached.read(3, noisy)
+    again = pickle.loads(pickle.dumps(cached)).read(3, noisy)  # noqa: S301 (our own)
+    for targets in (first, again):
+        assert np.array_equal(targets.output, expected.output)
+        assert np.array_equal(targets.maps[key], expected.maps[key])
+    assert list((tmp_path / "copies").glob("*/teacher-*.tar"))

@@ -265,6 +265,8 @@ def _score(evaluation: Evaluation, ranks: Ranks, processes: int) -> None:
     bar = tqdm(total=len(own), initial=len(own) - len(missing), unit="utterance", desc="scoring")
     with _appending(evaluation, ranks.rank) as append, bar:
         for subset, clips in evaluation.sets.items():
+            if not any(place[0] == subset for place in missing):
+                continue  # no worker is started for nothing
             rows = rows_as_completed(
                 models,
                 clips,

@@ -58,24 +58,24 @@ def label(metric: str) -> str:
     return METRICS[metric].label + (f" ({unit})" if unit else "") + " ↑"
 
 
-def score(estimate: Estimate, metric: str) -> str:
+def score_text(estimate: Estimate | None, metric: str) -> str:
     """A score and its interval: ``2.31 [2.25, 2.37]``."""
     digits = METRICS[metric].decimals
     return _with_interval(estimate, lambda value: _minus(f"{value:.{digits}f}"))
 
 
-def change(value: float, metric: str) -> str:
+def change_text(value: float, metric: str) -> str:
     """A difference, with one more digit than a score: ``+0.083``, ``−0.004``."""
     return _minus(f"{value:+.{METRICS[metric].decimals + 1}f}")
 
 
-def difference(estimate: Estimate, metric: str) -> str:
+def difference_text(estimate: Estimate, metric: str) -> str:
     """A difference and its interval: ``+0.083 [+0.031, +0.135]``."""
-    return _with_interval(estimate, lambda value: change(value, metric))
+    return _with_interval(estimate, lambda value: change_text(value, metric))
 
 
-def _with_interval(estimate: Estimate, written: Callable[[float], str]) -> str:
-    if estimate.mean is None:
+def _with_interval(estimate: Estimate | None, written: Callable[[float], str]) -> str:
+    if estimate is None or estimate.mean is None:
         return MISSING
     if estimate.low is None or estimate.high is None:
         return written(estimate.mean)
@@ -288,12 +288,12 @@ def _differences(scored: Section, labels: Mapping[str, str]) -> str:
 
 def _tested(known: Difference, metric: str) -> str:
     """A difference with its verdict and p-value."""
-    text = difference(known, metric)
+    text = difference_text(known, metric)
     return text if known.p is None else f"{text} {known.verdict}, p={known.p:.3g}"
 
 
 def _score_cell(known: Statistics, metric: str) -> Cell:
-    text = score(known, metric)
+    text = score_text(known, metric)
     return Cell(f"{text} n={known.clips}" if known.failed and known.clips else text, known.mean)
 
 

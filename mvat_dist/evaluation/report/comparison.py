@@ -19,15 +19,13 @@ from mvat_dist.evaluation.report.table import (
     SYMBOLS,
     Cell,
     Table,
-    change,
     difference_cell,
-    label,
     mark,
     score_cell,
-    signed,
     unscored,
 )
 from mvat_dist.evaluation.statistics import NOISY
+from mvat_dist.evaluation.table import change_text, difference_text, label
 
 SIMILAR = 0.1
 """MOS. A student is as good as its teacher where the interval of its PESQ lies above the teacher's less
@@ -137,7 +135,7 @@ def _against(
     if not differences:
         return "-", f"cannot be said: no student was scored under both this and {reference.label}"
     lines = [
-        f"{student} {signed(difference, test.primary)}{_symbol(difference)}"
+        f"{student} {difference_text(difference, test.primary)}{_symbol(difference)}"
         for student, difference in differences.items()
     ]
     return "\n".join(lines), _verdict(differences)
@@ -211,7 +209,7 @@ def _against_teacher(study: Study, test: TestSet, method: Method) -> tuple[str, 
                 f"{teacher_cost.parameters / cost.parameters:.1f}x fewer parameters, "
                 f"{teacher_cost.gmac / cost.gmac:.2f}x fewer FLOPs"
             )
-            lines.append(f"{student}: {smaller}, {signed(difference, metric)}{_symbol(difference)}")
+            lines.append(f"{student}: {smaller}, {difference_text(difference, metric)}{_symbol(difference)}")
             low = difference.low
             if not verdict and metric == "pesq_wb" and low is not None and low > -SIMILAR:
                 verdict = f"{student} is as good as its teacher to within {SIMILAR:g} MOS: {smaller}"
@@ -262,7 +260,7 @@ def _score_and_difference(study: Study, test: TestSet, student: str, method: Met
     system = System(student, method.label)
     cell = score_cell(test, system, metric)
     difference = _difference_from_alone(study, test, student, method, metric)
-    notes = [signed(difference, metric) if difference else "", unscored(test, system, metric)]
+    notes = [difference_text(difference, metric) if difference else "", unscored(test, system, metric)]
     return Cell(cell.text, "; ".join(filter(None, notes)), mark(difference))
 
 
@@ -288,7 +286,7 @@ def seed_table(study: Study, test: TestSet) -> Table:
             system.label,
             ", ".join(map(str, test.seeds(system))),
             ", ".join(f"{value:.{digits}f}" for value in mean.seeds) if mean else "-",
-            ", ".join(change(value, metric) for value in difference.seeds) if difference else "-",
+            ", ".join(change_text(value, metric) for value in difference.seeds) if difference else "-",
         ]
         rows.append([Cell(text) for text in cells])
     caption = f"{label(metric)} of each seed alone, on the clips that all of them have a score for"

@@ -14,8 +14,9 @@ from mvat_dist.evaluation.report.load import Run, number
 from mvat_dist.evaluation.report.plot import STYLES, Axis, Plot, Point, Series, svg
 from mvat_dist.evaluation.report.scores import Clip, Estimate, System, TestSet
 from mvat_dist.evaluation.report.study import Cost, Method, Study
-from mvat_dist.evaluation.report.table import Cell, Table, label, shown
+from mvat_dist.evaluation.report.table import Cell, Table
 from mvat_dist.evaluation.statistics import NOISY
+from mvat_dist.evaluation.table import label, score_text
 
 NOISY_STYLE = STYLES - 1
 """The noisy input's style beside methods, of which a comparison has fewer."""
@@ -149,7 +150,7 @@ def cost_table(test: TestSet, networks: Sequence[PricedNetwork]) -> Table:
             f"{cost.parameters / 1e6:.2f}",
             f"{cost.gmac:.2f}",
             f"{cost.real_time_factor:.3f}" if cost.real_time_factor else "-",
-            shown(network.score, test.primary),
+            score_text(network.score, test.primary),
         ]
         rows.append([Cell(text) for text in cells])
     heads = [

@@ -18,8 +18,9 @@ from mvat_dist.evaluation.report.load import Run
 from mvat_dist.evaluation.report.provenance import Reproduction
 from mvat_dist.evaluation.report.scores import System, TestSet, collect
 from mvat_dist.evaluation.report.study import Study
-from mvat_dist.evaluation.report.table import Cell, Table, label, shown
+from mvat_dist.evaluation.report.table import Cell, Table
 from mvat_dist.evaluation.statistics import NOISY
+from mvat_dist.evaluation.table import label, score_text
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def _test_report(study: Study, test: TestSet) -> TestReport:
         name=test.name,
         clips=len(test.clips),
         minutes=test.minutes,
-        noisy=shown(test.estimate(System(NOISY), test.primary), test.primary),
+        noisy=score_text(test.estimate(System(NOISY), test.primary), test.primary),
         references=comparison.reference_table(test),
         scores={label(metric): comparison.score_table(study, test, metric) for metric in test.metrics},
         seeds=comparison.seed_table(study, test),

@@ -20,9 +20,10 @@ from mvat_dist.distributed import device as devices
 from mvat_dist.distributed import ranks
 from mvat_dist.distributed.ranks import Ranks
 from mvat_dist.errors import UserError, exit_code
-from mvat_dist.evaluation.evaluation import Evaluation, Request, run
+from mvat_dist.evaluation.evaluation import Evaluation, run
 from mvat_dist.evaluation.metrics import dnsmos, registry
 from mvat_dist.evaluation.metrics.registry import GROUPS, METRICS
+from mvat_dist.evaluation.score_record import Request
 from mvat_dist.evaluation.statistics import NOISY
 from mvat_dist.evaluation.systems import load_systems, split_name
 

@@ -18,7 +18,7 @@ from mvat_dist.config import sizes
 from mvat_dist.config.cli import CommandParser
 from mvat_dist.data.synthetic.corpus import make_corpus
 from mvat_dist.errors import UserError, exit_code
-from mvat_dist.evaluation.evaluation import SCORES, Scores
+from mvat_dist.evaluation.score_record import SCORES, Scores
 from mvat_dist.evaluation.statistics import NOISY
 from mvat_dist.io import read_record
 from mvat_dist.runs.folder import run_folder

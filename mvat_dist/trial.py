@@ -105,7 +105,7 @@ def _run(command: Sequence[str]) -> int:
 
     with StopSignals() as signals:
         child = processes.start(
-            command, processes.without_ranks(os.environ), own_session=False, on_parent_death=signal.SIGTERM
+            command, ranks.without_ranks(os.environ), own_session=False, on_parent_death=signal.SIGTERM
         )
         return processes.wait_for(child, signals, pass_on)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from mvat_dist.evaluation.evaluation import Inputs, Scores
+from mvat_dist.evaluation.score_record import Inputs, Scores
 from mvat_dist.evaluation.statistics import Statistics
 from mvat_dist.evaluation.table import Section
 from mvat_dist.io import write_record

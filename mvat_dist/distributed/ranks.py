@@ -83,6 +83,16 @@ def export(ranks: Ranks, environ: MutableMapping[str, str] = os.environ) -> None
     environ["MASTER_PORT"] = str(ranks.master_port)
 
 
+def without_ranks(inherited: Mapping[str, str]) -> dict[str, str]:
+    """`inherited` without the variables of ranks that another launcher has set."""
+    launchers = ("TORCHELASTIC_", "SUBMITIT_", "GROUP_", "ROLE_", "CROSS_", "LOCAL_SIZE", LOCAL_LAUNCHER)
+    return {
+        name: value
+        for name, value in inherited.items()
+        if name not in RANK_VARIABLES and not name.startswith(launchers)
+    }
+
+
 def free_port() -> int:
     """A TCP port of the loopback device that nobody listens on now."""
     with socket.socket() as probe:

@@ -17,7 +17,7 @@ import yaml
 
 from mvat_dist.config import locations
 from mvat_dist.errors import UserError
-from mvat_dist.evaluation.evaluation import Scores
+from mvat_dist.evaluation.score_record import Scores
 from mvat_dist.evaluation.statistics import NOISY
 from mvat_dist.evaluation.systems import CLASSICAL
 from mvat_dist.io import read_json, read_record

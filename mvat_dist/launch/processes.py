@@ -33,7 +33,7 @@ from typing import IO
 
 import psutil
 
-from mvat_dist.distributed.ranks import LOCAL_LAUNCHER, RANK_VARIABLES, Ranks, export, free_port
+from mvat_dist.distributed.ranks import LOCAL_LAUNCHER, Ranks, export, free_port, without_ranks
 from mvat_dist.errors import EXIT_PORT
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
@@ -360,13 +360,3 @@ def rank_environment(rank: int, processes: int, port: int, inherited: Mapping[st
     variables[LOCAL_LAUNCHER] = "1"
     variables.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
     return variables
-
-
-def without_ranks(inherited: Mapping[str, str]) -> dict[str, str]:
-    """`inherited` without what another launcher left in it."""
-    launchers = ("TORCHELASTIC_", "SUBMITIT_", "GROUP_", "ROLE_", "CROSS_", "LOCAL_SIZE", LOCAL_LAUNCHER)
-    return {
-        name: value
-        for name, value in inherited.items()
-        if name not in RANK_VARIABLES and not name.startswith(launchers)
-    }

@@ -32,7 +32,6 @@ from submitit.slurm.slurm import SlurmExecutor
 from mvat_dist.distributed import ranks, slurm
 from mvat_dist.errors import UserError, exit_code
 from mvat_dist.io import read_record
-from mvat_dist.launch.processes import without_ranks
 from mvat_dist.runs.records import JobRecord
 
 _NO_LIMIT = 1_000_000
@@ -260,7 +259,7 @@ def _setup(folder: Path, resources: Resources) -> list[str]:
 @contextlib.contextmanager
 def outside_of_jobs() -> Iterator[None]:
     """Hide what a surrounding job or launcher has put into the environment: a new job inherits it all."""
-    clean = without_ranks(os.environ)
+    clean = ranks.without_ranks(os.environ)
     if "SLURM_JOB_ID" in clean:
         of_job = ("SLURM_", "SLURMD_", "SRUN_")
         clean = {k: v for k, v in clean.items() if k == "SLURM_CONF" or not k.startswith(of_job)}

@@ -8,8 +8,8 @@ import pytest
 
 from mvat_dist.errors import UserError
 from mvat_dist.evaluation import table
-from mvat_dist.evaluation.evaluation import Scores
 from mvat_dist.evaluation.real_time_factor import Cost
+from mvat_dist.evaluation.score_record import Scores
 from mvat_dist.evaluation.statistics import Statistics
 from mvat_dist.io import read_record, write_json
 from tests.score_records import score, write_scores

@@ -43,7 +43,7 @@ faults: $(READY) ## The whole fault matrix, on this machine and on a real Slurm;
 soak: $(READY) ## A run restarted at N=30 random moments ends as the undisturbed one
 	$(RUN) -m tests.faults.soak --restarts $(or $(N),30) --seed $(or $(SEED),0)
 
-gpu: $(READY) ## What a GPU makes of the fleet: right results, speed, memory, profile; writes docs/results
+gpu: $(READY) ## Measure the students on a GPU: exactness, speed, memory, profile; writes docs/results
 	$(RUN) -m benchmarks.gpu
 
 lint: $(READY) ## Style, types and shell scripts

@@ -169,7 +169,7 @@ def _logarithmic(maps: Maps) -> tuple[float, Maps]:
 
 
 def _pooled(maps: Maps, most: int) -> tuple[float, Maps]:
-    """Means over stretches of time, spread over them again: half precision, compressed."""
+    """Means over spans of time, repeated over each span: half precision, compressed."""
     sizes, back = [], []
     for item in _items(maps):
         size, restored = 0, {}

@@ -4,7 +4,7 @@
     python -m benchmarks.loss --batch 4 --seconds 2 --student manner-s-0.6gf
 
 One thread, CPU time. In every round each is timed once, one after the other; medians over rounds. The
-targets, which a fleet makes once for all its students, are not counted on our side.
+targets, which a run computes once for all its students, are not counted on our side.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ distil: $(READY) ## The whole job on synthetic data: corpus, shards, teacher, st
 	$(RUN) -m mvat_dist.quickstart
 
 test: $(READY) ## Run the tests that need no cluster
-	$(RUN) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(RUN) -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-slurm: $(READY) ## Start a real four-node Slurm on this machine, run the cluster tests, stop it
 	slurm/devcluster.sh run -- $(RUN) -m pytest -m slurm tests/slurm

@@ -37,7 +37,8 @@ def parser() -> argparse.ArgumentParser:
         "after the other on this machine, or as an array of Slurm jobs. The same command goes on where it "
         "was interrupted: finished trials are not run again. At the end, and with --ranking, it lists the "
         "trials by the file's metric. Exit code: 0 when every trial is finished, 2 for a mistake, 128 plus "
-        "the number of the signal that stopped it, else that of the last trial that failed.",
+        "the number of the signal that stopped it (SIGHUP counts as SIGTERM), else that of the last trial "
+        "that failed.",
         f"{PROG} configs/sweep.yaml --count 20\n"
         f"  {PROG} configs/sweep.yaml --count 20 --cluster slurm --nodes 2 --gpus-per-node 8\n"
         f"  {PROG} configs/sweep.yaml --count 20 --ranking",

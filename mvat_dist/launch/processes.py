@@ -139,13 +139,16 @@ class Child:
     def kill(self) -> None:
         """End it and all that it has started, unless it ended well.
 
-        Only for a child with a session of its own.
+        Only for a child with a session of its own. Once it has failed, only what is left of its process
+        group is ended: descendants with sessions of their own can no longer be found.
         """
-        if self.exit_code() == 0:
+        code = self.exit_code()
+        if code == 0:
             return
         descendants: list[psutil.Process] = []  # those with sessions of their own too
-        with contextlib.suppress(psutil.NoSuchProcess):
-            descendants = psutil.Process(self.process.pid).children(recursive=True)
+        if code is None:  # else its number may be another process's by now
+            with contextlib.suppress(psutil.NoSuchProcess):
+                descendants = psutil.Process(self.process.pid).children(recursive=True)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         for descendant in descendants:
@@ -282,6 +285,8 @@ def run_ranks(command: Sequence[str], processes: int, logs: Path) -> int:
             if code != EXIT_PORT or attempt == _PORTS or signals.received:
                 break
             print("another program was faster to take the port of the ranks: starting again", file=sys.stderr)
+    if code == EXIT_PORT and signals.received:  # not started again, because somebody asked to stop
+        return 128 + signals.received[0].number
     return code
 
 

@@ -11,9 +11,11 @@ import sys
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
 
 from mvat_dist.distributed import ranks
+from mvat_dist.errors import EXIT_PORT
 from mvat_dist.launch import processes
 from tests.waiting import until
 
@@ -182,6 +184,36 @@ sys.exit(code)
         assert processes.run_ranks(python(meet, str(taken)), 2, tmp_path) == 0
     assert next(ports, None) is None
     assert "starting again" in capfd.readouterr().err
+
+
+def test_a_signal_while_the_port_is_taken_ends_as_that_signal(tmp_path: Path) -> None:
+    rank = """
+import pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(int(sys.argv[2])))
+(pathlib.Path(sys.argv[1]) / "0.pid").touch()
+time.sleep(600)
+"""
+    command = python(rank, str(tmp_path), str(EXIT_PORT))
+    process = subprocess.Popen(launcher(command, 1, tmp_path), stderr=subprocess.PIPE, text=True)
+    until((tmp_path / "0.pid").exists, 20)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=20)
+    assert (process.returncode, errors) == (128 + signal.SIGTERM, "")
+
+
+def test_killing_a_child_that_has_ended_harms_no_process_that_got_its_number() -> None:
+    child = processes.start(["false"])
+    child.process.wait()
+    other = subprocess.Popen(["sh", "-c", "sleep 60 & wait"])
+    try:
+        until(lambda: bool(psutil.Process(other.pid).children()), 20)
+        [sleeping] = psutil.Process(other.pid).children()
+        child.process.pid = other.pid
+        child.kill()
+        assert not psutil.wait_procs([sleeping], timeout=0.3)[0]
+    finally:
+        sleeping.kill()
+        other.wait()
 
 
 def test_a_stop_signal_waits_for_somebody_to_read_it_and_names_its_sender() -> None:

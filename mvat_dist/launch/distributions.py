@@ -142,7 +142,10 @@ def _quantile(kind: str, spec: Mapping[str, Any]) -> Quantile:
         mean, deviation = _number(spec, "mu", 0), _number(spec, "sigma", 1)
         if deviation <= 0:
             raise UserError(f"sigma is {deviation}: it must be above 0")
-        law = stats.norm(mean, deviation) if kind == "normal" else stats.lognorm(deviation, 0, _exp(mean))
+        if kind == "normal":
+            law = stats.norm(mean, deviation)
+        else:
+            law = stats.lognorm(deviation, 0, _exp(mean, "mu is the mean of the value's logarithm"))
     elif kind == "beta":
         a, b = _number(spec, "a", 1), _number(spec, "b", 1)
         if a <= 0 or b <= 0:
@@ -162,7 +165,10 @@ def _value_bounds(kind: str, spec: Mapping[str, Any]) -> tuple[float, float]:
     """The least and the greatest value of a uniform or log-uniform distribution."""
     if kind in {"log_uniform", "inv_log_uniform"}:  # given as exponents
         low, high = _bounds(spec, 0, 1)
-        return (_exp(low), _exp(high)) if kind == "log_uniform" else (_exp(-high), _exp(-low))
+        if kind == "inv_log_uniform":
+            low, high = -high, -low
+        advice = f"{kind}_values takes the values themselves"
+        return _exp(low, advice), _exp(high, advice)
     low, high = _bounds(spec)
     if kind != "uniform" and low <= 0:
         raise UserError(f"min is {low}: it must be above 0")
@@ -178,9 +184,9 @@ def _bounds(
     return low, high
 
 
-def _exp(exponent: float) -> float:
+def _exp(exponent: float, advice: str) -> float:
     if not abs(exponent) < 700:
-        raise UserError(f"exp({exponent}) is no number: log_uniform_values takes the values themselves")
+        raise UserError(f"exp({exponent}) is no number: {advice}")
     return math.exp(exponent)
 
 

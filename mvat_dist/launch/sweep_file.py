@@ -37,6 +37,9 @@ _KEYS = {
 }  # fmt: skip
 _COMMAND = ("${env}", "${interpreter}", "${program}", "${args}")
 
+_DRAWS = "draws 2"
+"""Version of the random points, a part of the fingerprint: a new one wherever their values change."""
+
 
 @dataclass(frozen=True)
 class Sweep:
@@ -158,7 +161,8 @@ def _parse(content: dict[str, Any]) -> Sweep:
         raise UserError(f"early_terminate is {early!r}: give type, min_iter and so on below it")
     # The points of a Bayesian search depend on the scores too.
     objective = [metric, goal] if method == "bayes" else []
-    science = [method, content["parameters"], command, program, *objective]
+    draws = [_DRAWS] if method == "random" else []
+    science = [method, content["parameters"], command, program, *objective, *draws]
     return Sweep(
         method=method,
         metric=metric,

@@ -59,11 +59,11 @@ class SweepFolder:
         return variables
 
     def point(self, number: int) -> Point | None:
-        """The trial's point; None of a Bayesian search before the trial is to start."""
-        if self.sweep.method != "bayes":
-            return self.sweep.point(number, self.seed)
+        """The trial's point, as its file has it; None of a Bayesian search before the trial is to start."""
         file = self.parameters_file(number)
-        return trials.read_parameters(file) if file.exists() else None
+        if file.exists():
+            return trials.read_parameters(file)
+        return None if self.sweep.method == "bayes" else self.sweep.point(number, self.seed)
 
     def choose(self, number: int) -> Point:
         """The point of a trial that is about to start, written where the trial reads it.
@@ -122,10 +122,9 @@ class SweepFolder:
         results: dict[int, float | None] = {}
         for file in self.path.glob("trial-*.json"):
             number = int(re.sub(r".*-(\d+)\.json", r"\1", file.name))
-            record = self.record(number)
-            status = RunDir(Path(record.run)).read_status() if record else {}
-            if record and status.get("state") in {"finished", "failed"}:
-                student = status.get("students", {}).get(record.student, {})
-                failed = status["state"] == "failed" or student.get("given_up")
+            record, state = self.record(number), self.state(number)
+            if record and state in {"finished", "failed"}:
+                students = RunDir(Path(record.run)).read_status().get("students", {})
+                failed = state == "failed" or students.get(record.student, {}).get("given_up")
                 results[number] = None if failed else self.score(number)[0]
         return results

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from mvat_dist.config.cli import CommandParser
 from mvat_dist.errors import EXIT_BUSY, UserError, exit_code
 from mvat_dist.io import make_folder, write_text
 from mvat_dist.launch import bayes, processes, sweep_file, trials
+from mvat_dist.launch.processes import StopSignals
 from mvat_dist.launch.slurm import Command, Executor, Resources
 from mvat_dist.launch.sweep_folder import SweepFolder
 from mvat_dist.launch.trials import TrialRecord
@@ -183,8 +185,15 @@ def locally(target: Target, count: int | None, resources: Resources, *, dry_run:
     if dry_run:
         print(f"start    python -m {shlex.join(command)}\n{target.describe(count)}")
         return
+    line = [sys.executable, "-m", *command]
     environment = {**_with_python(os.environ), trials.PROCESSES: str(ranks)}
-    if code := processes.run_with_descendants([sys.executable, "-m", *command], environment):
+    if target.folder:  # it passes a signal on to its trial and waits for that
+        with StopSignals() as signals:
+            sweep = processes.start(line, environment, on_parent_death=signal.SIGTERM)
+            code = processes.wait_for(sweep, signals)
+    else:
+        code = processes.run_with_descendants(line, environment)
+    if code:
         raise SystemExit(code)
 
 

@@ -181,6 +181,32 @@ def test_points_that_are_not_chosen_yet_are_left_open(
     assert [path.name for path in place.iterdir()] == ["sweep.yaml"]
 
 
+def test_trials_keep_the_points_with_which_they_began(place: Path) -> None:
+    """Also where a later version would draw others."""
+    file = write_sweep(place, {"x": {"min": 0.0, "max": 1.0}}, ["true"], method="random", run_cap=2)
+    folder = SweepFolder.of(sweepfile.read(file), 0, place / "runs")
+    trials.write_parameters(folder.parameters_file(0), {"x": 7.0})
+    assert folder.choose(0) == folder.point(0) == {"x": 7.0}
+    assert f"x={folder.sweep.point(1, 0)['x']:.4g}" in folder.ranking(2)
+    assert "x=7 " in folder.ranking(2)
+
+
+def test_optuna_hears_of_a_trial_that_failed_before_its_run_began(place: Path) -> None:
+    import optuna
+
+    file = write_sweep(
+        place, {"x": {"min": 0.0, "max": 1.0}}, ["sh", "-c", "exit 7"], method="bayes", run_cap=2
+    )
+    with pytest.raises(SystemExit):
+        sweep.main([str(file)])
+    folder = SweepFolder.of(sweepfile.read(file), 0, place / "runs")
+    journal = optuna.storages.journal.JournalFileBackend(str(folder.path / "optuna.jsonl"))
+    storage = optuna.storages.JournalStorage(journal)
+    study = optuna.load_study(study_name=folder.sweep.fingerprint, storage=storage)
+    states = {trial.user_attrs["trial"]: trial.state.name for trial in study.trials}
+    assert states == {0: "FAIL", 1: "RUNNING"}  # the second is told when a third is to start
+
+
 def test_three_failures_in_a_row_end_it(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file = write_sweep(place, {"x": {"values": [1, 2, 3, 4, 5]}}, ["sh", "-c", "echo one more; exit 7"])
     with pytest.raises(SystemExit) as end:
@@ -191,18 +217,27 @@ def test_three_failures_in_a_row_end_it(place: Path, capfd: pytest.CaptureFixtur
     assert "3 trials in a row have failed" in output.err
 
 
-def test_a_signal_reaches_the_trial_and_ends_the_sweep(place: Path) -> None:
-    """The trial gets the time that it needs."""
+@pytest.mark.parametrize(
+    "start",
+    [["mvat_dist.sweep"], ["mvat_dist.submit", "--cluster=local", "--sweep"]],
+    ids=["sweep", "submit"],
+)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_reaches_the_trial_and_ends_the_sweep(
+    place: Path, start: list[str], number: signal.Signals
+) -> None:
+    """The trial gets the time that it needs, also where what has started the sweep is killed."""
     trial = 'trap "sleep 1; touch saved; exit 0" TERM; touch begun; while :; do sleep 0.1; done'
     file = write_sweep(place, {"x": {"values": [1, 2]}}, ["sh", "-c", trial])
-    command = [sys.executable, "-m", "mvat_dist.sweep", str(file)]
+    command = [sys.executable, "-m", *start, str(file)]
     process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
     until((place / "begun").exists, 60)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     output = process.communicate(timeout=60)[1]
-    assert process.returncode == 128 + signal.SIGTERM
-    assert (place / "saved").exists()
-    assert "goes on with trial 0" in output
+    assert process.returncode == (143 if number == signal.SIGTERM else -number)
+    until((place / "saved").exists, 20)
+    if number == signal.SIGTERM or "mvat_dist.submit" in start:
+        assert "goes on with trial 0" in output
 
 
 def test_what_needs_a_server_is_named_in_one_line(place: Path, capfd: pytest.CaptureFixture[str]) -> None:

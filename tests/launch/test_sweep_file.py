@@ -65,6 +65,15 @@ def test_a_point_depends_on_its_number_and_the_seed_alone(tmp_path: Path) -> Non
     assert first.fingerprint == again.fingerprint != more.fingerprint
 
 
+def test_random_points_change_only_with_the_fingerprint(tmp_path: Path) -> None:
+    """Where these values have to change, so does `sweep_file._DRAWS`: a folder keeps its trials' points."""
+    search = sweep(tmp_path, {"lr": {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-1}})
+    assert [search.point(number, 3)["lr"] for number in (0, 1)] == pytest.approx(
+        [0.010571364240117329, 0.013985244525397915]
+    )
+    assert search.fingerprint == "8ed37a36"
+
+
 def test_another_goal_is_another_search_only_where_points_depend_on_scores(tmp_path: Path) -> None:
     parameters = {"x": {"values": [1, 2]}}
     for method, differ in (("bayes", True), ("random", False), ("grid", False)):
@@ -126,6 +135,14 @@ def test_how_many_points(tmp_path: Path) -> None:
             "min is 0.*above 0",
         ),
         ({"parameters": {"x": {"distribution": "log_uniform", "max": 1e4}}}, "log_uniform_values takes"),
+        (
+            {"parameters": {"x": {"distribution": "inv_log_uniform", "max": 1e4}}},
+            "inv_log_uniform_values takes",
+        ),
+        (
+            {"parameters": {"x": {"distribution": "log_normal", "mu": 800}}},
+            r"exp\(800\) is no number: mu is the mean of the value's logarithm",
+        ),
         ({"program": None}, "program is missing"),
         ({"run_cap": 0}, "run_cap is 0"),
     ],

@@ -21,6 +21,7 @@ from mvat_dist.distributed import ranks, slurm
 from mvat_dist.errors import UserError, exit_code
 from mvat_dist.launch import processes, requeue, trials
 from mvat_dist.launch.processes import Child, StopSignal, StopSignals
+from mvat_dist.launch.slurm import check_folder
 from mvat_dist.launch.trials import Trial, TrialRecord
 from mvat_dist.runs.folder import run_folder
 
@@ -75,8 +76,7 @@ def _command(arguments: Sequence[str], folder: Path, count: int) -> list[str]:
         size = ["--cluster=local", f"--tasks-per-node={count}"]
         return [sys.executable, "-m", "mvat_dist.submit", *size, *arguments]
     logs = folder / "slurm"
-    if set("%\\\n\r") & set(str(logs)):
-        raise UserError(f"Slurm cannot write to {str(logs)!r}: choose --runs without %, \\ and line breaks")
+    check_folder(logs)
     logs.mkdir(parents=True, exist_ok=True)
     log = f"{logs}/{job}-%t.log"
     print(f"follow: tail -F {shlex.quote(log.replace('%t', '0'))}", flush=True)

@@ -113,12 +113,14 @@ class Command:
         """
         # submitit has a handler of its own: each of its lines would come twice once the command logs too.
         logging.getLogger("submitit").propagate = False
-        if ranks.read().rank == 0:
-            _warn_of_changed_code()
-        main = importlib.import_module(self.module).main
-        if code := exit_code(main, [*self.argv, *more]):
+        if code := exit_code(self._run, [*self.argv, *more]):
             # SystemExit passes through submitit, which would print any other exception as a traceback.
             raise SystemExit(code)
+
+    def _run(self, argv: list[str] | None) -> None:
+        if ranks.read().rank == 0:
+            _warn_of_changed_code()
+        importlib.import_module(self.module).main(argv)
 
     def checkpoint(self, *more: str) -> DelayedSubmission:
         """What submitit runs after it has had the job queued again: the same. All state is on disk already.
@@ -211,16 +213,25 @@ def _array_parameters(array: Sequence[str]) -> dict[str, int]:
     return {"map_count": len(array), "array_parallelism": len(array)} if array else {}
 
 
+def check_folder(folder: Path) -> None:
+    """Refuse a folder into which Slurm cannot write a log.
+
+    Raises:
+        UserError: with what its path must not hold.
+    """
+    # Slurm replaces %-patterns in paths and takes a backslash as its own escape; a line break would
+    # end a line of the script, and what follows would run as a command.
+    if set("%\\\n\r\0") & set(str(folder)):
+        raise UserError(f"Slurm cannot write to {str(folder)!r}: choose --runs without %, \\ and line breaks")
+
+
 def _checked_parameters(folder: Path, job_name: str, resources: Resources) -> dict[str, Any]:
     """submitit's parameters for what Slurm is asked for.
 
     Raises:
         UserError: a value that cannot stand in a job script.
     """
-    # Slurm replaces %-patterns in paths and takes a backslash as its own escape; a line break would
-    # end a line of the script, and what follows would run as a command.
-    if set("%\\\n\r\0") & set(str(folder)):
-        raise UserError(f"Slurm cannot write to {str(folder)!r}: choose --runs without %, \\ and line breaks")
+    check_folder(folder)
     parameters: dict[str, Any] = {
         "job_name": job_name,
         # None too: without a "wckey" submitit sends one of its own, which some sites refuse.

@@ -42,8 +42,13 @@ _SILENCES = 20
 
 
 def job_name(run: RunDir) -> str:
-    """The job's name in squeue, in characters that sacct gives back unchanged."""
-    return re.sub(r"[^\w.+-]", "_", f"mvat-{run.path.name}", flags=re.ASCII)
+    """The job's name in squeue."""
+    return _clean(f"mvat-{run.path.name}")
+
+
+def _clean(name: str) -> str:
+    """The name of a job in characters that sacct gives back unchanged."""
+    return re.sub(r"[^\w.+-]", "_", name, flags=re.ASCII)
 
 
 def locally(run: RunDir, config: Config, argv: list[str], resources: Resources) -> int:
@@ -276,8 +281,7 @@ def cache_on_slurm(
     Raises:
         UserError: Slurm refused the job.
     """
-    name = re.sub(r"[^\w.+-]", "_", f"mvat-cache-{out.name}", flags=re.ASCII)
-    executor = Executor(out / "submitit", name, resources)
+    executor = Executor(out / "submitit", _clean(f"mvat-cache-{out.name}"), resources)
     parts = [f"--part={part}/{tasks}" for part in range(tasks)]
     print(f"cache    {out}: {tasks} tasks, each with every {tasks}th shard")
     if dry_run:

@@ -122,6 +122,28 @@ def test_a_command_runs_its_module_and_ends_with_its_exit_code(
     assert "give the exit code of the ranks first" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("record", "rank"), [("{", None), (None, "0")])
+def test_a_mistake_found_before_the_command_runs_has_the_exit_code_of_one(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    record: str | None,
+    rank: str | None,
+) -> None:
+    """A damaged job.json, and a rank in a world of unknown size."""
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SUBMITIT_FOLDER", str(tmp_path / "submitit"))
+    if record:
+        (tmp_path / "job.json").write_text(record)
+    if rank:
+        monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as ended:
+        slurm.Command("mvat_dist.launch.requeue", ["0"])()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
 def test_a_task_that_calls_srun_itself_runs_in_the_shell_of_each_job_of_an_array(tmp_path: Path) -> None:
     resources = slurm.Resources(2, 4, 3, 60, 2, srun_args=("--mpi=none",))
     executor = slurm.Executor(tmp_path, "mvat-sweep", resources, in_shell=True, requeues_itself=True)

@@ -35,6 +35,8 @@ _STALL_SECONDS = 300.0
 """A pool of which no worker takes a waiting task for so long is replaced: its workers are suspended."""
 _MOST_RESTARTS = 3
 """Replacements of the whole pool without one finished task in between."""
+_EXIT_ZERO = 256
+"""Stands for a worker's exit code 0 towards pebble, which takes 0 for a worker that it ended itself."""
 
 
 class WorkerDiedError(Exception):
@@ -48,6 +50,10 @@ class WorkerDiedError(Exception):
     def __str__(self) -> str:
         cause = signal.Signals(-self.exit_code).name if self.exit_code < 0 else f"exit code {self.exit_code}"
         return f"worker died ({cause})"
+
+
+class WorkerStartError(UserError):
+    """The initialiser failed in the worker that took this task, most often because memory ran out."""
 
 
 class TaskTimeoutError(Exception):
@@ -74,7 +80,7 @@ def parallel_map(workers: int) -> Iterator[Map]:
     """Yield a map over `workers` processes (0: one per core that this process may use; 1: no other process).
 
     Raises:
-        UserError: a worker was killed, most often because memory ran out.
+        UserError: a worker was killed, most often because memory ran out, or workers cannot start.
     """
     workers = workers or available_cores()
     if workers == 1:
@@ -94,7 +100,8 @@ class ProcessPool:
 
     Args:
         workers: number of processes; 0 takes one per core that this process may use.
-        initialiser: called in every worker before its first task.
+        initialiser: called in every worker before its first task. Where it fails, the result of every task
+            that the worker takes is a `WorkerStartError`.
         arguments: of the initialiser.
         threads: of OpenMP, OpenBLAS and MKL in each worker, set before NumPy is imported; None keeps the
             parent's environment.
@@ -139,7 +146,7 @@ class ProcessPool:
         They should be small, as paths and plans are: they travel through a pipe.
 
         Raises:
-            UserError: a worker was killed, most often because memory ran out.
+            UserError: a worker was killed, most often because memory ran out, or workers cannot start.
             Exception: the first error that `function` raised.
         """
         chunks = _chunks(jobs, chunk)
@@ -158,8 +165,8 @@ class ProcessPool:
     ) -> Iterator[tuple[int, Result | Exception]]:
         """(position in `jobs`, result) of each job as soon as it is done.
 
-        A job that fails has the error that it raised as its result, a `WorkerDiedError` or a
-        `TaskTimeoutError`; the others go on.
+        A job that fails has the error that it raised as its result, a `WorkerDiedError`, a
+        `WorkerStartError` or a `TaskTimeoutError`; the others go on.
 
         Args:
             function: what to compute.
@@ -168,7 +175,7 @@ class ProcessPool:
             timeout: seconds for one job, from the moment that a worker takes it.
 
         Raises:
-            RuntimeError: workers cannot start.
+            UserError: workers cannot start.
         """
         yield from self._outcomes(function, jobs, timeout, ordered=False)
 
@@ -233,7 +240,7 @@ class ProcessPool:
         self._restarts += 1
         self.end()
         if self._restarts > _MOST_RESTARTS:
-            raise RuntimeError(f"worker processes could not start: {reason}")
+            raise UserError(f"worker processes could not start: {reason}; use fewer of them")
         self._pool = self._new_pool()
         for task in in_flight:
             task.schedule(self._pool)
@@ -256,7 +263,7 @@ class _Task(Generic[Job, Result]):
     def schedule(self, pool: pebble.ProcessPool) -> None:
         """Hand it to a worker of `pool`."""
         try:
-            self.future = pool.schedule(self._function, (self._job,), timeout=self._timeout)
+            self.future = pool.schedule(_run, (self._function, self._job), timeout=self._timeout)
         except RuntimeError:  # the pool broke: `_wait` replaces it
             self.future = Future()
 
@@ -271,7 +278,7 @@ class _Task(Generic[Job, Result]):
         if error is None:
             return self.future.result()
         if isinstance(error, pebble.ProcessExpired):
-            return WorkerDiedError(error.exitcode)
+            return WorkerDiedError(0 if error.exitcode == _EXIT_ZERO else error.exitcode)
         if isinstance(error, TimeoutError) and error.args[:1] == ("Task timeout",):
             return TaskTimeoutError(self._timeout or 0.0)
         return error if isinstance(error, Exception) else RuntimeError(f"the task raised {error!r}")
@@ -285,9 +292,19 @@ class _Process(SpawnProcess):
         with signals_blocked(), main_module_hidden():
             super().start()
 
+    @property
+    def exitcode(self) -> int | None:
+        """`_EXIT_ZERO` for 0: pebble would wait for ever for the task of a worker that ended with 0."""
+        code = super().exitcode
+        return _EXIT_ZERO if code == 0 else code
+
 
 class _Context(SpawnContext):
     Process = _Process
+
+
+_start_error: WorkerStartError | None = None
+"""In a worker: why its initialiser failed."""
 
 
 def _begin(threads: int | None, setup: bytes) -> None:
@@ -299,7 +316,21 @@ def _begin(threads: int | None, setup: bytes) -> None:
     initialiser, arguments, cleanup = pickle.loads(setup)  # noqa: S301, written by the parent
     follow_parent(cleanup)
     if initialiser is not None:
-        initialiser(*arguments)
+        try:
+            initialiser(*arguments)
+        except (
+            Exception
+        ) as error:  # for `_run`: pebble would start worker after worker that fails the same way
+            global _start_error
+            words = filter(None, (type(error).__name__, str(error).partition("\n")[0]))
+            _start_error = WorkerStartError(f"a worker process could not start: {': '.join(words)}")
+
+
+def _run(function: Callable[[Job], Result], job: Job) -> Result:
+    """In a worker."""
+    if _start_error is not None:
+        raise _start_error
+    return function(job)
 
 
 def _chunks(jobs: Iterable[Job], size: int) -> Iterator[list[Job]]:

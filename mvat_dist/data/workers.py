@@ -26,6 +26,8 @@ START_METHOD = "forkserver"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """The parent's to act on, though all its children get them."""
 _PARENT_CHECK_SECONDS = 1.0
+_main_module_lock = threading.RLock()
+"""Held while ``__main__`` is replaced: pools start workers from threads of their own."""
 
 
 @contextmanager
@@ -42,12 +44,13 @@ def main_module_hidden() -> Iterator[None]:
 
     For `python -m mvat_dist.train` that is DeepSpeed: several seconds and some 300 MB in each process.
     """
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
+    with _main_module_lock:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = main
 
 
 def _start_server() -> None:

@@ -2,7 +2,8 @@
 
 PESQ's C code can end its process, and a rank must outlive it. A pair whose worker died or took too long is
 scored again, one metric at a time: what fails again has a reason in place of a value, and the other metrics
-have their scores. So neither a kill for lack of memory nor the time in which a job was suspended costs any.
+have their scores. So a single kill for lack of memory costs none. Time limits also count the time in which a
+job is suspended, so that one suspension costs none, but another one within the second attempt can.
 
 The workers do not import torch. They are kept for the next validation, because importing SciPy takes each of
 them most of a second, and end with this process.
@@ -87,7 +88,7 @@ def score_as_completed(
         seconds_limit: time for one pair, and for one metric of a pair that took longer.
 
     Raises:
-        RuntimeError: workers cannot start (the interpreter's own message is on stderr).
+        UserError: workers cannot start (the interpreter's own message is on stderr).
     """
     again: deque[_Job] = deque()
     scored_again: dict[int, dict[str, Score]] = {}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from mvat_dist.data.pool import ProcessPool, WorkerDiedError
+from mvat_dist.data.pool import ProcessPool, WorkerDiedError, WorkerStartError
 from mvat_dist.errors import UserError
 from mvat_dist.inference.audio_files import Enhanced, Job, Progress, duration, enhance_file
 from mvat_dist.inference.enhancer import Enhancer
@@ -42,6 +42,7 @@ def enhance_in_parallel(
     file.
 
     Raises:
+        UserError: a process cannot load its network, most often because memory ran out.
         OSError: the disk is full, or fails.
     """
     pool = ProcessPool(
@@ -54,12 +55,14 @@ def enhance_in_parallel(
     with pool:
         for number, result in pool.as_completed(_Worker.enhance, jobs):
             job = jobs[number]
+            progress(duration(job.source) or 0.0)
             if isinstance(result, WorkerDiedError):
                 yield job, f"{job.source}: its {result}, perhaps for lack of memory: use fewer --processes"
+            elif isinstance(result, WorkerStartError):
+                raise UserError(f"{result}; if memory ran out, use fewer --processes") from result
             elif isinstance(result, Exception):
                 raise result
             else:
-                progress(duration(job.source) or 0.0)
                 yield job, result
 
 

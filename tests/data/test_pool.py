@@ -17,7 +17,14 @@ from pathlib import Path
 import pytest
 
 from mvat_dist.data import pool as pool_module
-from mvat_dist.data.pool import ProcessPool, TaskTimeoutError, WorkerDiedError, parallel_map
+from mvat_dist.data.pool import (
+    ProcessPool,
+    TaskTimeoutError,
+    WorkerDiedError,
+    WorkerStartError,
+    parallel_map,
+)
+from mvat_dist.data.workers import main_module_hidden
 from mvat_dist.errors import UserError
 from tests.conftest import REPOSITORY
 
@@ -99,6 +106,21 @@ def test_a_crash_a_hang_and_an_error_cost_one_task_each() -> None:
     assert outcomes[7].args == ("seven",)
 
 
+def _exit_zero(number: int) -> int:
+    if number == 3:
+        os._exit(0)
+    return number
+
+
+def test_a_worker_that_ends_with_exit_code_0_within_a_task_costs_that_task() -> None:
+    with ProcessPool(2) as pool:
+        outcomes = dict(pool.as_completed(_exit_zero, range(8)))
+    died = outcomes.pop(3)
+    assert isinstance(died, WorkerDiedError)
+    assert str(died) == "worker died (exit code 0)"
+    assert outcomes == {number: number for number in range(8) if number != 3}
+
+
 def _worker(_: int) -> int:
     return os.getpid()
 
@@ -169,12 +191,65 @@ def test_workers_begin_with_the_initialiser_and_their_threads() -> None:
 
 
 def test_workers_that_cannot_start_are_an_error() -> None:
-    with pytest.raises(RuntimeError, match="could not start"), ProcessPool(1, initialiser=_fail) as pool:
+    with (
+        pytest.raises(UserError, match=r"could not start.*use fewer"),
+        ProcessPool(1, initialiser=os._exit, arguments=(1,)) as pool,
+    ):
         list(pool.as_completed(_square, [1]))
 
 
-def _fail() -> None:
-    raise LookupError("this message is on standard error")
+def _fail_second(first: Path) -> None:
+    """Only the first worker gets the memory that it needs."""
+    try:
+        first.touch(exist_ok=False)
+    except FileExistsError:
+        raise MemoryError("no memory\nfor two") from None
+
+
+def _meet(path: Path) -> str:
+    """Ends once the other worker has failed its task, so that both take one."""
+    while not path.exists():
+        time.sleep(0.01)
+    return "met"
+
+
+def test_an_initialiser_that_fails_costs_the_tasks_of_its_worker(tmp_path: Path) -> None:
+    """The other worker is busy meanwhile: pebble would start one failing worker after the other."""
+    failed = tmp_path / "failed"
+    with ProcessPool(2, initialiser=_fail_second, arguments=(tmp_path / "first",)) as pool:
+        results = pool.as_completed(_meet, [failed, failed])
+        _, error = next(results)
+        assert isinstance(error, WorkerStartError)
+        assert str(error) == "a worker process could not start: MemoryError: no memory"
+        failed.touch()
+        assert [outcome for _, outcome in results] == ["met"]
+
+
+def test_an_initialiser_that_fails_ends_a_map(tmp_path: Path) -> None:
+    (tmp_path / "first").touch()
+    with (
+        pytest.raises(UserError, match="could not start: MemoryError"),
+        ProcessPool(1, initialiser=_fail_second, arguments=(tmp_path / "first",)) as pool,
+    ):
+        list(pool.map(_square, [1, 2]))
+
+
+def test_the_main_module_is_back_after_two_threads_hid_it() -> None:
+    """A pool replaces a worker from its own thread, perhaps while a loader starts its readers."""
+    main = sys.modules["__main__"]
+    here_ended = threading.Event()
+
+    def hide() -> None:
+        with main_module_hidden():
+            here_ended.wait(20)
+
+    other = threading.Thread(target=hide)
+    with main_module_hidden():
+        other.start()
+        other.join(0.2)
+    here_ended.set()
+    other.join()
+    assert sys.modules["__main__"] is main
 
 
 def _write_then_hang(path: Path) -> None:

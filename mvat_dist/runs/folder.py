@@ -36,8 +36,9 @@ inputs.json        which teacher and which first weights (fingerprints), which s
 deepspeed.json     the configuration that DeepSpeed got for each student
 checkpoints/       step-NNNNNNNN/: all that is needed to go on; safetensors and JSON
 students/NAME/     history.jsonl (losses, learning rate, scores by step), best/ and last/: model.safetensors;
-                   first/: the weights that it was given to begin with, where train.init named some
-logs/, submitit/   output of the processes and of the Slurm job
+                   first/: the weights that it was given to begin with, where train.init named some;
+                   uploads/: sounds, pictures, tables and weights that wait to be sent to W&B
+logs/, submitit/   output of the processes and of the Slurm job; logs/wandb.log: what W&B had to say
 examples/          noisy, clean and teacher of a few clips; each student's own are in students/NAME/examples
 wandb/             W&B's logs (their ids lie beside the histories); with a network: `wandb sync --yes
                    wandb/offline-run-*`, or where a server was lost, `python -m mvat_dist.sync THIS_FOLDER`

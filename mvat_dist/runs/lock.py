@@ -129,7 +129,11 @@ def _numbers(folder: Path) -> list[int]:
 
 
 def _newest(folder: Path) -> tuple[int, Owner | None]:
-    """The newest number (0 before the first) and its owner."""
+    """The newest number (0 before the first) and its owner.
+
+    Raises:
+        UserError: the file names an owner in a form that this version does not know: the lock may be held.
+    """
     for _ in range(_ATTEMPTS):
         number = max(_numbers(folder), default=0)
         if number == 0:
@@ -138,10 +142,17 @@ def _newest(folder: Path) -> tuple[int, Owner | None]:
             text = (folder / f"{number:08d}").read_bytes()
         except FileNotFoundError:  # the next one has come
             continue
-        with contextlib.suppress(UserError):  # `{}` where the lock is free; zeros after a power cut
-            return number, parse_record(text, Owner, folder / f"{number:08d}")
-        return number, None
+        return number, _owner(text, folder / f"{number:08d}")
     raise UserError(f"{folder} changes faster than it can be read: is another run being started there?")
+
+
+def _owner(text: bytes, file: Path) -> Owner | None:
+    """The owner that a lock's file names; None where it is free, or torn by a power cut, as zeros are."""
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return None
+    return None if content == {} else parse_record(text, Owner, file)
 
 
 class RunLock:

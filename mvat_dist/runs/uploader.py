@@ -157,7 +157,7 @@ def send_missing(run: RunDir, process: Process) -> None:
     """
     config = parser.parse(["--config", str(run.config)])
     wandb_runs = WandbRuns(
-        run, config, "online", process.sweep, process.pass_on_stop, uploads.PATIENT_SECONDS
+        run, config, "online", process.sweep, process.pass_on_stop, uploads.PATIENT_SECONDS, of_all=True
     )
     earlier = wandb_sync.contents(run.path / "wandb")
     try:

@@ -6,15 +6,16 @@ Numbers go to W&B by the histories alone. Sounds, pictures, tables and weights w
 
 from __future__ import annotations
 
+import logging
 import netrc
 import os
 import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -26,6 +27,8 @@ from mvat_dist.errors import UserError
 from mvat_dist.io import atomic_directory, write_record
 from mvat_dist.runs.history import Row
 
+logger = logging.getLogger(__name__)
+
 Mode = Literal["online", "offline", "disabled"]
 
 UPLOAD_SECONDS = 40
@@ -36,8 +39,10 @@ STOPPED_BY_SLURM = {128 + signal.SIGTERM, 128 + signal.SIGUSR2}
 RECORD = "record.json"
 """Names what lies beside it: `Attachment` or `BestWeights`."""
 
-_MOST_PENDING = 50
-"""Uploads of one student that may wait: more are left out, so that a hung W&B fills no disk."""
+_MOST_ATTACHMENTS = 50
+"""Attachments of one student that may wait: more are left out, so that a hung W&B fills no disk."""
+_MOST_WEIGHTS = 3
+"""Best weights of one student that may wait: of more, the oldest go."""
 
 _MODES: dict[str, Mode] = {
     "online": "online",
@@ -128,9 +133,12 @@ def weights_folders(student: Path) -> list[Path]:
 
 def attach(student: Path, attachment: Attachment) -> None:
     """Keep an attachment, as its files are now, until its row is sent: called before the row is written."""
-    with _waiting(attachment_folder(student, attachment.step)) as folder:
-        if folder is None:
-            return
+    target = attachment_folder(student, attachment.step)
+    _make_uploads(student)
+    if sum(1 for _ in target.parent.glob("step-*")) >= _MOST_ATTACHMENTS:
+        _warn_left_out(student, "the sounds, pictures and tables of later validations")
+        return
+    with atomic_directory(target) as folder:
         copies: dict[str, str] = {}
         for number, (name, file) in enumerate(attachment.files.items()):
             copies[name] = f"{number:03d}{Path(file).suffix}"
@@ -140,23 +148,25 @@ def attach(student: Path, attachment: Attachment) -> None:
 
 
 def attach_weights(student: Path, file: Path, step: int, about: Mapping[str, Any]) -> None:
-    """Keep a student's best weights, as they are now, until they are sent."""
-    with _waiting(student / "uploads" / f"best-{step:08d}") as folder:
-        if folder is None:
-            return
+    """Keep a student's best weights, as they are now, until they are sent or newer ones have come."""
+    _make_uploads(student)
+    with atomic_directory(student / "uploads" / f"best-{step:08d}") as folder:
         _keep(file, folder / file.name)
         write_record(folder / RECORD, BestWeights(step, file.name, dict(about)))
+    for old in weights_folders(student)[:-_MOST_WEIGHTS]:
+        _warn_left_out(student, "best weights that newer ones have replaced")
+        shutil.rmtree(old, ignore_errors=True)
 
 
-@contextmanager
-def _waiting(folder: Path) -> Iterator[Path | None]:
-    """Make the folder of one upload, whole or not at all; None where too many wait already."""
-    folder.parent.mkdir(exist_ok=True)  # without parents: a run's folder that was removed does not come back
-    if sum(1 for _ in folder.parent.iterdir()) >= _MOST_PENDING:
-        yield None
-        return
-    with atomic_directory(folder) as temporary:
-        yield temporary
+def _make_uploads(student: Path) -> None:
+    # Without parents: a run's folder that was removed does not come back.
+    (student / "uploads").mkdir(exist_ok=True)
+
+
+@cache
+def _warn_left_out(student: Path, what: str) -> None:
+    """Warn once per student that W&B will lack something."""
+    logger.warning("W&B is too slow: too many uploads wait in %s; it will lack %s", student / "uploads", what)
 
 
 def _keep(file: Path, copy: Path) -> None:

@@ -15,7 +15,7 @@ import secrets
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +67,8 @@ class WandbRuns:
         sweep: str,
         on_stop: Callable[[], None],
         finish_seconds: int,
+        *,
+        of_all: bool = False,
     ) -> None:
         """Find the students' histories.
 
@@ -77,12 +79,15 @@ class WandbRuns:
             sweep: id of the sweep to which the run of `track.objective` belongs; empty for none.
             on_stop: called where somebody stops a run in the browser.
             finish_seconds: what W&B gets for the last uploads.
+            of_all: whether students that have left the run, whose histories are still there, count too.
         """
         self._run, self._config, self._mode, self._sweep = run, config, mode, sweep
         self._on_stop, self._finish_seconds = on_stop, finish_seconds
         names = list(sizes.select(config.student, config.sizes))
-        self._histories = {name: History(run.history(name)) for name in names if run.history(name).exists()}
         self._objective = config.track.objective or names[0]
+        if of_all:
+            names = sorted(file.parent.name for file in run.students.glob("*/history.jsonl"))
+        self._histories = {name: History(run.history(name)) for name in names if run.history(name).exists()}
         self._wandb_runs: dict[str, Any] = {}
         self._copied: dict[str, Copied] = {}
         self._read = dict.fromkeys(self._histories, 0)
@@ -97,9 +102,8 @@ class WandbRuns:
         Raises:
             Exception: whatever W&B raises where it cannot be reached or refuses the key.
         """
-        about = described(self._run, self._config)
-        for name in self._histories:
-            self._wandb_runs[name] = self._open(name, about.get(name, {}))
+        for name, about in described(self._run, self._config, self._histories).items():
+            self._wandb_runs[name] = self._open(name, about)
         for name, wandb_run in self._wandb_runs.items():
             self._ask_how_far(name, wandb_run)
             if restarts:
@@ -168,6 +172,9 @@ class WandbRuns:
             for row in rows:
                 if self._copied[name].lacks(row):
                     self._send(name, row)
+                elif is_validation(row):  # made again after a restart: W&B takes no more for its step
+                    folder = uploads.attachment_folder(self._run.student(name), row["step"])
+                    shutil.rmtree(folder, ignore_errors=True)
             self._send_weights(name)
 
     def _send(self, name: str, row: Row) -> None:
@@ -219,11 +226,12 @@ class WandbRuns:
             raise ConnectionError(f"W&B's service ended with code {error.code}") from error
 
 
-def described(run: RunDir, config: Config) -> dict[str, dict[str, Any]]:
+def described(run: RunDir, config: Config, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """What W&B shows as the configuration of each student's run, by student."""
     shared = {**parser.as_dict(config), "environment": read_json(run.environment)}
-    students = sizes.select(config.student, config.sizes)
-    return {name: {**shared, "student_name": name, **uploads.cost(size)} for name, size in students.items()}
+    known = {**sizes.SIZES, **config.sizes}  # a size of the user's may have left with its student
+    costs = {name: uploads.cost(known[name]) if name in known else {} for name in names}
+    return {name: {**shared, "student_name": name, **cost} for name, cost in costs.items()}
 
 
 def flat(row: Row) -> Row:
@@ -266,7 +274,8 @@ def _newest_summary(logs: Sequence[Path]) -> dict[str, Any]:
     """The last values in the newest log that has rows, as W&B's own command reads them."""
     for log in logs:
         inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(log)]
-        done = subprocess.run(inspect, capture_output=True, text=True, timeout=60)
+        # Standard input is the training's, which the command could read away.
+        done = subprocess.run(inspect, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
         summary: dict[str, Any] = json.loads(done.stdout)["summary"] if done.returncode == 0 else {}
         if STEP in summary:
             return summary

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from mvat_dist.distributed.ranks import Ranks
+from mvat_dist.errors import UserError
 from mvat_dist.runs import heartbeat, lock
 from mvat_dist.runs.folder import RunDir
 from mvat_dist.runs.heartbeat import Beat
@@ -108,6 +109,23 @@ def test_a_submission_is_waited_for(tmp_path: Path) -> None:
         other.stdin.close()
         thread.join(60)
         assert found == [None]
+
+
+@pytest.mark.parametrize("content", ["", "{}", "\0" * 64, '{"token": "a'])
+def test_an_empty_or_torn_file_means_that_the_lock_is_free(tmp_path: Path, content: str) -> None:
+    assert RunLock(tmp_path, "train").acquire() is None
+    (file,) = (tmp_path / lock.FOLDER).glob("0*")
+    file.write_text(content)
+    assert RunLock(tmp_path, "train").acquire() is None
+
+
+@pytest.mark.parametrize("changes", [{"born": None}, {"pid": "12"}, {"purpose": "score"}])
+def test_a_lock_whose_owner_cannot_be_read_is_not_taken(tmp_path: Path, changes: dict[str, object]) -> None:
+    with held(tmp_path):
+        forge(tmp_path, **changes)
+        with pytest.raises(UserError, match="lock/00000001 is damaged"):
+            RunLock(tmp_path, "train").acquire()
+        assert [file.name for file in (tmp_path / lock.FOLDER).iterdir()] == ["00000001"]
 
 
 @pytest.mark.parametrize("before", ["nothing", "free", "dead"])

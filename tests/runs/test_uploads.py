@@ -67,20 +67,38 @@ def test_an_attachment_keeps_the_files_of_its_step(tmp_path: Path) -> None:
     assert stored.tables == attachment.tables
 
 
-def test_weights_wait_in_their_order_and_not_without_limit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_weights_wait_in_their_order_and_of_too_many_the_oldest_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(uploads, "_MOST_PENDING", 3)
+    monkeypatch.setattr(uploads, "_MOST_ATTACHMENTS", 1)
     file = tmp_path / "model.safetensors"
     (tmp_path / "student").mkdir()
-    for step in (9, 10, 100, 101):
+    uploads.attach(tmp_path / "student", Attachment(8))
+    for step in (8, 9, 10, 100, 101):
         file.unlink(missing_ok=True)
         file.write_text(str(step))
         uploads.attach_weights(tmp_path / "student", file, step, {"valid/stoi": 0.5})
     folders = uploads.weights_folders(tmp_path / "student")
     records = [read_record(folder / uploads.RECORD, BestWeights) for folder in folders]
-    assert [record.step for record in records] == [9, 10, 100]
-    assert [(folder / "model.safetensors").read_text() for folder in folders] == ["9", "10", "100"]
+    assert [record.step for record in records] == [10, 100, 101]
+    assert [(folder / "model.safetensors").read_text() for folder in folders] == ["10", "100", "101"]
+    assert caplog.text.count("it will lack best weights") == 1
+
+
+def test_attachments_wait_in_limited_number_whatever_weights_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(uploads, "_MOST_ATTACHMENTS", 2)
+    file, student = tmp_path / "model.safetensors", tmp_path / "student"
+    file.touch()
+    student.mkdir()
+    for step in (1, 2, 3, 4):
+        uploads.attach_weights(student, file, step, {})
+        uploads.attach(student, Attachment(step))
+    assert [uploads.attachment_folder(student, step).is_dir() for step in (1, 2, 3, 4)] == [True] * 2 + [
+        False
+    ] * 2
+    assert caplog.text.count("it will lack the sounds") == 1
 
 
 def test_a_removed_folder_does_not_come_back(tmp_path: Path) -> None:

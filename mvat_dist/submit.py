@@ -16,9 +16,10 @@ from mvat_dist import cache
 from mvat_dist.config.cli import CommandParser
 from mvat_dist.config.parser import parse
 from mvat_dist.config.schema import Config
+from mvat_dist.data.pool import available_cores
 from mvat_dist.distributed import slurm
 from mvat_dist.errors import UserError, exit_code
-from mvat_dist.launch import preflight, processes, submission, sweep_jobs
+from mvat_dist.launch import preflight, submission, sweep_jobs
 from mvat_dist.launch.slurm import Resources
 from mvat_dist.runs.folder import RunDir, run_folder
 
@@ -274,8 +275,8 @@ def _print_local(reason: str, resources: Resources, options: argparse.Namespace)
     count = resources.processes
     what = "1 local process" if count == 1 else f"{count} local processes"
     print(f"local    {reason}: {preflight.shape(resources)} run as {what}")
-    if count > processes.cores():
-        print(f"         they share {processes.cores()} cores: expect it to be slow")
+    if count > available_cores():
+        print(f"         they share {available_cores()} cores: expect it to be slow")
     defaults = parser().parse_args([])
     ignored = [f"--{name}" for name in _SLURM_ONLY if getattr(options, name) != getattr(defaults, name)]
     if ignored:

@@ -106,10 +106,26 @@ def parse(argv: list[str] | None, prog: str = "python -m mvat_dist.train") -> Co
         raise  # --help and --print_config
     except Exception as error:
         raise UserError(_readable(str(error), arguments)) from error
-    config = Config(**{field.name: parsed[field.name] for field in dataclasses.fields(Config)})
+    config = Config(**{field.name: _plain(parsed[field.name]) for field in dataclasses.fields(Config)})
     check(config)
     _make_paths_absolute(config)
     return config
+
+
+def _plain(value: Any) -> Any:
+    """A value with int and float in place of the bounded types, which a pickle of it would name."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = dataclasses.fields(value)
+        return dataclasses.replace(
+            value, **{field.name: _plain(getattr(value, field.name)) for field in fields}
+        )
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_plain(inner) for inner in value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return int(value)
+    return float(value) if isinstance(value, float) else value
 
 
 def _make_paths_absolute(config: Config) -> None:

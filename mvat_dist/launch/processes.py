@@ -33,6 +33,7 @@ from typing import IO
 
 import psutil
 
+from mvat_dist.data.pool import available_cores
 from mvat_dist.distributed.ranks import LOCAL_LAUNCHER, Ranks, export, free_port, without_ranks
 from mvat_dist.errors import EXIT_PORT
 
@@ -350,11 +351,6 @@ def _explain(members: Sequence[Child], rank: int) -> None:
 # ------------------------------------------------------------------------------------------ environment
 
 
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 def rank_environment(rank: int, processes: int, port: int, inherited: Mapping[str, str]) -> dict[str, str]:
     """Variables of one local process: its rank, and its part of the cores unless OMP_NUM_THREADS is set."""
     variables = without_ranks(inherited)
@@ -363,5 +359,5 @@ def rank_environment(rank: int, processes: int, port: int, inherited: Mapping[st
     # One machine, whatever number of nodes was asked for: the local rank is the number of a GPU here.
     export(Ranks(rank, processes, rank, processes, 0, 1, "127.0.0.1", port, "local"), variables)
     variables[LOCAL_LAUNCHER] = "1"
-    variables.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
+    variables.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // processes)))
     return variables

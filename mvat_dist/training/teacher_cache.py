@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from mvat_dist.config.schema import SAMPLE_RATE, Config
 from mvat_dist.data.mixing.dataset import TrainingData
-from mvat_dist.data.pool import parallel_map
+from mvat_dist.data.pool import available_cores, parallel_map
 from mvat_dist.data.shards.manifest import describe_shard
 from mvat_dist.data.shards.target_codec import COARSENESS, Codec, SegmentTargets, encode, map_name
 from mvat_dist.data.shards.targets import (
@@ -195,7 +194,7 @@ def teacher_file(config: Config) -> Path:
 def default_workers(config: Config) -> int:
     """Processes that share the work: one per core, or one beside a GPU, which it keeps busy alone."""
     device, _ = devices.choose(config.engine, 0)
-    return 1 if device.type == "cuda" else len(os.sched_getaffinity(0))
+    return 1 if device.type == "cuda" else available_cores()
 
 
 def fill(spec: CacheSpec, out: Path, *, workers: int, part: tuple[int, int]) -> CacheManifest | None:

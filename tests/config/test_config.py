@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,6 +38,28 @@ def test_precedence_and_types(tmp_path: Path) -> None:
     assert config.data.snr_db == (0.0, 5.0)
     assert config.engine.zero_stage == 2
     assert config.optim.weight_decay == 0.0
+
+
+def _types(value: Any) -> Iterator[type]:
+    """Of every value in a configuration."""
+    if dataclasses.is_dataclass(value):
+        value = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    elif isinstance(value, dict):
+        value = [*value.values()]
+    if isinstance(value, list | tuple):
+        for inner in value:
+            yield from _types(inner)
+    else:
+        yield type(value)
+
+
+def test_numbers_are_plain() -> None:
+    """A pickle of another type would need jsonargparse, and torch.load refuses it."""
+    sizes = ["--sizes", "{tiny: {kind: small, hidden: 8}}", "--student", "tiny"]
+    config = parser.parse([*ALONE, *sizes, "--optim.lr", "1e-4", "--data.snr_db", "[0,5]"])
+    assert type(config.optim.lr) is float
+    assert isinstance(config.optim.betas, tuple)
+    assert set(_types(config)) <= {int, float, bool, str, type(None)}
 
 
 def test_resolved_yaml_reads_back(tmp_path: Path) -> None:

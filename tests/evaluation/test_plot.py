@@ -103,6 +103,13 @@ def test_a_ring_a_level_and_names_are_drawn_and_described():
     assert "#0001" not in drawn
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_name_that_begins_with_an_underscore_is_in_the_legend():
+    plot = Plot("t", Axis("x"), Axis("y"), [Series("_tiny", [Point(1, 2)], 0)], levels=[("_noisy", 1.5)])
+    texts = [text.text for text in parsed(svg(plot)).iter("text")]
+    assert texts.count("_tiny") == texts.count("_noisy") == 1
+
+
 def test_plots_of_one_page_share_no_identifier_and_equal_plots_are_equal_text():
     def plot(title: str) -> str:
         return svg(Plot(title, Axis("x"), Axis("y"), [Series("a", [Point(1, 1), Point(2, 3)], 1)]))

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from mvat_dist.data.pool import available_cores
 from mvat_dist.distributed import ranks
 from mvat_dist.errors import EXIT_PORT
 from mvat_dist.launch import processes
@@ -77,7 +78,7 @@ def test_every_rank_knows_its_place(
         (report["rank"], report["local_rank"], report["world_size"], report["launcher"]) for report in reports
     ] == [(rank, rank, 3, "local") for rank in range(3)]
     assert len({(report["master_address"], report["master_port"]) for report in reports}) == 1
-    assert {report["threads"] for report in reports} == {str(max(1, processes.cores() // 3))}
+    assert {report["threads"] for report in reports} == {str(max(1, available_cores() // 3))}
     assert {report["left"] for report in reports} == {None}
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
 
 STYLES = 8
 """Number of series styles; shapes and dashes tell them apart without colour."""
@@ -117,22 +118,27 @@ def svg(plot: Plot) -> str:
     with style.context({**_STYLE, "svg.hashsalt": salt}, after_reset=True):
         figure = Figure(figsize=_INCHES, layout="constrained")
         axes = figure.add_subplot()
-        for number, series in enumerate(plot.series):
-            _draw_series(axes, plot, number, series)
+        lines = [_draw_series(axes, plot, number, series) for number, series in enumerate(plot.series)]
+        names = [_cut(series.name) for series in plot.series]
         for name, height in plot.levels:
-            axes.axhline(height, color=_MUTED, linestyle=(0, (5, 4)), linewidth=1, label=name, clip_on=False)
+            lines.append(
+                axes.axhline(height, color=_MUTED, linestyle=(0, (5, 4)), linewidth=1, clip_on=False)
+            )
+            names.append(name)
         _draw_axes(axes, plot)
         _draw_notes(axes, plot)
         columns = 2 if len(plot.series) + len(plot.levels) < 5 else 3
         if max(len(series.name) for series in plot.series) > 16:
             columns = 2
-        figure.legend(loc="outside lower left", ncols=columns, handlelength=2.4)
+        # Given the names, because matplotlib by itself leaves out those that begin with "_".
+        figure.legend(lines, names, loc="outside lower left", ncols=columns, handlelength=2.4)
         drawn = io.StringIO()
         figure.savefig(drawn, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return _inlined(drawn.getvalue(), _described(plot))
 
 
-def _draw_series(axes: Axes, plot: Plot, number: int, series: Series) -> None:
+def _draw_series(axes: Axes, plot: Plot, number: int, series: Series) -> Line2D:
+    """Draw a series with its intervals and rings; the line that stands for it in the legend."""
     colour = _INK if series.style is None else _SERIES[series.style % STYLES]
     dash: Any = "-" if series.style is None else _DASHES[series.style % STYLES]
     place = (number + 0.5) / len(plot.series) - 0.5
@@ -148,7 +154,6 @@ def _draw_series(axes: Axes, plot: Plot, number: int, series: Series) -> None:
         markeredgecolor=_GROUND,
         markeredgewidth=0.7,
         markevery=None if series.dots else [len(x) - 1],
-        label=_cut(series.name),
         zorder=3,
         gid=f"series-{number}",
     )
@@ -167,6 +172,7 @@ def _draw_series(axes: Axes, plot: Plot, number: int, series: Series) -> None:
         drawn.set_clip_on(False)
         if plot.offset:  # once the limits of the axes know the values
             drawn.set_transform(_offset(axes, plot.offset * len(plot.series) * place))
+    return line
 
 
 def _offset(axes: Axes, points: float) -> Any:

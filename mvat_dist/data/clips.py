@@ -50,7 +50,7 @@ class _Clips(Protocol):
     keys: list[str]
 
     @property
-    def identity(self) -> str:
+    def fingerprint(self) -> str:
         """Changes with the content of any clip."""
 
     def read(self, index: int, frames: int | None) -> tuple[Audio, Audio]:
@@ -81,18 +81,18 @@ class ValidationClips(Sequence[Clip]):
             UserError: no such folder, or no pairs in it.
         """
         self._clips: _Clips = data if isinstance(data, FilePairs) else _find(data)
-        # What rounds to no sample at all must not mean all of them.
+        # A duration that rounds to 0 samples must not mean the whole clip.
         self._frames = max(1, round(max_seconds * SAMPLE_RATE)) if max_seconds else None
-        # In the order of a hash: the first ones in the order of the keys would all be of one speaker.
+        # In the order of a hash: the first clips in the order of their keys would all be of one speaker.
         spread = sorted(range(len(self._clips.keys)), key=lambda index: _hash(self._clips.keys[index]))
         chosen = spread[: limit or None]
         self._chosen = sorted(chosen, key=lambda index: self._clips.keys[index])
         self.keys = [self._clips.keys[index] for index in self._chosen]
 
     @property
-    def identity(self) -> str:
-        """Hexadecimal hash of what is in the clips and which they are."""
-        described = repr((self._clips.identity, self.keys, self._frames))
+    def fingerprint(self) -> str:
+        """Hexadecimal hash of the clips' keys and content."""
+        described = repr((self._clips.fingerprint, self.keys, self._frames))
         return hashlib.sha256(described.encode("utf-8", "surrogateescape")).hexdigest()
 
     def __len__(self) -> int:
@@ -110,7 +110,7 @@ class ValidationClips(Sequence[Clip]):
             UserError: a shard that cannot be read.
         """
         if isinstance(index, slice):
-            return [self[one] for one in range(*index.indices(len(self)))]
+            return [self[number] for number in range(*index.indices(len(self)))]
         noisy, clean = self._clips.read(self._chosen[index], self._frames)
         return Clip(self.keys[index], noisy, clean)
 
@@ -144,7 +144,7 @@ class _Packed:
                 "scoring needs a packed subset with pairs, such as valid or test_*"
             )
         self.keys = self._pairs.keys
-        self.identity = repr(sorted(fingerprints(folders).values(), key=str))
+        self.fingerprint = repr(sorted(fingerprints(folders).values(), key=str))
 
     def read(self, index: int, frames: int | None) -> tuple[Audio, Audio]:
         fields: tuple[Field, Field] = ("noisy", "clean")
@@ -158,17 +158,17 @@ class FilePairs:
     def __init__(self, noisy: Path, clean: Path, pairs: Sequence[tuple[str, str]]) -> None:
         """Pairs of paths relative to the folders `noisy` and `clean`; the first ones are the keys."""
         self._folders = noisy, clean
-        self._pairs = {one[0]: one for one in pairs}
+        self._pairs = {pair[0]: pair for pair in pairs}
         self.keys = list(self._pairs)
 
     @property
-    def identity(self) -> str:
+    def fingerprint(self) -> str:
         """Names, sizes and times of all files, wherever their folders are."""
-        found = []
+        described = []
         for key, names in self._pairs.items():
-            status = [path.stat() if path.is_file() else None for path in self._paths(key)]
-            found.append((names, [one and (one.st_size, one.st_mtime_ns) for one in status]))
-        return repr(found)
+            stats = [path.stat() if path.is_file() else None for path in self._paths(key)]
+            described.append((names, [stat and (stat.st_size, stat.st_mtime_ns) for stat in stats]))
+        return repr(described)
 
     def _paths(self, key: str) -> list[Path]:
         return [folder / name for folder, name in zip(self._folders, self._pairs[key], strict=True)]
@@ -201,7 +201,7 @@ def _read(key: str, path: Path) -> Audio:
 
 
 def _refuse_unreadable(path: Path) -> None:
-    """A file that the system does not give is no damaged one: it may give it the next time.
+    """Refuse a file that the system cannot read now: it is not damaged and may be readable the next time.
 
     Raises:
         UserError: why.
@@ -209,4 +209,6 @@ def _refuse_unreadable(path: Path) -> None:
     error = withheld(path)
     if error and not isinstance(error, FileNotFoundError):
         why = os.strerror(error.errno or 0).lower()
-        raise UserError(f"{path} cannot be read ({why}): mend that, and the same command goes on") from error
+        raise UserError(
+            f"{path} cannot be read ({why}): mend that, and the same command continues"
+        ) from error

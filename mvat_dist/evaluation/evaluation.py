@@ -69,7 +69,7 @@ class Evaluation:
         packages = {name: metadata.version(name) for name in _PACKAGES}
         return Inputs(
             networks={name: system.fingerprint for name, system in self.systems.items()},
-            clips={name: clips.identity for name, clips in self.sets.items()},
+            clips={name: clips.fingerprint for name, clips in self.sets.items()},
             metrics=list(self.metrics),
             packages=packages | ({"dnsmos": sha256(dnsmos_weights)} if dnsmos_weights else {}),
             device=self.device.type,

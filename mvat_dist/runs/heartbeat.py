@@ -1,8 +1,8 @@
-"""A sign of life in the run's folder: a small file that the training writes every few seconds.
+"""The heartbeat file in the run's folder: a small file that the training rewrites every few seconds.
 
-Readers on other machines compare its counter with what they saw before; neither a file's time nor
-another machine's clock tells them anything. The file is written in place, at one length, so a full
-disk does not silence a living run.
+Readers on other machines compare its counter with the value they read before; they trust neither file
+times nor another machine's clock. The file is rewritten in place at a fixed length, so that a full disk
+does not stop the heartbeat of a run that is alive.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 NAME = "heartbeat"
 BEAT_SECONDS = 5.0
 SILENT_SECONDS = 180.0
-"""Without a new beat for so long, a run on another machine counts as dead: longer than a file server
+"""A run on another machine counts as dead after this long without a new beat: longer than a file server
 may take to show one machine's writes to another (NFS: up to a minute)."""
 
 _LENGTH = 512
@@ -32,7 +32,7 @@ _LENGTH = 512
 
 @dataclass(frozen=True)
 class Beat:
-    """One sign of life."""
+    """The content of the heartbeat file."""
 
     token: str
     """Of the lock that the training holds."""
@@ -42,9 +42,9 @@ class Beat:
     step: int
     """Optimiser steps done."""
     phase: str
-    """What the training is at: starting, training, validating, saving, ending."""
+    """What the training is doing: starting, training, validating, saving, ending."""
     idle: float
-    """Seconds since it last got on: a step, a validation or a save done."""
+    """Seconds since the training last completed a step, a validation or a save."""
     limit: float
     """Seconds of `idle` after which the training's watchdog ends it."""
 
@@ -58,7 +58,7 @@ def read(folder: Path) -> Beat | None:
 
 
 def write(folder: Path, beat: Beat) -> None:
-    """Replace the beat, without making the folder anew where somebody removed it."""
+    """Overwrite the beat; a folder that somebody removed is not made again."""
     text = json.dumps(asdict(beat)).ljust(_LENGTH - 1) + "\n"
     descriptor = os.open(folder / NAME, os.O_WRONLY | os.O_CREAT, 0o644)
     try:
@@ -67,13 +67,13 @@ def write(folder: Path, beat: Beat) -> None:
         os.close(descriptor)
 
 
-class Heart(threading.Thread):
-    """Writes a beat every few seconds, whatever the training waits for."""
+class Heartbeat(threading.Thread):
+    """Thread that writes a beat every few seconds, even while the training is blocked."""
 
     def __init__(
         self, folder: Path, token: str, describe: Callable[[], tuple[int, str, float, float]]
     ) -> None:
-        """`describe` gives step, phase, idle and limit as `Beat` has them."""
+        """`describe` returns the fields step, phase, idle and limit of `Beat`."""
         super().__init__(name="heartbeat", daemon=True)
         self._folder = folder
         self._token = token
@@ -81,21 +81,21 @@ class Heart(threading.Thread):
         self._ended = threading.Event()
 
     def run(self) -> None:
-        """Beat until `stop`."""
-        counter, complained = 0, False
+        """Write beats until `stop` is called."""
+        counter, warned = 0, False
         while True:
             counter += 1
             try:
                 write(self._folder, Beat(self._token, counter, time.time(), *self._describe()))
             except OSError as error:
-                if not complained:
-                    logger.warning("the sign of life in %s cannot be written: %s", self._folder, error)
-                complained = True
+                if not warned:
+                    logger.warning("cannot write the heartbeat file in %s: %s", self._folder, error)
+                warned = True
             if self._ended.wait(BEAT_SECONDS):
                 return
 
     def stop(self) -> None:
-        """No more beats after this."""
+        """Stop writing beats and wait for the thread to end."""
         self._ended.set()
         if self.is_alive():
             self.join(2 * BEAT_SECONDS)

@@ -32,7 +32,7 @@ from mvat_dist.distributed.ranks import Ranks
 from mvat_dist.errors import EXIT_HUNG, UserError
 from mvat_dist.runs import status
 from mvat_dist.runs.folder import RunDir
-from mvat_dist.runs.heartbeat import Heart
+from mvat_dist.runs.heartbeat import Heartbeat
 from mvat_dist.runs.lock import RunLock
 
 logger = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ class FaultTolerance:
         self._rank = ranks.rank
         self._lock = RunLock(run.path, "train")
         self._watchdog = Watchdog(limit, run.logs / f"stacks-rank-{ranks.rank}.txt", self._before_abort)
-        self._heartbeat: Heart | None = None
+        self._heartbeat: Heartbeat | None = None
         self.progress = self._watchdog.progress
         """``progress(phase, step)``: something is done, the next phase begins."""
         self._watchdog.start()
@@ -180,7 +180,7 @@ class FaultTolerance:
             return str(owner)
         for leftover in io.remove_leftovers(self._run.path):
             logger.info("removed %s, which a killed process had left half written", leftover)
-        self._heartbeat = Heart(self._run.path, self._lock.token, self._watchdog.describe)
+        self._heartbeat = Heartbeat(self._run.path, self._lock.token, self._watchdog.describe)
         self._heartbeat.start()
         return None
 

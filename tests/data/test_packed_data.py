@@ -199,19 +199,19 @@ def test_readers_are_counted_over_all_corpora(shards):
         check_readers(sources(shards / "dns-{en,de}", workers=1), 8)
 
 
-def test_the_identity_covers_every_manifest(shards, tmp_path):
+def test_the_fingerprint_covers_every_manifest(shards, tmp_path):
     copy = shutil.copytree(shards, tmp_path / "copy")
 
-    def identity() -> list[str | None]:
+    def current() -> list[str | None]:
         return list(fingerprints(Corpus("--data", copy / "dns-*", CACHE).all_folders()).values())
 
-    before = identity()
+    before = current()
     for manifest in sorted(copy.rglob(MANIFEST)):
         kept = manifest.read_text()
         manifest.write_text(kept + " ")
-        assert identity() != before
+        assert current() != before
         manifest.write_text(kept)
-    assert identity() == before
+    assert current() == before
 
 
 def test_joins_that_make_no_sense_are_refused(shards, tmp_path):

@@ -208,17 +208,17 @@ def elsewhere(run: Path, **changes: object) -> None:
     forge(run, boot="another machine", host="far", token="other", **changes)
 
 
-def test_on_another_machine_a_beating_heart_is_life(tmp_path: Path) -> None:
+def test_a_run_with_a_heartbeat_on_another_machine_is_alive(tmp_path: Path) -> None:
     elsewhere(tmp_path)
-    heart = heartbeat.Heart(tmp_path, "other", lambda: (1, "training", 0.0, 10.0))
+    beats = heartbeat.Heartbeat(tmp_path, "other", lambda: (1, "training", 0.0, 10.0))
     heartbeat.write(tmp_path, Beat("other", 0, 0.0, 1, "training", 0.0, 10.0))
     os.utime(tmp_path / heartbeat.NAME, (0, 0))  # file times say nothing
     found: list[object] = []
     thread = threading.Thread(target=lambda: found.append(RunLock(tmp_path, "train").acquire(silence=60)))
     thread.start()
-    heart.start()
+    beats.start()
     thread.join(60)
-    heart.stop()
+    beats.stop()
     assert "on far" in str(found[0])
 
 

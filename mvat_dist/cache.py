@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
         "Fill a teacher cache: the teacher's energy maps of every block and view, and optionally its output, "
         "for every segment of a corpus. All other options are the trainer's (python -m mvat_dist.train "
         "--help); give those that decide the segments (--data.*, --seed) as the training will. --data is "
-        "short for --data.train. The same command goes on where it was interrupted.",
+        "short for --data.train. The same command continues where it was interrupted.",
         "python -m mvat_dist.cache --teacher runs/teacher --data shards/dns --data.variants 4 \\\n"
         "      --out cache/dns\n"
         "  python -m mvat_dist.train --teacher.source cache --teacher.cache cache/dns --data.variants 4 \\\n"

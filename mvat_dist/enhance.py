@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         "python -m mvat_dist.enhance",
         "Enhance recordings. Rate, channels, length, level and format stay as they are, and memory does not\n"
-        "grow with the length. The networks hear 16 kHz: nothing above 8 kHz is left, except what --dry\n"
+        "grow with the length. The networks work at 16 kHz: nothing above 8 kHz is left, except what --dry\n"
         "keeps. Channels are enhanced one by one.",
         "python -m mvat_dist.enhance --model runs/teacher talk.flac calls/ --out enhanced\n"
         "  ffmpeg -i talk.mp4 -f s16le -ac 1 -ar 48000 - | \\\n"
@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="make files anew that are there (default: leave them)")
     add("--dry", type=float, default=0.0, help="how much of the input to keep, 0 to 1 (default: %(default)g)")
     add("--processes", type=int, default=1, help="files at a time, on as many cores (default: %(default)s)")
-    batch = "windows or channels that the network hears at once; more pay on a GPU (default: %(default)s)"
+    batch = "windows or channels per pass of the network; more pay on a GPU (default: %(default)s)"
     add("--batch", type=int, default=1, help=batch)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the network runs")
     precision = "of the network's products; bf16 pays on GPUs and for large networks (default: %(default)s)"

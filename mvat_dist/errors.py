@@ -83,7 +83,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if not close:
         close = known if len(known) <= 12 else difflib.get_close_matches(name, known, n=3, cutoff=0.0)
-    return ", ".join(repr(one) for one in close)
+    return ", ".join(map(repr, close))
 
 
 def machine_refusal(error: OSError) -> str | None:
@@ -99,7 +99,7 @@ def exit_code(main: Callable[[list[str] | None], None], argv: list[str] | None =
     """Run ``main(argv)`` as a command and return the process's exit code.
 
     0 on success, the error's code (2, with one line on stderr) for a `UserError`, 2 for a full,
-    read-only or forbidden disk, 130 for Ctrl-C, 141 where nobody reads what it prints any more, as after
+    read-only or forbidden disk, 130 for Ctrl-C, 141 where the reader of its output has gone, as after
     ``| head``. Any other exception is a defect and propagates.
     """
     try:
@@ -111,7 +111,7 @@ def exit_code(main: Callable[[list[str] | None], None], argv: list[str] | None =
             print(f"error: {error}", file=sys.stderr)
         return error.code
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and _nobody_reads():
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
             return EXIT_UNREAD
         refusal = machine_refusal(error)
         if refusal is None:
@@ -124,15 +124,15 @@ def exit_code(main: Callable[[list[str] | None], None], argv: list[str] | None =
     return 0
 
 
-def _nobody_reads() -> bool:
-    """Whether standard output is a pipe without a reader; it then goes nowhere from now on."""
+def _reader_is_gone() -> bool:
+    """Whether standard output is a pipe without a reader; if so, redirect it to the null device."""
     if not sys.stdout:
         return False
-    output, unread = sys.stdout.fileno(), select.poll()
-    unread.register(output, 0)  # errors are reported unasked: of a pipe, that its readers have gone
-    if not unread.poll(0):
+    output, poll = sys.stdout.fileno(), select.poll()
+    poll.register(output, 0)  # poll always reports errors, such as a pipe whose readers have gone
+    if not poll.poll(0):
         return False
-    # Python would flush it once more at its end, and complain.
+    # Python flushes it once more at exit, which would print another error.
     os.dup2(os.open(os.devnull, os.O_WRONLY), output)
     return True
 

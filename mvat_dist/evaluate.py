@@ -33,8 +33,8 @@ DEFAULT_METRICS = "pesq_wb,stoi,si_sdr"
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         "python -m mvat_dist.evaluate",
-        "Score networks on held-out clips, beside the noisy input: rows and tables. What is killed goes on\n"
-        "when it is started again; the tasks of one srun share the clips.",
+        "Score networks on held-out clips, beside the noisy input: rows and tables. A killed evaluation\n"
+        "continues when it is started again; the tasks of one srun share the clips.",
         "python -m mvat_dist.evaluate runs/mvat-all-1a2b3c4d --data shards/dns --limit 100\n"
         "  python -m mvat_dist.evaluate ours=runs/a/students/manner-s-2.0gf theirs=manner_small.pth \\\n"
         "      --noisy recordings/noisy --clean recordings/clean --metrics paper --out scores\n"

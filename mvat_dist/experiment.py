@@ -3,7 +3,7 @@
     python -m mvat_dist.experiment configs/experiment.yaml --out experiments/paper --nodes 4
 
 All students of one method and one seed are one run, so that they share its teacher. Every stage is the
-command that a user would type. The same command again goes on where the last one stopped.
+command that a user would type. The same command again continues where the last one stopped.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ def _train(cell: Cell, options: list[str]) -> bool:
         submit.main([*cell.argv, *options])
     except SystemExit as stopped:
         if stopped.code == EXIT_BUSY:
-            print(f"{cell.run.path.name} is being trained: the same command goes on when that has ended")
+            print(f"{cell.run.path.name} is being trained: the same command continues when that has ended")
             raise
         if isinstance(stopped.code, int) and stopped.code > _SIGNALLED:
             raise
@@ -228,7 +228,7 @@ def _parser() -> argparse.ArgumentParser:
         "python -m mvat_dist.experiment",
         "Train students with several methods and seeds on one teacher, score them, and write the report. "
         "Every option that is not listed belongs to python -m mvat_dist.submit or to the trainer, for all "
-        "runs. The same command again goes on where this one stopped.",
+        "runs. The same command again continues where this one stopped.",
         "python -m mvat_dist.experiment configs/experiment.yaml --out experiments/paper --nodes 4",
     )
     options.add_argument("grid", type=Path, help=f"YAML file: {', '.join(Grid.__dataclass_fields__)}")

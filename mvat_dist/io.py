@@ -56,8 +56,8 @@ def _temporary(path: Path) -> Path:
 def _naming_a_full_disk(path: Path, temporary: Path) -> Iterator[None]:
     """Raise a write that failed for lack of space as an `OSError` that says so and names `path`.
 
-    Python's own writes do not name the file, and libraries hide the cause: safetensors tells it in the
-    text of an exception of its own, numpy and libsndfile do not tell it at all.
+    Python's own writes do not name the file, and libraries hide the cause: safetensors reports it in
+    the text of its own exception, numpy and libsndfile do not report it at all.
     """
     try:
         yield
@@ -74,8 +74,8 @@ def _no_space(error: Exception, temporary: Path) -> int | None:
     """The code in `_NO_SPACE` that explains `error`, or None."""
     if isinstance(error, OSError) and error.errno is not None:
         code: int | None = error.errno
-    elif told := re.search(r"\(os error (\d+)\)", str(error)):
-        code = int(told[1])
+    elif match := re.search(r"\(os error (\d+)\)", str(error)):
+        code = int(match[1])
     else:
         code = _refusal_to_grow(temporary)
     return code if code in _NO_SPACE else None
@@ -169,12 +169,12 @@ def scratch_directory(folder: Path, name: str) -> Iterator[Path]:
     for left, target in list(abandoned(folder)):
         if target == name:
             shutil.rmtree(left, ignore_errors=True)
-    made = _temporary(folder / name)
-    made.mkdir()
+    scratch = _temporary(folder / name)
+    scratch.mkdir()
     try:
-        yield made
+        yield scratch
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextmanager
@@ -183,8 +183,8 @@ def only_writer(path: Path, doing: str, *, wait: bool = False) -> Iterator[None]
 
     Args:
         path: a folder or a file that is there, to hold the lock.
-        doing: what a second one is told that the first is doing.
-        wait: for the first one, which needs a moment only.
+        doing: what the first process is doing, for the message to a second one.
+        wait: wait for the first process, which needs only a moment, instead of refusing.
 
     Raises:
         UserError: another process has the lock.
@@ -236,8 +236,8 @@ def abandoned(folder: Path) -> Iterator[tuple[Path, str]]:
     """
     ours = re.compile(rf"\.(.+)\.{re.escape(socket.gethostname())}\.(\d+){re.escape(TEMPORARY_SUFFIX)}")
     for entry in folder.iterdir():
-        if (found := ours.fullmatch(entry.name)) and not _runs(int(found[2])):
-            yield entry, found[1]
+        if (match := ours.fullmatch(entry.name)) and not _runs(int(match[2])):
+            yield entry, match[1]
 
 
 def _runs(process: int) -> bool:

@@ -73,20 +73,20 @@ class Report:
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    made = CommandParser(
+    command = CommandParser(
         "python -m mvat_dist.status",
         "Show how a run is doing, or all runs of a folder. Exit code: 0, whatever state they are in.",
         "python -m mvat_dist.status runs/teacher --watch",
     )
-    made.add_argument(
+    command.add_argument(
         "run", nargs="?", default="all", help="a run's folder, or its name in --runs (default: all)"
     )
-    made.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs (default: runs)")
-    made.add_argument(
+    command.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs (default: runs)")
+    command.add_argument(
         "--watch", action="store_true", help="show it again and again until all runs have ended"
     )
-    made.add_argument("--json", action="store_true", help="print JSON, one object per run and line")
-    return made
+    command.add_argument("--json", action="store_true", help="print JSON, one object per run and line")
+    return command
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
         if options.watch and sys.stdout.isatty() and not options.json:
             text = f"\033[H\033[J{text}"  # home, and clear what was below
         print(text, flush=True)
-        if not options.watch or all(one.has_ended for one in reports):
+        if not options.watch or all(summary.has_ended for summary in reports):
             return
         time.sleep(_WATCH_SECONDS)
 
@@ -134,66 +134,66 @@ def _is_run(path: Path) -> bool:
 def report(run: RunDir) -> Report:
     """What the folder of a run, and Slurm, say about it now."""
     status, owner, beat = run.read_status(), lock.holder(run.path), heartbeat.read(run.path)
-    made = Report(run.path.name, status.get("state", "new"), status.get("reason", ""))
-    made.step, made.steps = status.get("step", 0), status.get("steps", 0)
-    made.restarts, made.starts = status.get("restarts", 0), status.get("starts", [])
-    made.students = status.get("students", {})
+    summary = Report(run.path.name, status.get("state", "new"), status.get("reason", ""))
+    summary.step, summary.steps = status.get("step", 0), status.get("steps", 0)
+    summary.restarts, summary.starts = status.get("restarts", 0), status.get("starts", [])
+    summary.students = status.get("students", {})
     if saved := status.get("checkpoint"):
-        made.checkpoint, made.checkpoint_age = saved["step"], _age(saved["time"])
-    _ask_slurm(run, made)
-    _check(made, owner, beat)
-    if made.state in {"running", "hung"}:
-        made.owner = str(owner) if owner else ""
-        made.step = max(made.step, beat.step) if beat else made.step
-        made.steps_per_second = status.get("steps_per_second")
-        made.time_shares = status.get("time_shares", {})
-        if made.steps_per_second:
-            made.seconds_left = (made.steps - made.step) / made.steps_per_second
-    return made
+        summary.checkpoint, summary.checkpoint_age = saved["step"], _age(saved["time"])
+    _ask_slurm(run, summary)
+    _check(summary, owner, beat)
+    if summary.state in {"running", "hung"}:
+        summary.owner = str(owner) if owner else ""
+        summary.step = max(summary.step, beat.step) if beat else summary.step
+        summary.steps_per_second = status.get("steps_per_second")
+        summary.time_shares = status.get("time_shares", {})
+        if summary.steps_per_second:
+            summary.seconds_left = (summary.steps - summary.step) / summary.steps_per_second
+    return summary
 
 
-def _ask_slurm(run: RunDir, made: Report) -> None:
+def _ask_slurm(run: RunDir, summary: Report) -> None:
     """Add what squeue says about the job that was submitted for the run, or in which it trained last."""
     record = read_record(run.job, JobRecord) if run.job.exists() else None
     name = None
     if record and record.cluster == "slurm":
-        made.job, name = record.job_id, record.job_name
-    elif made.starts:
-        made.job = made.starts[-1].get("job", "")
-    if not made.job or made.state == "finished":
+        summary.job, name = record.job_id, record.job_name
+    elif summary.starts:
+        summary.job = summary.starts[-1].get("job", "")
+    if not summary.job or summary.state == "finished":
         return
     try:
-        rows = slurm.queued(made.job, seconds=_SQUEUE_SECONDS)
+        rows = slurm.queued(summary.job, seconds=_SQUEUE_SECONDS)
     except UserError as error:
-        made.queue = str(error)
+        summary.queue = str(error)
         return
     for row in rows:
         if name in {None, row.name}:
-            made.queue = row.state + (f" ({row.reason})" if row.reason != "None" else "")
-            made.comes_back = row.state in slurm.ACTIVE
+            summary.queue = row.state + (f" ({row.reason})" if row.reason != "None" else "")
+            summary.comes_back = row.state in slurm.ACTIVE
             if row.state in slurm.WAITING:
-                made.state = "queued"
+                summary.state = "queued"
 
 
-def _check(made: Report, owner: Owner | None, beat: Beat | None) -> None:
+def _check(summary: Report, owner: Owner | None, beat: Beat | None) -> None:
     """Correct a state that the run's process could not correct itself."""
     gone = lock.why_gone(owner) if owner else "no process holds the run's lock"
     alive = owner is not None and gone is None
-    if alive and owner and owner.purpose == "train" and made.state not in {"running", "finished"}:
-        made.state, made.why = "starting", ""
-    if made.state != "running":
+    if alive and owner and owner.purpose == "train" and summary.state not in {"running", "finished"}:
+        summary.state, summary.why = "starting", ""
+    if summary.state != "running":
         return
     if beat is None or (owner and beat.token != owner.token):
         beat = None
     if gone:
-        made.state, made.why = "lost", gone
+        summary.state, summary.why = "lost", gone
     elif beat and owner and not lock.lives_here(owner) and time.time() - beat.time > heartbeat.SILENT_SECONDS:
         silence = _duration(time.time() - beat.time)
-        made.state, made.why = "lost", f"no sign of life from {owner.host} for {silence}"
+        summary.state, summary.why = "lost", f"no sign of life from {owner.host} for {silence}"
     elif beat and beat.idle > beat.limit:
-        made.state, made.why = "hung", f"{beat.phase} after step {beat.step} for {_duration(beat.idle)}"
+        summary.state, summary.why = "hung", f"{beat.phase} after step {beat.step} for {_duration(beat.idle)}"
     elif beat and beat.idle > _QUIET_SECONDS:
-        made.why = f"{beat.phase} after step {beat.step} for {_duration(beat.idle)}"
+        summary.why = f"{beat.phase} after step {beat.step} for {_duration(beat.idle)}"
 
 
 def _age(written: str) -> float:
@@ -201,49 +201,49 @@ def _age(written: str) -> float:
 
 
 def _as_json(reports: list[Report]) -> str:
-    return "\n".join(json.dumps(asdict(one)) for one in reports)
+    return "\n".join(json.dumps(asdict(summary)) for summary in reports)
 
 
 def _as_text(reports: list[Report]) -> str:
     if len(reports) == 1:
-        return _one(reports[0])
+        return _details(reports[0])
     rows = [
         {
-            "run": one.run,
-            "state": one.state,
-            "step": f"{one.step}/{one.steps or '?'}",
-            "left": _duration(one.seconds_left),
-            "saved": _saved(one),
-            "restarts": one.restarts,
-            "job": " ".join(filter(None, (one.job, one.queue))),
-            "why": one.why,
+            "run": summary.run,
+            "state": summary.state,
+            "step": f"{summary.step}/{summary.steps or '?'}",
+            "left": _duration(summary.seconds_left),
+            "saved": _saved(summary),
+            "restarts": summary.restarts,
+            "job": " ".join(filter(None, (summary.job, summary.queue))),
+            "why": summary.why,
         }
-        for one in reports
+        for summary in reports
     ]
     return tabulate(rows, headers="keys", disable_numparse=True)
 
 
-def _one(one: Report) -> str:
-    percent = f" ({100 * one.step / one.steps:.0f} %)" if one.steps else ""
+def _details(summary: Report) -> str:
+    percent = f" ({100 * summary.step / summary.steps:.0f} %)" if summary.steps else ""
     lines = {
-        "run": one.run,
-        "state": one.state + (f": {one.why}" if one.why else ""),
-        "step": f"{one.step} of {one.steps or '?'}{percent}",
-        "rate": f"{one.steps_per_second:.3g} steps/s" if one.steps_per_second else "",
-        "time": in_words(one.time_shares),
-        "left": _duration(one.seconds_left),
-        "saved": _saved(one),
-        "by": one.owner,
-        "job": f"{one.job} {one.queue}".strip(),
-        "restarts": str(one.restarts) if one.starts else "",
+        "run": summary.run,
+        "state": summary.state + (f": {summary.why}" if summary.why else ""),
+        "step": f"{summary.step} of {summary.steps or '?'}{percent}",
+        "rate": f"{summary.steps_per_second:.3g} steps/s" if summary.steps_per_second else "",
+        "time": in_words(summary.time_shares),
+        "left": _duration(summary.seconds_left),
+        "saved": _saved(summary),
+        "by": summary.owner,
+        "job": f"{summary.job} {summary.queue}".strip(),
+        "restarts": str(summary.restarts) if summary.starts else "",
     }
     text = "\n".join(f"{name:<9}{value}" for name, value in lines.items() if value)
-    for start in one.starts:
+    for start in summary.starts:
         if "ended" in start:
             text += (
                 f"\n         {start['time']} steps {start['step']} to {start['to_step']}: {start['ended']}"
             )
-    if one.students:
+    if summary.students:
         rows = [
             {
                 "student": name,
@@ -252,16 +252,16 @@ def _one(one: Report) -> str:
                 "given up": "yes" if known["given_up"] else "no",
                 "best score": "" if known["best"] is None else f"{known['best']:.3f}",
             }
-            for name, known in one.students.items()
+            for name, known in summary.students.items()
         ]
         text += "\n\n" + tabulate(rows, headers="keys", disable_numparse=True)
     return text
 
 
-def _saved(one: Report) -> str:
-    if one.checkpoint is None:
+def _saved(summary: Report) -> str:
+    if summary.checkpoint is None:
         return "nothing yet"
-    return f"step {one.checkpoint}, {_duration(one.checkpoint_age)} ago"
+    return f"step {summary.checkpoint}, {_duration(summary.checkpoint_age)} ago"
 
 
 def _duration(seconds: float | None) -> str:

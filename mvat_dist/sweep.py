@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     options = CommandParser(
         PROG,
         "Run a sweep file without a W&B server: grid, random or Bayesian search (Optuna's TPE), one trial "
-        "after the other on this machine, or as an array of Slurm jobs. The same command goes on where it "
+        "after the other on this machine, or as an array of Slurm jobs. The same command continues where it "
         "was interrupted: finished trials are not run again. At the end, and with --ranking, it lists the "
         "trials by the file's metric. Exit code: 0 when every trial is finished, 2 for a mistake, 128 plus "
         "the number of the signal that stopped it (SIGHUP counts as SIGTERM), else that of the last trial "
@@ -156,7 +156,7 @@ def _run(folder: SweepFolder, numbers: Iterable[int]) -> int:
             print(f"trial {number}: {sweep_file.describe(point)}", flush=True)
             ended = _run_trial(folder, number, point, signals)
             if signals.received or signals.wait(0.0):
-                print(f"stopped: the same command goes on with trial {number}", file=sys.stderr)
+                print(f"stopped: the same command continues with trial {number}", file=sys.stderr)
                 return 128 + signals.received[0].number
             if ended == EXIT_BUSY:  # another process with the same command runs it
                 continue

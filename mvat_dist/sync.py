@@ -103,7 +103,7 @@ def _send(run: RunDir) -> None:
     """
     if not Uploader(run, to_server=True).finish(_ended(run.read_status())):
         raise UserError(
-            f"W&B has not taken all of {run.path}: nothing is lost, and the same command goes on from what "
+            f"W&B has not taken all of {run.path}: nothing is lost, and the same command continues from what "
             "it has"
         )
 

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         UserError: anything the user can mend; nothing has been trained then.
         SystemExit: 128 plus the signal's number where somebody asked the run to stop: its state is
-            saved, and the same command goes on. `errors.EXIT_HUNG` ends it at once, without this.
+            saved, and the same command continues. `errors.EXIT_HUNG` ends it at once, without this.
     """
     try:
         config, here = parser.parse(argv), ranks.read()
@@ -67,7 +67,7 @@ def _say_how_it_ended(run: folder.RunDir, config: Config) -> None:
             f"--data {shlex.quote(config.data.train)}"
         )
     else:
-        print(f"stopped and saved after step {ended['step']}: the same command goes on from there")
+        print(f"stopped and saved after step {ended['step']}: the same command continues from there")
 
 
 def _train(config: Config, here: ranks.Ranks, run: folder.RunDir) -> int:

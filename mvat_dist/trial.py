@@ -87,14 +87,14 @@ def _command(arguments: Sequence[str], folder: Path, count: int) -> list[str]:
 
 def _run(command: Sequence[str]) -> int:
     """Run the ranks to their end, passing on what asks this process to stop; their exit code."""
-    # `mvat_dist.sweep` passes on what it receives itself: only W&B's agent has wishes of its own.
+    # `mvat_dist.sweep` passes on what it receives itself: only W&B's agent sends signals of its own.
     agent = os.getppid() if "WANDB_SWEEP_ID" in os.environ else -1
 
     def pass_on(child: Child, received: StopSignal) -> None:
         """Tell the ranks to stop.
 
-        A signal of W&B's agent is its sweep's wish: the trial is over, and nobody is to go on with it. Any
-        other is taken for a preemption, after which the trial goes on some day.
+        A signal from W&B's agent means that its sweep ends the trial, which is not to be resumed. Any other
+        signal counts as a preemption, after which the trial may be resumed.
         """
         number = signal.SIGINT if received.sender == agent else received.number
         if job := _allocation():

@@ -1,6 +1,6 @@
-"""What is the same on every machine, against stored files: decoded audio, a configuration, every --help.
+"""Decoded audio, a configuration and every --help equal the stored files, on every machine.
 
-A change that is meant renews them: ``python -m tests.test_golden``; the difference shows in the commit.
+After an intended change, renew them with ``python -m tests.test_golden``; the commit shows the difference.
 """
 
 from __future__ import annotations
@@ -62,21 +62,21 @@ def help_of(command: str) -> str:
     return text.getvalue()
 
 
-MADE = {
+CONTENTS = {
     "sample_audio.json": decoded_audio,
     "config.yaml": resolved_configuration,
     **{f"help/{command}.txt": lambda command=command: help_of(command) for command in COMMANDS},
 }
 
 
-@pytest.mark.parametrize("name", MADE)
-def test_nothing_changed_unawares(name: str) -> None:
+@pytest.mark.parametrize("name", CONTENTS)
+def test_nothing_changed_unnoticed(name: str) -> None:
     if name.startswith("help/") and sys.version_info[:2] != (3, 11):
         pytest.skip("argparse words its help differently in other versions of Python")
-    assert MADE[name]() == (GOLDEN / name).read_text(encoding="utf-8")
+    assert CONTENTS[name]() == (GOLDEN / name).read_text(encoding="utf-8")
 
 
 if __name__ == "__main__":
-    for name, make in MADE.items():
+    for name, make in CONTENTS.items():
         (GOLDEN / name).parent.mkdir(parents=True, exist_ok=True)
         (GOLDEN / name).write_text(make(), encoding="utf-8")

@@ -34,7 +34,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def path(text: str) -> Path:
-    """What ``type=Path`` means here: pathlib takes an empty text for the folder one is in."""
+    """Converter behind ``type=Path``: refuses an empty text, which pathlib takes for the current folder."""
     return Path(place(text))
 
 

@@ -280,4 +280,4 @@ class Config:
     name: str = ""
     """Name of the run folder; empty: what is trained plus a hash of what matters."""
     resume: Literal["auto", "must", "never"] = "auto"
-    """`auto` goes on where a checkpoint is found, `must` fails without one, `never` refuses one."""
+    """`auto` continues where a checkpoint is found, `must` fails without one, `never` refuses one."""

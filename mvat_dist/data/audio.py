@@ -41,11 +41,11 @@ def withheld(path: Path) -> OSError | None:
 
 
 def known_frames(frames: int) -> int | None:
-    """What libsndfile says of a file's frames; None where that is no length."""
+    """The number of frames that libsndfile reports; None where it does not know it."""
     return frames if 0 <= frames < _UNKNOWN_FRAMES else None
 
 
 def sound_blocks(sound: soundfile.SoundFile) -> Iterator[npt.NDArray[np.float32]]:
-    """What is left of `sound`, (frames, channels) each: memory goes by what is there, not by the header."""
+    """The rest of `sound` in blocks (frames, channels); memory use follows the data, not the header."""
     while len(block := cast(npt.NDArray[np.float32], sound.read(_BLOCK, dtype="float32", always_2d=True))):
         yield block

@@ -1,7 +1,7 @@
 """Packed shards to training batches: the same global batches on any number of ranks and workers.
 
 What comes when is arithmetic (`data.mixing.sampler`), so that a stream's whole state is the number of
-its next step: a run that goes on from step k, on whatever number of ranks, gets what it would have got.
+its next step: a run that continues from step k, on whatever number of ranks, gets what it would have got.
 """
 
 from __future__ import annotations
@@ -100,17 +100,17 @@ class BatchStream(Iterator[list[Batch]]):
             self._micro_batches = self._start()
         step: list[Batch] = []
         for _ in range(self._sampler.accumulation):
-            made = next(self._micro_batches)
-            if isinstance(made, UserError):
-                self._micro_batches = None  # whoever asks again gets this step again, from its start
-                raise made
-            step.append(made)
-            self._bad_sample_log.warn(line for recipe in made.recipes for line in recipe["bad_samples"])
+            batch = next(self._micro_batches)
+            if isinstance(batch, UserError):
+                self._micro_batches = None  # the next call starts this step again
+                raise batch
+            step.append(batch)
+            self._bad_sample_log.warn(line for recipe in batch.recipes for line in recipe["bad_samples"])
         self._go_to(self._sampler.first_step + 1)
         return step
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values: the next step, and what the stream is a stream of. The same on every rank."""
+        """The next step and the fingerprint of the stream, as plain values; the same on every rank."""
         return {"step": self._sampler.first_step, **self._subject()}
 
     def _subject(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ TestSets = dict[str, ValidationClips]
 """By name, in the order of the tables."""
 
 SUFFIXES = (".wav", ".wave", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64")
-"""What is taken for audio in a pair of folders."""
+"""Endings of the audio files in a pair of folders."""
 
 
 def held_out(data: Path | str, limit: int, max_seconds: float, cache: Cache | None = None) -> TestSets:
@@ -35,12 +35,14 @@ def held_out(data: Path | str, limit: int, max_seconds: float, cache: Cache | No
     cache = cache or Cache()
     folders = locate("--data", data, cache)
     first, name = folders[0], locations.name(str(folders[0]))
-    found: dict[str, list[Folder] | FilePairs] = {name: folders}
+    sets: dict[str, list[Folder] | FilePairs] = {name: folders}
     if is_corpus(first):
-        found = {**_of_corpus(Corpus("--data", data, cache), data)}
+        sets = {**_of_corpus(Corpus("--data", data, cache), data)}
     elif len(folders) == 1 and isinstance(first, Path) and not (first / MANIFEST).is_file():
-        found = {**_as_they_come(first, name)}
-    return {name: ValidationClips(its, limit=limit, max_seconds=max_seconds) for name, its in found.items()}
+        sets = {**_as_they_come(first, name)}
+    return {
+        name: ValidationClips(pairs, limit=limit, max_seconds=max_seconds) for name, pairs in sets.items()
+    }
 
 
 def _of_corpus(corpus: Corpus, data: Path | str) -> dict[str, list[Folder]]:
@@ -101,17 +103,17 @@ def folder_pair(noisy: Path, clean: Path, limit: int, max_seconds: float) -> tup
 
 def pair_name(noisy: Path) -> str:
     """The name of a pair of folders: the noisy one's, or where that is just ``noisy``, its parent's."""
-    said = noisy.resolve()
-    return locations.name(str(said.parent if said.name == "noisy" else said))
+    folder = noisy.resolve()
+    return locations.name(str(folder.parent if folder.name == "noisy" else folder))
 
 
 def _by_name(option: str, folder: Path) -> dict[str, list[str]]:
     if not folder.is_dir():
         raise UserError(f"{option} {folder}: no such folder")
-    found: dict[str, list[str]] = {}
+    files: dict[str, list[str]] = {}
     for path, _ in sorted(corpora.audio_files(str(folder), SUFFIXES)):
-        found.setdefault(corpora.pair_name(path), []).append(path)
-    return found
+        files.setdefault(corpora.pair_name(path), []).append(path)
+    return files
 
 
 def _count(files: dict[str, list[str]]) -> int:

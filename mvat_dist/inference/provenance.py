@@ -165,7 +165,7 @@ def _sections(file: Path, name: str, which: str, sha256: str) -> dict[str, Any]:
 
 
 def _placeless(value: Any) -> Any:
-    """Replace paths in `value` by names: they would reveal the owner's folders and lead nowhere."""
+    """Replace paths in `value` by names: paths reveal the owner's folders and do not exist elsewhere."""
     if isinstance(value, dict):
         return {key: _placeless(inner) for key, inner in value.items()}
     if isinstance(value, str) and value.startswith(("/", "{")):

@@ -1,7 +1,7 @@
 """A student's whole loss: L = L_enhance + mu * L_output + lambda * L_MVAT, by the chosen method.
 
-Where asked for, distances that no level makes small are added to the first: of waveforms, of compressed
-spectra, of what PESQ hears.
+L_enhance may include further distances, chosen by options, that a lower level does not reduce: of waveforms,
+of compressed spectra, and of loudness as PESQ models it.
 """
 
 from __future__ import annotations

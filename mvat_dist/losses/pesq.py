@@ -37,13 +37,13 @@ what is added to both spectra, and the most by which they may differ (P.862's nu
 0 dB SPL)."""
 GAIN_FLOOR, GAIN_LEAST, GAIN_MOST, GAIN_MEMORY = 5e3, 3e-4, 5.0, 0.2
 """Of the compensated gain of each frame: what is added to both intensities, the limits, and the share of
-the frame before (P.862's numbers, on that scale; its memory goes on, this one ends with the frame before)."""
+the previous frame (P.862's numbers, on that scale; P.862 smooths recursively, here over two frames only)."""
 MASKED = 0.25
-"""Share of the lesser loudness by which the two differ unheard (P.862)."""
+"""Share of the lesser loudness up to which a difference is inaudible (P.862)."""
 ADDED_FLOOR_DB_SPL = 26.0
 """Added to both intensities before their ratio is taken (design choice)."""
 ADDED_EXPONENT, ADDED_LEAST, ADDED_MOST = 1.2, 3.0, 12.0
-"""How much more is heard of what was added to speech: a power of the ratio, 0 below the least (P.862)."""
+"""Weight of what was added to speech: a power of the ratio, 0 below the least, at most the last (P.862)."""
 MOST, BEYOND = 45.0, 0.05
 """Disturbance of a frame from which on P.862 counts no more, and the share of the rest that counts here, so
 that the worst frames have a gradient too (design choice)."""

@@ -55,8 +55,8 @@ class NoiseTracker:
         speech = odds / (1 + odds)
         self._presence = _PRESENCE_SMOOTHING * self._presence + (1 - _PRESENCE_SMOOTHING) * speech
         speech = np.where(self._presence > _STUCK, np.minimum(speech, _STUCK), speech)
-        heard = speech * self.power + (1 - speech) * frame
-        smoothed = _NOISE_SMOOTHING * self.power + (1 - _NOISE_SMOOTHING) * heard
+        estimate = speech * self.power + (1 - speech) * frame
+        smoothed = _NOISE_SMOOTHING * self.power + (1 - _NOISE_SMOOTHING) * estimate
         self.power = np.maximum(smoothed, _LEAST_POWER)
         return self.power
 
@@ -75,8 +75,8 @@ class LogMmse(nn.Module):
 
 def _gains(powers: Spectrum) -> Spectrum:
     """Factors of the amplitudes (frames, F) from the powers of noisy speech."""
-    heard = powers[powers.sum(1) > 0]  # digital silence says nothing of the noise
-    tracker = NoiseTracker(heard[:_FIRST_FRAMES].mean(0) if len(heard) else powers[0])
+    sounding = powers[powers.sum(1) > 0]  # digital silence tells nothing about the noise
+    tracker = NoiseTracker(sounding[:_FIRST_FRAMES].mean(0) if len(sounding) else powers[0])
     factors = np.ones_like(powers)
     speech = np.zeros_like(powers[0])
     for number, power in enumerate(powers):

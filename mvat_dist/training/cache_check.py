@@ -61,14 +61,14 @@ def verify(spec: CacheSpec, out: Path) -> str:
     count = len(cache)
     checked = min(max(_FEWEST, round(CHECKED_SHARE * count)), _MOST, count)
     largest = 0.0
-    for number in tqdm(np.linspace(0, count - 1, checked).astype(np.int64), "teacher again", unit="segment"):
-        distance, found = _compare(worker, cache, int(number))
+    for number in tqdm(np.linspace(0, count - 1, checked).astype(np.int64), "teacher's maps", unit="segment"):
+        distance, differences = _compare(worker, cache, int(number))
         largest = max(largest, distance)
-        problems += found
+        problems += differences
     if problems:
         shown = [*problems[:_MOST_PROBLEMS], *(["and more"] if len(problems) > _MOST_PROBLEMS else [])]
         raise UserError(
-            f"{out} is not right:\n  " + "\n  ".join(shown) + "\nremove the files named and make it again by "
+            f"{out} is damaged:\n  " + "\n  ".join(shown) + "\nremove the files named and make it again by "
             "the same command without --verify, which keeps the others"
         )
     return (

@@ -141,7 +141,7 @@ def clock_of(device: torch.device) -> Clock:
 def speed(amount: float, elapsed: float, shares: Mapping[str, float]) -> float | None:
     """`amount` per second of training: validations and checkpoints do not count among a lap's seconds.
 
-    None where the lap holds nothing else: a GPU's clock may not have told of the training yet.
+    None where the lap holds nothing else: a GPU's clock may not have reported the training yet.
     """
     seconds = elapsed * sum(share for name, share in shares.items() if name not in APART)
     return amount / seconds if seconds else None

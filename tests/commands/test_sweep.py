@@ -237,7 +237,7 @@ def test_a_signal_reaches_the_trial_and_ends_the_sweep(
     assert process.returncode == (143 if number == signal.SIGTERM else -number)
     until((place / "saved").exists, 20)
     if number == signal.SIGTERM or "mvat_dist.submit" in start:
-        assert "goes on with trial 0" in output
+        assert "continues with trial 0" in output
 
 
 def test_what_needs_a_server_is_named_in_one_line(place: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,6 @@
 """What happens to a run while it trains: kills, hangs, full disks, second starters; with real processes.
 
-Whatever happened, the same command goes on and ends with the weights of the undisturbed run, bit for bit.
+Whatever happened, the same command continues and ends with the weights of the undisturbed run, bit for bit.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Pack a corpus by its plan: inspect, write shards side by side, and put the manifests last.
 
 A killed run leaves inspections, finished shards and the marker `UNFINISHED`. No reader takes them for a
-corpus, and the same command goes on from there.
+corpus, and the same command continues from there.
 """
 
 from __future__ import annotations
@@ -141,10 +141,10 @@ def _check_same(out: Path, stored: Packing, packing: Packing, recipe: Recipe, st
             raise UserError(
                 f"--out {out} holds a {state} corpus packed {what}; remove it or give another folder"
             )
-    # A setting that is younger than the shards was then what is its default now.
-    before = {field.name: field.default for field in dataclasses.fields(recipe)} | stored.recipe
-    if changed := [key for key, value in packing.recipe.items() if before[key] != value]:
-        values = ", ".join(f"{key} {before[key]}, not {packing.recipe[key]}" for key in changed)
+    # The shards were packed with today's default of any setting that was added since.
+    settings = {field.name: field.default for field in dataclasses.fields(recipe)} | stored.recipe
+    if changed := [key for key, value in packing.recipe.items() if settings[key] != value]:
+        values = ", ".join(f"{key} {settings[key]}, not {packing.recipe[key]}" for key in changed)
         raise UserError(
             f"--out {out} holds a {state} corpus packed with other settings ({values}); remove it or give "
             "another folder"

@@ -25,7 +25,8 @@ FORMAT = 2
 KEY_BYTES = 48
 """Longest key, in ASCII characters."""
 KEY = re.compile(rb"[0-9a-z_]+")
-"""What a key may be: WebDataset splits names at the first dot, and whoever unpacks a tar gets files."""
+"""Pattern of a key: no dot, at which WebDataset splits names, and nothing unsafe in the name of a file, which
+a key becomes when its tar is unpacked."""
 
 Kind = Literal["sources", "pairs"]
 Field = Literal["audio", "clean", "noisy"]

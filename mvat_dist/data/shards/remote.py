@@ -189,7 +189,7 @@ def _bounded(filesystem: Any, method: str, *arguments: Any, seconds: float, **op
 
 
 class _Watch:
-    """What fsspec wants of a callback, to break off a body that is endless."""
+    """fsspec callback that aborts a download with more bytes than it may have."""
 
     def __init__(self, size: int | None, most: int | None) -> None:
         self._most = most if size is None else size
@@ -197,10 +197,14 @@ class _Watch:
         self._there = 0
 
     def set_size(self, size: int | None) -> None:
-        """What the server says is not believed."""
+        """Ignore the size that the server reports; only received bytes count."""
 
     def relative_update(self, inc: int = 1) -> None:
-        """So many more bytes have come."""
+        """Count `inc` more bytes received.
+
+        Raises:
+            _WrongContentError: more bytes than the file may have.
+        """
         self._there += inc
         if self._most is not None and self._there > self._most:
             raise _WrongContentError(f"it has more than {self._more}")
@@ -217,7 +221,7 @@ def _check(path: Path, size: int | None, sha256: str | None) -> None:
 def _diagnose(error: BaseException, path: Path | None) -> _Problem:
     """What to tell the user of a failed try, from the error and from what caused it."""
     chain = list(_causes(error))
-    names = " ".join(type(one).__name__ for one in chain)
+    names = " ".join(type(cause).__name__ for cause in chain)
     status = next(filter(None, map(_status, chain)), None)
     if isinstance(error, _WrongContentError):
         return _Problem(f"{error}: copy it there again", final=False, kind=ShardError)
@@ -258,16 +262,18 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def _status(error: BaseException) -> int | None:
     """The HTTP status in an exception of aiohttp, gcsfs or botocore."""
     response = getattr(error, "response", None)
-    told = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
-    # By name, for aiohttp gives a body that was cut the code 400.
+    botocore = (
+        response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
+    )
+    # By the type's name, because aiohttp gives a truncated body the code 400.
     code = getattr(error, "code", None) if type(error).__name__ == "HttpError" else None
-    for value in (told, getattr(error, "status", None), code):
+    for value in (botocore, getattr(error, "status", None), code):
         if isinstance(value, int) and 400 <= value < 600:
             return value
     return None
 
 
 def _words(error: BaseException) -> str:
-    """One short line; a library may quote the signed URL that it built, so queries go."""
+    """The error in one short line, without the queries of URLs: a library may quote a URL that it signed."""
     line = re.sub(r"\s+", " ", re.sub(r"\?\S+", "?...", str(error))).strip()
     return f"{type(error).__name__}: {line[:200]}" if line else type(error).__name__

@@ -144,7 +144,7 @@ class TestSet:
     def _mean_by_clip(self, system: System, metric: str) -> dict[Clip, float]:
         """The mean over seeds of every clip that all of them have a score for."""
         scores = self._scores.get((system, metric), {})
-        # A seed that was evaluated without this metric does not count; one whose clips all failed does.
+        # Seeds evaluated without this metric are left out; a seed whose clips all failed is not.
         asked = self._asked.get((system, metric), set())
         shared = set.intersection(*(set(scores.get(seed, ())) for seed in asked)) if asked else set()
         return {clip: float(np.mean([by_clip[clip] for by_clip in scores.values()])) for clip in shared}

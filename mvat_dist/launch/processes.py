@@ -42,6 +42,9 @@ _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 20.0
 """After one rank has failed, the others get this long to notice, write their records and end."""
 
+_KILL_SECONDS = 5.0
+"""What a killed process gets to end."""
+
 _PORTS = 3
 """Ports to try: between the choice of a free one and its use another program may take it."""
 
@@ -155,7 +158,9 @@ class Child:
         for descendant in descendants:
             with contextlib.suppress(psutil.NoSuchProcess):
                 descendant.kill()
-        self.process.wait()
+        # In the kernel's hands (state D), on a dead network disk for example, it may stay for hours.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=_KILL_SECONDS)
 
 
 def start(

@@ -17,6 +17,7 @@ import contextlib
 import json
 import logging
 import os
+import select
 import signal
 import sys
 import threading
@@ -30,6 +31,7 @@ from mvat_dist.config import parser
 from mvat_dist.io import parse_record
 from mvat_dist.runs import lock, uploads, wandb_sync
 from mvat_dist.runs.folder import RunDir
+from mvat_dist.runs.lock import Owner
 from mvat_dist.runs.uploads import Mode
 from mvat_dist.runs.wandb_sync import WandbRuns, in_words
 
@@ -52,6 +54,8 @@ class State:
     """Whether the server could not be reached."""
     exit_code: int | None = None
     """Exit code of the training, once that has ended."""
+    owner: Owner | None = None
+    """Who held the run's lock when the first of these processes began."""
     stop_passed_on: bool = False
     """Whether the training knows that somebody has stopped the run in the browser."""
 
@@ -65,7 +69,10 @@ class Process:
         `to_server` is for a run that has ended: the server alone counts.
         """
         self._environment = dict(os.environ)  # without what W&B's SDK adds, such as where its service is
+        self.is_replacement = _STATE in os.environ
         self.state = parse_record(os.environ.pop(_STATE, "{}"), State, _STATE)
+        self._handover = threading.Lock()
+        """Held while an exit code is taken over, and while the state is: a replacement must get both."""
         self._to_server = to_server
         # In the environment, it would make W&B take every run of this process for the sweep's.
         self.sweep = os.environ.pop("WANDB_SWEEP_ID", "")
@@ -90,8 +97,13 @@ class Process:
         What has not reached W&B by then is sent by the next start. Whatever the main thread waits for, this
         thread ends it, so that never two processes send the same rows.
         """
-        while line := os.read(0, 64):
-            self.state.exit_code = int(line)
+        while True:
+            select.select([0], [], [])
+            with self._handover:
+                line = os.read(0, 64)
+                if not line:
+                    break
+                self.state.exit_code = int(line)
             self._has_ended.set()
         self.leave(1)
 
@@ -109,8 +121,9 @@ class Process:
         """Replace this process by a fresh one, which goes on from what W&B has."""
         _kill_service()
         sys.stdout.flush()
-        environment = {**self._environment, _STATE: json.dumps(asdict(self.state))}
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+        with self._handover:
+            environment = {**self._environment, _STATE: json.dumps(asdict(self.state))}
+            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
 def _kill_service() -> None:
@@ -124,12 +137,13 @@ def follow(run: RunDir, process: Process) -> None:
     """Copy the histories of a training until it ends.
 
     Raises:
-        Exception: whatever W&B raises; `TimeoutError` where it has not taken all in time.
+        Exception: whatever W&B raises.
     """
+    if not process.is_replacement:  # which would take the owner of another training for its own
+        process.state.owner = lock.holder(run.path)
     config = parser.parse(["--config", str(run.config)])
     mode: Mode = "offline" if process.state.offline else uploads.mode(config.track)
     wandb_runs = WandbRuns(run, config, mode, process.sweep, process.pass_on_stop, uploads.UPLOAD_SECONDS)
-    owner = lock.holder(run.path)
     try:
         wandb_runs.open(int(run.read_status().get("restarts", 0)))
     except Exception as error:
@@ -141,10 +155,12 @@ def follow(run: RunDir, process: Process) -> None:
     has_ended = False
     while not has_ended:
         has_ended = process.training_has_ended()  # asked first: all its rows are there then
-        if lock.holder(run.path) != owner:  # another training writes the histories now, or they are removed
+        if (
+            lock.holder(run.path) != process.state.owner
+        ):  # another training writes the histories now, or they are removed
             process.leave(1)
         wandb_runs.send_new()
-    wandb_runs.close(process.state.exit_code or 0)
+    _close(wandb_runs, run, process, uploads.UPLOAD_SECONDS)
 
 
 def send_missing(run: RunDir, process: Process) -> None:
@@ -153,7 +169,7 @@ def send_missing(run: RunDir, process: Process) -> None:
     Where no W&B run could be opened, nothing of the attempt is left on disk.
 
     Raises:
-        Exception: whatever W&B raises; `TimeoutError` where it has not taken all in time.
+        Exception: whatever W&B raises.
     """
     config = parser.parse(["--config", str(run.config)])
     wandb_runs = WandbRuns(
@@ -169,7 +185,16 @@ def send_missing(run: RunDir, process: Process) -> None:
     while not process.training_has_ended():
         pass
     wandb_runs.send_new()
-    wandb_runs.close(process.state.exit_code or 0)
+    _close(wandb_runs, run, process, uploads.PATIENT_SECONDS)
+
+
+def _close(wandb_runs: WandbRuns, run: RunDir, process: Process, seconds: int) -> None:
+    """Close the W&B runs; end this process where W&B has not taken all in `seconds`."""
+    try:
+        wandb_runs.close(process.state.exit_code or 0)
+    except TimeoutError:
+        logger.warning("W&B has not taken all in %d s. %s", seconds, uploads.advice(run.path))
+        process.leave(1)
 
 
 def main() -> NoReturn:
@@ -194,9 +219,6 @@ def main() -> NoReturn:
     process = Process(given.to_server)
     try:
         (send_missing if given.to_server else follow)(run, process)
-    except TimeoutError:
-        seconds = uploads.PATIENT_SECONDS if given.to_server else uploads.UPLOAD_SECONDS
-        logger.warning("W&B has not taken all in %d s. %s", seconds, uploads.advice(run.path))
     except Exception as error:
         if not given.to_server and process.state.start < _STARTS:
             logger.debug("W&B is started again after %r", error)

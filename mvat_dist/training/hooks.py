@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from mvat_dist.distributed.collectives import all_reduce_sum
+from mvat_dist.distributed.collectives import all_reduce_sum, world_size
 from mvat_dist.training.fault_tolerance import STOP_SIGNALS
 from mvat_dist.training.schedule import Hyperparameters
 
@@ -57,6 +57,8 @@ class Agreement(NamedTuple):
 
     def all_reduced(self, device: torch.device) -> Agreement:
         """Add up all ranks' values in one all-reduce of a small vector: no message hides another."""
+        if world_size() == 1:  # nothing to ask: the host does not wait for the device
+            return self
         signals = sorted(STOP_SIGNALS)
         flags = [*(self.stop_signal == number for number in signals), *self[1:]]
         counts = torch.tensor([float(flag) for flag in flags], dtype=torch.float64, device=device)

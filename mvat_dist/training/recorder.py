@@ -67,7 +67,7 @@ class Recorder:
             # A student may have been validated before its first step: it is validated again.
             self._histories[student.name].rewind(student.progress.steps or -1)
         self._scores = {name: _last_validation(history.rows()) for name, history in self._histories.items()}
-        self._uploader = Uploader(run) if uploads.mode(config) != "disabled" else None
+        self._uploader = _start_uploader(config, run)
         self._examples = examples
 
     def log_training(self, step: int, rows: Mapping[str, Row]) -> None:
@@ -115,6 +115,21 @@ class Recorder:
         """End W&B's copy of a training that ends with `exit_code`."""
         if self._uploader:
             self._uploader.finish(exit_code)
+
+
+def _start_uploader(config: TrackConfig, run: RunDir) -> Uploader | None:
+    """Start the copy at W&B; None where it is not asked for, or no process can be started.
+
+    Raises:
+        UserError: WANDB_MODE is no mode of W&B.
+    """
+    if uploads.mode(config) == "disabled":
+        return None
+    try:
+        return Uploader(run)
+    except OSError as error:  # too many processes, no memory, a full disk: no reason to end a training
+        logger.warning("no W&B: its process cannot be started (%s). %s", error, uploads.advice(run.path))
+        return None
 
 
 def _last_validation(rows: Sequence[Row]) -> Row:

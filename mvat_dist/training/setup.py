@@ -95,7 +95,10 @@ def open_run(
     status = run_on_rank_zero(lambda: _note_start(run, config, step))
     try:
         students = build_students(config, ranks, run, inputs, saved, device, precision)
-        inactive = inactive_students(saved, config) if ranks.rank == 0 else {}
+        inactive = run_on_rank_zero(lambda: inactive_students(saved, config)) or {}
+        recovery = Recovery(config.train, run, students, partial(_first_state, config, run))
+        prefetcher = Prefetcher(inputs.data, config.data, config.train, ranks, step)
+        # Last, because nobody closes the recorder where something after it fails.
         recorder = run_on_rank_zero(lambda: _open_recorder(config, ranks, run, inputs, students))
     except Exception as error:
         if status and fault_tolerance.owns_folder():  # STATUS says already that the run has begun
@@ -110,8 +113,8 @@ def open_run(
         step=step,
         students=students,
         inactive=inactive,
-        recovery=Recovery(config.train, run, students, partial(_first_state, config, run)),
-        prefetcher=Prefetcher(inputs.data, config.data, config.train, ranks, step),
+        recovery=recovery,
+        prefetcher=prefetcher,
         clips=inputs.clips,
         audio_per_step=config.train.batch * config.data.segment_seconds,
         status=status,

@@ -168,7 +168,7 @@ class StudentGroup:
             for student in largest_first:
                 student.engine.wait_for_gradients()
         with self.stopwatch.section("optimiser"):
-            # Read at once: on a GPU this is the one place of a step where the host waits for the device.
+            # Read at once: here the host waits for the GPU, and again where several ranks agree on the step.
             applied = torch.stack([student.update(hparams) for student in self.active]).tolist()
             for student, was_applied, snapshot in zip(self.active, applied, snapshots, strict=True):
                 student.close_step(was_applied, snapshot)

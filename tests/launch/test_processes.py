@@ -282,3 +282,14 @@ def test_a_command_is_waited_for_with_all_that_it_leaves_behind(tmp_path: Path) 
     done = subprocess.run(python(code, f"{orphan} exit 7"), timeout=20, check=False)
     assert done.returncode == 7
     assert (tmp_path / "saved").exists()
+
+
+def test_what_cannot_be_killed_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process in the kernel's hands outlives SIGKILL; here one that is never signalled stands for it."""
+    child = processes.start(["sleep", "60"])
+    monkeypatch.setattr(processes, "_KILL_SECONDS", 0.1)
+    with monkeypatch.context() as deaf:
+        deaf.setattr(os, "killpg", lambda *_: None)
+        child.kill()
+    assert child.exit_code() is None
+    child.kill()

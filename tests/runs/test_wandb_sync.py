@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import subprocess
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,11 +13,15 @@ from typing import Any
 import pytest
 
 from mvat_dist.config import parser
-from mvat_dist.runs import uploads
+from mvat_dist.config.schema import TrackConfig
+from mvat_dist.io import parse_record
+from mvat_dist.runs import lock, uploader, uploads
 from mvat_dist.runs.folder import RunDir
 from mvat_dist.runs.history import History
+from mvat_dist.runs.lock import RunLock
 from mvat_dist.runs.uploads import Attachment
 from mvat_dist.runs.wandb_sync import STEP, VALIDATED, WandbRuns
+from mvat_dist.training.recorder import Recorder
 from tests.wandb_runs import NAMES, prepare
 
 
@@ -70,3 +78,42 @@ def test_attachments_of_rows_that_wandb_has_are_removed(
     opened(run).send_new()
     assert [row[STEP] for row in copy.rows[NAMES[0]]] == [12]
     assert not list((run.student(NAMES[0]) / "uploads").iterdir())
+
+
+def test_a_training_goes_on_where_the_uploader_cannot_be_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_more_processes(*_: object, **__: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(subprocess, "Popen", no_more_processes)
+    recorder = Recorder(TrackConfig(wandb="offline"), RunDir(tmp_path), [], None)
+    recorder.close(0)
+    assert caplog.text.count("no W&B: its process cannot be started") == 1
+
+
+def test_a_replaced_uploader_does_not_adopt_another_trainings_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Copy(monkeypatch, {})
+    run = prepare(tmp_path / "run", NAMES[:1], wandb="offline")
+    first = RunLock(run.path, "train")
+    assert first.acquire() is None
+    state = uploader.State(owner=lock.holder(run.path))
+    first.release()
+    assert RunLock(run.path, "train").acquire() is None
+
+    class Replacement(SimpleNamespace):
+        def leave(self, code: int) -> None:
+            raise SystemExit(code)
+
+    restored = parse_record(json.dumps(asdict(state)), uploader.State, "state")
+    process = Replacement(
+        state=restored,
+        is_replacement=True,
+        sweep="",
+        pass_on_stop=lambda: None,
+        training_has_ended=lambda: True,
+    )
+    with pytest.raises(SystemExit):
+        uploader.follow(run, process)  # type: ignore[arg-type]

@@ -48,6 +48,11 @@ def test_every_report_reaches_all_ranks(tmp_path: Path) -> None:
     assert on_ranks(2, agree_on_all, tmp_path) == [AGREED, AGREED]
 
 
+def test_a_single_rank_asks_no_device() -> None:
+    report = Agreement(TERM, True, False, 3)
+    assert report.all_reduced(torch.device("meta")) == report  # which no value can be read from
+
+
 @pytest.mark.parametrize(
     ("step", "last", "due"), [(4, False, True), (5, False, False), (5, True, True), (8, True, True)]
 )

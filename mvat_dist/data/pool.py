@@ -10,7 +10,6 @@ Slurm to their parent, and end when it does.
 from __future__ import annotations
 
 import os
-import pickle
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -123,11 +122,9 @@ class ProcessPool:
     ) -> None:
         self.workers = workers or available_cores()
         self._most_in_flight = in_flight * self.workers
-        # Pickled apart, because unpickling may import NumPy, and the threads must be set before.
-        setup = pickle.dumps((initialiser, arguments, cleanup))
-        self._new_pool = partial(
-            pebble.ProcessPool, self.workers, 0, _begin, (threads, setup), context=_Context()
-        )
+        setup = (initialiser, arguments, cleanup)
+        context = _Context(threads)
+        self._new_pool = partial(pebble.ProcessPool, self.workers, 0, _begin, setup, context=context)
         self._pool: pebble.ProcessPool = self._new_pool()
         self._restarts = 0
 
@@ -287,9 +284,11 @@ class _Task(Generic[Job, Result]):
 class _Process(SpawnProcess):
     """A spawned process without the parent's main module, and with the signals of its job blocked."""
 
+    threads: int | None = None
+
     def start(self) -> None:
         # Here and not around the pool, for pebble starts replacements from a thread.
-        with signals_blocked(), main_module_hidden():
+        with signals_blocked(), main_module_hidden(), _threads_of_children(self.threads):
             super().start()
 
     @property
@@ -300,27 +299,55 @@ class _Process(SpawnProcess):
 
 
 class _Context(SpawnContext):
-    Process = _Process
+    """Starts processes with a given number of threads."""
+
+    def __init__(self, threads: int | None) -> None:
+        super().__init__()
+        self._threads = threads
+
+    def Process(self, *arguments: Any, **options: Any) -> _Process:  # type: ignore[override]  # noqa: N802
+        """A process that has not been started yet; the name is that of `multiprocessing`."""
+        process = _Process(*arguments, **options)
+        process.threads = self._threads
+        return process
+
+
+@contextmanager
+def _threads_of_children(threads: int | None) -> Iterator[None]:
+    """Set the number of threads in the environment that children inherit.
+
+    A worker cannot set it itself: NumPy reads it when it is imported, and that may happen as soon as the
+    worker unpickles its arguments.
+    """
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    saved = {name: os.environ[name] for name in names if name in os.environ}
+    if threads is not None:
+        os.environ.update(dict.fromkeys(names, f"{threads}"))
+    try:
+        yield
+    finally:
+        if threads is not None:
+            for name in names:
+                del os.environ[name]
+            os.environ.update(saved)
 
 
 _start_error: WorkerStartError | None = None
 """In a worker: why its initialiser failed."""
 
 
-def _begin(threads: int | None, setup: bytes) -> None:
+def _begin(
+    initialiser: Callable[..., object] | None,
+    arguments: tuple[Any, ...],
+    cleanup: Callable[[], object] | None,
+) -> None:
     """What a worker does first."""
-    if threads is not None:
-        os.environ |= dict.fromkeys(
-            ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), f"{threads}"
-        )
-    initialiser, arguments, cleanup = pickle.loads(setup)  # noqa: S301, written by the parent
     follow_parent(cleanup)
     if initialiser is not None:
         try:
             initialiser(*arguments)
-        except (
-            Exception
-        ) as error:  # for `_run`: pebble would start worker after worker that fails the same way
+        except Exception as error:
+            # Kept for `_run`: pebble would start worker after worker that fails the same way.
             global _start_error
             words = filter(None, (type(error).__name__, str(error).partition("\n")[0]))
             _start_error = WorkerStartError(f"a worker process could not start: {': '.join(words)}")

@@ -216,7 +216,10 @@ def test_a_server_that_dies_gets_the_rest_at_the_next_start(
         assert_whole(reborn, folder)
         # `wandb sync` of what lies there from before would send rows twice: it is marked as sent.
         logs = sorted(folder.glob("wandb/run-*/*.wandb"))
-        assert [Path(f"{one}.synced").exists() for one in logs] == [True, True, False, False]
+        # Two of them, or more where a slow machine has had W&B's service replaced once more.
+        assert len(logs) >= 4
+        assert all(Path(f"{log}.synced").exists() for log in logs[:-2])
+        assert not any(Path(f"{log}.synced").exists() for log in logs[-2:])
 
 
 def test_errors_for_a_while_lose_nothing(tmp_path: Path, server: Server) -> None:
